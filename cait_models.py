@@ -1,0 +1,419 @@
+"""CaiT, "Going deeper with Image Transformers" (Touvron et al. 2021, arXiv:2103.17239), registered
+with timm under the published names, and the few pieces it shares with DeiT (``models.py``).
+
+Names and shapes of the parameters are those of the published checkpoints.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import timm.models
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# --- shared with DeiT ---------------------------------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a picture into square patches and projects each: (B, C, H, W) -> (B, N, D).
+
+    ``img_size`` (pixels) is one number or (height, width); ``grid_size`` is (rows, columns).
+    Raises ValueError if the patches don't tile the picture, or for pictures of another size.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"{height}×{width} pixels can't be cut into patches of {patch_size}: "
+                f"use multiples of {patch_size}"
+            )
+        self.img_size = (height, width)
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                "the model was built for {}×{} pixels, the pictures have {}×{}".format(
+                    *self.img_size, *x.shape[-2:]
+                )
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, over the last dimension."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(x))
+
+
+def classifier(num_features: int, num_classes: int) -> nn.Module:
+    """A linear layer, or the identity for no classes at all."""
+    return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def init_linear(module: nn.Module) -> None:
+    """DeiT's initialisation: linear layers truncated normal (deviation 0.02), their biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def run_blocks(blocks: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
+    """``x`` through all blocks; ``grad_checkpointing`` recomputes each in the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if grad_checkpointing else block(x)
+    return x
+
+
+def plain_cfg(size: int, classifier: str | tuple[str, ...] = "head") -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` for a model nobody has published weights for."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": timm.data.IMAGENET_DEFAULT_MEAN,
+        "std": timm.data.IMAGENET_DEFAULT_STD,
+        "classifier": classifier,
+    }
+
+
+def register(
+    name: str,
+    build: Callable[..., nn.Module],
+    cfg: str | dict[str, Any],
+    **architecture: Any,
+) -> Callable[..., nn.Module]:
+    """Register ``build(**architecture)`` with timm as ``name``; keyword arguments given later win.
+
+    ``cfg`` is the model's ``pretrained_cfg``, or the name under which timm publishes weights for
+    the same architecture: then theirs is taken. The weights themselves come through
+    ``models.build_model``, which fits them to other sizes and class counts.
+    """
+
+    def entry(
+        pretrained: bool = False,
+        pretrained_cfg: str | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"use models.build_model({name!r}, ..., pretrained=True)")
+        model = build(**(architecture | kwargs))
+        if isinstance(cfg, str):
+            tagged = f"{cfg}.{pretrained_cfg}" if pretrained_cfg else cfg
+            model.pretrained_cfg = timm.get_pretrained_cfg(tagged).to_dict()
+        else:
+            model.pretrained_cfg = {"architecture": name} | cfg
+        model.pretrained_cfg |= pretrained_cfg_overlay or {}
+        return model
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = build.__module__
+    with warnings.catch_warnings():
+        # DeiT takes the place of timm's models of the same names on purpose.
+        warnings.filterwarnings("ignore", f"Overwriting {name} in registry")
+        return timm.models.register_model(entry)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def talking_heads_attention(
+    q: Tensor, k: Tensor, v: Tensor, proj_l: nn.Linear, proj_w: nn.Linear, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention whose heads are mixed linearly before and after the softmax.
+
+    "Talking-Heads Attention" (Shazeer et al. 2020, arXiv:2003.02436). ``q``, ``k`` and ``v`` are
+    (B, heads, N, d), so is the result; ``proj_l`` mixes the scores, ``proj_w`` the weights (with a
+    bias: rows of the mixed weights needn't sum to one).
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
+    weights = _mix_heads(_mix_heads(scores, proj_l).softmax(dim=-1), proj_w)
+    return F.dropout(weights, dropout_p) @ v
+
+
+def _mix_heads(x: Tensor, proj: nn.Linear) -> Tensor:
+    """``proj`` over the heads of (B, heads, N, N): one matrix product, nothing is permuted."""
+    weight = proj.weight.expand(len(x), -1, -1)  # (B, heads, heads)
+    return torch.baddbmm(proj.bias.view(1, -1, 1), weight, x.flatten(2)).view_as(x)
+
+
+class Attention_talking_head(nn.Module):
+    """Self-attention with talking heads (CaiT, section 3): (B, N, D) -> (B, N, D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj_l = nn.Linear(num_heads, num_heads)
+        self.proj_w = nn.Linear(num_heads, num_heads)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, d)
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = talking_heads_attention(q, k, v, self.proj_l, self.proj_w, dropout_p)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class Class_Attention(nn.Module):
+    """Attention in which the class token alone asks (CaiT, section 2.2).
+
+    (B, 1 + N, D) -> (B, 1, D): the class token comes first, it attends to itself and the patches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(
+                1, 2
+            )  # (B, tokens, D) -> (B, heads, tokens, d)
+            for y in (self.q(x[:, :1]), self.k(x), self.v(x))
+        )
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # (B, heads, 1, d)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+# --- blocks and the network ---------------------------------------------------------------------
+
+
+class LayerScale_Block(nn.Module):
+    """Talking-heads attention and MLP, each scaled by a learnt vector (LayerScale, section 2.1)."""
+
+    attention: type[nn.Module] = Attention_talking_head
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        init_values: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = self.attention(dim, num_heads, qkv_bias, attn_drop, drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+class LayerScale_Block_CA(LayerScale_Block):
+    """The same with class attention: reads the patches, changes only the class token.
+
+    (B, N, D) patches, (B, 1, D) class token -> (B, 1, D).
+    """
+
+    attention = Class_Attention
+
+    def forward(self, x: Tensor, cls_token: Tensor) -> Tensor:
+        tokens = torch.cat((cls_token, x), dim=1)
+        cls_token = cls_token + self.drop_path(self.gamma_1 * self.attn(self.norm1(tokens)))
+        return cls_token + self.drop_path(self.gamma_2 * self.mlp(self.norm2(cls_token)))
+
+
+class CaiT(nn.Module):
+    """Patches through ``depth`` self-attention blocks, then a class token through
+    ``depth_token_only`` class-attention blocks that read them.
+
+    ``img_size`` is in pixels, one number or (height, width). Stochastic depth is the same in every
+    block (paper, section 4.1), none in the class-attention blocks, nor any dropout.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        init_values: float = 1e-5,
+        depth_token_only: int = 2,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = embed_dim
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        shape = {
+            "dim": embed_dim,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "init_values": init_values,
+        }
+        drops = {"drop": drop_rate, "attn_drop": attn_drop_rate, "drop_path": drop_path_rate}
+        self.blocks = nn.Sequential(*(LayerScale_Block(**shape, **drops) for _ in range(depth)))
+        self.blocks_token_only = nn.ModuleList(
+            LayerScale_Block_CA(**shape) for _ in range(depth_token_only)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = classifier(embed_dim, num_classes)
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of the layers from input to output, for layer-wise learning rates."""
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": r"^blocks\.(\d+)",
+            "blocks_token_only": [
+                (r"^blocks_token_only\.(\d+)", None),
+                (r"^norm", (99999,)),  # timm's mark for "with the layer before"
+            ],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes``; only ``global_pool`` "token" is possible."""
+        if global_pool not in (None, "token"):
+            raise ValueError(f"CaiT classifies by its class token, not by pooling ({global_pool})")
+        self.num_classes = num_classes
+        self.head = classifier(self.num_features, num_classes).to(self.norm.weight)
+        self.head.apply(init_linear)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) pictures -> (B, 1 + N, D) normalised tokens, the class token first."""
+        x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing)
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        for block in self.blocks_token_only:
+            cls_token = block(x, cls_token)
+        return self.norm(torch.cat((cls_token, x), dim=1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 1 + N, D) tokens -> (B, classes) logits, or (B, D) features with ``pre_logits``."""
+        x = x[:, 0]
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) pictures -> (B, classes) logits."""
+        return self.forward_head(self.forward_features(x))
+
+
+# --- the published variants (paper, table 1) ----------------------------------------------------
+
+# timm's name of each: the one with the published weights.
+TIMM_NAMES = {
+    "cait_XXS24_224": "cait_xxs24_224",
+    "cait_XXS24": "cait_xxs24_384",
+    "cait_XXS36_224": "cait_xxs36_224",
+    "cait_XXS36": "cait_xxs36_384",
+    "cait_XS24": "cait_xs24_384",
+    "cait_S24_224": "cait_s24_224",
+    "cait_S24": "cait_s24_384",
+    "cait_S36": "cait_s36_384",
+    "cait_M36": "cait_m36_384",
+    "cait_M48": "cait_m48_448",
+}
+
+
+def _cait(
+    name: str, img_size: int, dim: int, depth: int, num_heads: int, init_values: float
+) -> Any:
+    return register(
+        name,
+        CaiT,
+        TIMM_NAMES[name],
+        img_size=img_size,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        init_values=init_values,
+    )
+
+
+cait_XXS24_224 = _cait("cait_XXS24_224", 224, dim=192, depth=24, num_heads=4, init_values=1e-5)
+cait_XXS24 = _cait("cait_XXS24", 384, dim=192, depth=24, num_heads=4, init_values=1e-5)
+cait_XXS36_224 = _cait("cait_XXS36_224", 224, dim=192, depth=36, num_heads=4, init_values=1e-5)
+cait_XXS36 = _cait("cait_XXS36", 384, dim=192, depth=36, num_heads=4, init_values=1e-5)
+cait_XS24 = _cait("cait_XS24", 384, dim=288, depth=24, num_heads=6, init_values=1e-5)
+cait_S24_224 = _cait("cait_S24_224", 224, dim=384, depth=24, num_heads=8, init_values=1e-5)
+cait_S24 = _cait("cait_S24", 384, dim=384, depth=24, num_heads=8, init_values=1e-5)
+cait_S36 = _cait("cait_S36", 384, dim=384, depth=36, num_heads=8, init_values=1e-6)
+cait_M36 = _cait("cait_M36", 384, dim=768, depth=36, num_heads=16, init_values=1e-6)
+cait_M48 = _cait("cait_M48", 448, dim=768, depth=48, num_heads=16, init_values=1e-6)

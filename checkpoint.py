@@ -1,0 +1,213 @@
+"""Checkpoints: written atomically, read without running code, found again after a crash.
+
+A checkpoint is one file of tensors and primitives; ``torch.load(..., weights_only=True)`` reads it:
+
+=============== ====================================================================================
+``model``       weights, under the published names
+``model_ema``   their moving average, or None
+``optimizer``, ``scaler``, ``schedule``, ``progress``, ``rng``   everything to go on exactly
+``config``      the resolved options of the run
+``class_names``, ``preprocessing``, ``metrics``   what a user of the model needs
+``versions``    of torch, torchvision, timm and Python that wrote it
+=============== ====================================================================================
+"""
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+BEST = "best.pth"
+_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` so that ``path`` is always either the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(dict(content), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_file(source: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file or https URL, on the CPU, without running its pickle's code.
+
+    Takes this project's checkpoints, bare state dicts, DeiT's and timm's training checkpoints and
+    safetensors files. Raises CheckpointError, with the reason, for anything else.
+    """
+    path = _fetch(str(source)) if "://" in str(source) else Path(source).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file as load_safetensors
+
+        return load_safetensors(path)
+    _check_archive(path)
+    try:
+        # DeiT's own checkpoints hold their options as a Namespace, which carries data only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for files that aren't its own
+        if "Unsupported global" in str(error) or "Unsupported operand" in str(error):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f" ({found.group(1)})" if found else ""
+            raise CheckpointError(
+                f"checkpoint {path} holds objects that would run code when read{what}; refused. "
+                "Save its weights alone (torch.save(model.state_dict(), …)) where you trust it"
+            ) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} can't be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"checkpoint {path} holds a {type(content).__name__}, not a dictionary"
+        )
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the file's checksums: torch itself doesn't, and would train on with flipped bits."""
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty")
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                raise CheckpointError(f"checkpoint {path} is truncated")
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
+    if damaged:
+        raise CheckpointError(f"checkpoint {path} is damaged: {damaged} fails its checksum")
+
+
+def _fetch(url: str) -> Path:
+    """Download ``url`` into torch's cache, once."""
+    if not url.startswith("https://"):
+        raise CheckpointError(f"{url}: only https addresses are fetched")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(url.partition("?")[0]).name
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{url} can't be fetched ({error}); give a file in its place"
+        ) from None
+    return path
+
+
+def weights_of(content: Mapping[str, Any], *, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile.
+
+    With ``ema`` the moving average; CheckpointError if there is none.
+    """
+    names = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    weights: Any = next((content[n] for n in names if isinstance(content.get(n), Mapping)), None)
+    if weights is None:
+        if ema:
+            raise CheckpointError("the checkpoint holds no moving average of the weights")
+        weights = content
+    weights = {_without_prefixes(k): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        raise CheckpointError("the checkpoint holds no weights")
+    return weights
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
+    """The class names a checkpoint of this project carries."""
+    return content.get("class_names")
+
+
+# --- a run's folder -------------------------------------------------------------------------------
+
+
+def name_of(epoch: int, step: int) -> str:
+    """File name of the checkpoint after ``epoch`` whole epochs and ``step`` batches of the next."""
+    return f"checkpoint-{epoch:04d}-{step:06d}.pth" if step else f"checkpoint-{epoch:04d}.pth"
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first (``best.pth`` not among them)."""
+    found = []
+    for path in folder.glob("checkpoint-*.pth"):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.append(((int(match[1]), int(match[2] or 0)), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that is whole; damaged ones are reported and passed over."""
+    paths = in_folder(folder)
+    for path in paths:
+        try:
+            return path, load_file(path)
+        except CheckpointError as error:
+            log.warning("%s; trying the one before", error)
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
+    return None
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was written here."""
+    return (folder / "log.txt").exists() or bool(in_folder(folder))
+
+
+def save_in_folder(folder: Path, content: Mapping[str, Any], *, keep: int, best: bool) -> Path:
+    """Save a run's newest checkpoint and keep the last ``keep``; ``best`` sets ``best.pth`` too."""
+    progress = content["progress"]
+    path = folder / name_of(progress["epoch"], progress["step"])
+    save(path, content)
+    if best:
+        set_best(folder, path)
+    for old in in_folder(folder)[keep:]:
+        if old != path:
+            old.unlink()
+    return path
+
+
+def set_best(folder: Path, path: Path) -> None:
+    """Make ``best.pth`` the same as ``path``; a link where the file system has links."""
+    temporary = folder / f".{BEST}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, folder / BEST)
+    _sync_folder(folder)

@@ -1,0 +1,488 @@
+"""One epoch of training, one pass of evaluation.
+
+The engine gets objects and never the configuration. It doesn't wait for the device: losses and
+flags stay there and are read every ``log_interval`` steps. What is random in a step is seeded from
+(seed, epoch, step, rank), so the step is the same whatever ran before it.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasets import Batch
+from optim import (
+    classifier_parameters,
+    clip_gradients,
+    frozen_norms,
+    optimizer_supports_found_inf,
+)
+from state import TrainState
+from utils import all_reduce_sum, derive_seed, seed_all
+
+# Evaluation adds up losses as integers of this fraction: sums of integers don't depend on their
+# order, so every number of processes gives the same digits.
+LOSS_UNIT = 2.0**-20
+
+
+class Mixer(Protocol):
+    """Mixes the pictures of a batch, see augment.Mixer."""
+
+    def __call__(self, images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is made.
+
+    Attributes:
+        device: where the model is.
+        batch_size: places of the epoch that a batch of one process takes.
+        seed: of dropout, stochastic depth and mixing.
+        rank: of this process, so that processes drop different units.
+        amp: autocast type, None for float32.
+        accum_steps: batches whose gradients make one update.
+        clip_grad: limit of the gradient, None for no limit.
+        clip_mode: norm, value or agc.
+        train_mode: False leaves the model in evaluation mode.
+        on_nonfinite: skip goes on after a loss or gradient that isn't finite, else raise NonFinite.
+        log_interval: updates between reads from the device.
+        channels_last: memory layout of the pictures.
+    """
+
+    device: torch.device
+    batch_size: int = 1
+    seed: int = 0
+    rank: int = 0
+    amp: torch.dtype | None = None
+    accum_steps: int = 1
+    clip_grad: float | None = None
+    clip_mode: str = "norm"
+    train_mode: bool = True
+    on_nonfinite: str = "stop"
+    log_interval: int = 50
+    channels_last: bool = False
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the device; pictures in the model's memory layout."""
+        layout = {"memory_format": torch.channels_last} if self.channels_last else {}
+        return tensor.to(self.device, non_blocking=True, **(layout if tensor.ndim == 4 else {}))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What training says of itself every ``log_interval`` updates."""
+
+    epoch: int
+    step: int
+    """Batches done in this epoch."""
+    steps: int
+    """Batches of the epoch."""
+    update: int
+    """Updates since the beginning."""
+    loss: float
+    """Mean over all processes since the last report."""
+    lr: float
+    grad_norm: float
+    images_per_second: float
+    """Of all processes together."""
+    data_wait: float
+    """Share of the time spent waiting for pictures."""
+    memory: int
+    """Peak bytes allocated on a CUDA device, else 0."""
+
+
+class NonFinite(Exception):
+    """A loss or gradient was not finite; nothing was updated from ``step`` on.
+
+    Attributes:
+        step: first batch, within its epoch, of the update that failed.
+        update: number of that update.
+    """
+
+    def __init__(self, step: int, update: int) -> None:
+        super().__init__(f"loss or gradient not finite at update {update}")
+        self.step = step
+        self.update = update
+
+
+class _Meter:
+    """Sums that stay on the device between reads."""
+
+    def __init__(self, device: torch.device) -> None:
+        # MPS has no float64.
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(3, dtype=kind, device=device)  # loss, number of losses, bad updates
+        self.halted = torch.zeros((), dtype=torch.bool, device=device)
+        self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)
+        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)  # step, update
+        self.grad_norm = torch.zeros((), device=device)
+
+    def add_loss(self, loss: Tensor) -> None:
+        finite = torch.isfinite(loss)
+        self.sums[0] += torch.where(finite, loss, 0.0)
+        self.sums[1] += finite
+        self.bad_loss |= ~finite
+
+    def judge(
+        self, grad_norm: Tensor, step: int, update: int, *, sticky: bool, scaled: bool
+    ) -> Tensor:
+        """Whether to leave out the update, agreed on by all processes; a bool on the device.
+
+        ``sticky`` leaves out all later ones too. With a loss scaler (``scaled``) an infinite
+        gradient is the scaler's business.
+        """
+        bad = self.bad_loss if scaled else self.bad_loss | ~torch.isfinite(grad_norm)
+        if dist.is_initialized():
+            votes = bad.to(torch.int32)
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            bad = votes.bool()
+        here = torch.tensor([step, update]).to(self.first_bad.device, non_blocking=True)
+        self.first_bad = torch.where(bad & (self.first_bad < 0), here, self.first_bad)
+        self.sums[2] += bad
+        self.bad_loss = torch.zeros_like(self.bad_loss)
+        self.grad_norm = grad_norm.detach()
+        if sticky:
+            self.halted |= bad
+            return self.halted
+        return bad
+
+    def read(self) -> tuple[float, int, int, int, int, float]:
+        """(loss sum, losses, bad updates, first bad step and update, gradient norm), and clear."""
+        sums = all_reduce_sum(self.sums.clone())
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        parts = [sums, self.first_bad.to(sums.dtype), self.grad_norm.to(sums.dtype)[None]]
+        loss_sum, count, bad, step, update, norm = torch.cat(parts).tolist()
+        self.sums.zero_()
+        self.first_bad.fill_(-1)
+        return loss_sum, int(count), int(bad) // world, int(step), int(update), norm
+
+
+def train_one_epoch(
+    state: TrainState,
+    criterion: nn.Module,
+    batches: Iterable[Batch],
+    options: StepOptions,
+    *,
+    steps: int,
+    mixer: Mixer | None = None,
+    report: Callable[[StepReport], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train on ``batches`` from where ``state.progress`` stands to the end of the epoch.
+
+    Args:
+        state: model, optimiser and counters; changed in place.
+        criterion: (images, outputs, targets) -> scalar loss.
+        batches: those of the epoch that are still to come.
+        options: how a step is made.
+        steps: batches of the whole epoch, those before a resume included.
+        mixer: mixes pictures and targets on the device.
+        report: called every ``log_interval`` updates and at the end.
+        should_stop: asked after each update; true leaves there.
+
+    Returns:
+        Whether the epoch was finished.
+
+    Raises:
+        NonFinite: a loss or gradient was not finite and ``options.on_nonfinite`` is not skip. The
+            weights are those before that update.
+    """
+    progress = state.progress
+    set_mode(state.net, state.model, options.train_mode)
+    meter = _Meter(options.device)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    clock = _Clock()
+    read_at = progress.update
+
+    def read() -> None:
+        nonlocal read_at
+        read_at = progress.update
+        loss_sum, count, bad, bad_step, bad_update, grad_norm = meter.read()
+        progress.loss_sum += loss_sum
+        progress.loss_count += count
+        progress.skipped += bad
+        if bad and options.on_nonfinite != "skip":
+            raise NonFinite(bad_step, bad_update)
+        if report:
+            rate, wait = clock.lap()
+            cuda = options.device.type == "cuda"
+            report(
+                StepReport(
+                    epoch=progress.epoch,
+                    step=progress.step,
+                    steps=steps,
+                    update=progress.update,
+                    loss=loss_sum / count if count else float("nan"),
+                    lr=state.schedule.last,
+                    grad_norm=grad_norm,
+                    images_per_second=rate * world,
+                    data_wait=wait,
+                    memory=torch.cuda.max_memory_allocated(options.device) if cuda else 0,
+                )
+            )
+
+    step = progress.step
+    try:
+        for batch in clock.watch(batches):
+            # The last window of an epoch may hold fewer batches.
+            start = step - step % options.accum_steps
+            window = min(options.accum_steps, steps - start)
+            if step == start:
+                state.optimizer.zero_grad(set_to_none=True)
+            completes = step - start == window - 1
+            with contextlib.nullcontext() if completes else _no_sync(state.net):
+                loss = _forward(state.net, criterion, batch, options, progress.epoch, step, mixer)
+                scaled = state.scaler.scale(loss) if state.scaler else loss
+                (scaled / window).backward()
+            meter.add_loss(loss.detach())
+            step += 1
+            if completes:
+                _update(state, meter, options, start)
+                progress.samples += (step - progress.step) * options.batch_size * world
+                progress.step = step
+                if progress.update % options.log_interval == 0:
+                    read()
+                if should_stop():
+                    break
+    finally:
+        # Also where the loader failed, so that what was trained can be saved.
+        if progress.update > read_at:
+            read()
+    return progress.step >= steps
+
+
+def _forward(
+    net: nn.Module,
+    criterion: nn.Module,
+    batch: Batch,
+    options: StepOptions,
+    epoch: int,
+    step: int,
+    mixer: Mixer | None,
+) -> Tensor:
+    """The loss of a batch: a function of the weights, the batch and (seed, epoch, step, rank)."""
+    seed_all(derive_seed(options.seed, "step", epoch, step, options.rank))
+    images, targets = options.place(batch.images), options.place(batch.targets)
+    if mixer is not None:
+        first = int(batch.positions[0])
+        images, targets = mixer(images, targets, derive_seed(options.seed, "mix", epoch, first))
+    if criterion.copies > 1:
+        images = images.repeat(criterion.copies, 1, 1, 1)  # (copies × B, C, H, W)
+    with options.autocast():
+        return criterion(images, net(images), targets)
+
+
+def _update(state: TrainState, meter: _Meter, options: StepOptions, step: int) -> None:
+    """Clip, check, step the optimiser and the moving average."""
+    optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
+    state.schedule.apply(optimizer, progress.update)
+    if scaler:
+        scaler.unscale_(optimizer)
+    norm = clip_gradients(
+        state.model.parameters(),
+        options.clip_grad,
+        options.clip_mode,
+        spared=classifier_parameters(state.model),
+    )
+    sticky = options.on_nonfinite != "skip"
+    bad = meter.judge(norm, step, progress.update, sticky=sticky, scaled=scaler is not None)
+    if scaler:
+        # The scaler waits for the device anyway, and must not adapt to a loss that is not finite.
+        if not bool(bad):
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            scaler.update(scaler.get_scale())
+    elif optimizer_supports_found_inf(optimizer):
+        # The fused kernels look at this flag on the device, so the host needn't wait for it.
+        optimizer.found_inf = bad.to(torch.float32)
+        optimizer.step()
+        del optimizer.found_inf
+    elif not bool(bad):
+        optimizer.step()
+    if state.ema:
+        state.ema.step(progress.update)
+    progress.update += 1
+
+
+def set_mode(net: nn.Module, model: nn.Module, train_mode: bool = True) -> None:
+    """Training mode, but for batch norms that are frozen: those keep their statistics too."""
+    net.train(train_mode)
+    for norm in frozen_norms(model):
+        norm.eval()
+
+
+def _no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """DDP: leave gradients on their process until the window is complete."""
+    return net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext()
+
+
+class _Clock:
+    """Splits the time into waiting for pictures and the rest."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+
+    def watch(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            self.images += len(batch.targets)
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """(pictures a second, share of the time spent waiting) since the last lap."""
+        now = time.perf_counter()
+        seconds = max(now - self.start, 1e-9)
+        result = self.images / seconds, self.waited / seconds
+        self.start, self.waited, self.images = now, 0.0, 0
+        return result
+
+
+def first_nonfinite(
+    state: TrainState,
+    criterion: nn.Module,
+    batch: Batch,
+    options: StepOptions,
+    step: int,
+    mixer: Mixer | None = None,
+) -> str | None:
+    """Repeat the step of ``batch`` and name the first thing in it that is not finite, or None."""
+    if not torch.isfinite(batch.images).all():
+        return "the input pictures"
+    found: list[str] = []
+    hooks = []
+    for name, parameter in state.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"the weight {name}"
+    for name, module in state.model.named_modules():
+        if next(module.children(), None) is None:
+            hooks.append(module.register_forward_hook(_finite_hook(name, module, found)))
+    state.optimizer.zero_grad(set_to_none=True)
+    try:
+        set_mode(state.model, state.model, options.train_mode)
+        loss = _forward(
+            state.model, criterion, batch, options, state.progress.epoch, step, mixer
+        )  # fmt: skip
+        if found:
+            return found[0]
+        if not torch.isfinite(loss):
+            return "the loss, of outputs that are finite"
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Backward runs from the last layer to the first: the last bad one was the first to go wrong.
+    bad = [
+        name
+        for name, p in state.model.named_parameters()
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
+    state.optimizer.zero_grad(set_to_none=True)
+    return f"the gradient of {bad[-1]}" if bad else None
+
+
+def _finite_hook(name: str, module: nn.Module, found: list[str]) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        if any(isinstance(t, Tensor) and not torch.isfinite(t).all() for t in tensors):
+            found.append(f"the output of {name} ({type(module).__name__})")
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact results over a data set, of all processes together."""
+
+    loss: float
+    """Mean cross-entropy."""
+    acc1: float
+    """Top-1 accuracy, %."""
+    acc5: float | None
+    """Top-5 accuracy, %; None below five classes."""
+    count: int
+    """Pictures judged."""
+    correct_per_class: Tensor
+    """(C,) int64, right answers."""
+    count_per_class: Tensor
+    """(C,) int64, pictures."""
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    options: StepOptions,
+    *,
+    num_classes: int,
+    shared: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Judge ``model`` on ``batches``, each process on its own share.
+
+    Counts are integers and so are the summed losses (multiples of LOSS_UNIT): the result doesn't
+    depend on how the pictures are shared out.
+
+    Args:
+        model: gives (B, num_classes) logits in evaluation mode.
+        batches: of this process; their number may differ between processes.
+        options: device, autocast and layout.
+        num_classes: C.
+        shared: each process has a share, which are added up; else each has the whole set.
+        progress: called with the number of batches done.
+    """
+    model.eval()
+    device = options.device
+    per_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # right, all
+    sums = torch.zeros(
+        3, dtype=torch.int64, device=device
+    )  # loss in units, top-5, losses not finite
+    for done, batch in enumerate(batches, start=1):
+        if not len(batch.targets):
+            continue  # none of its pictures could be read
+        images, targets = options.place(batch.images), options.place(batch.targets)
+        with options.autocast():
+            outputs = model(images)
+        outputs = outputs.float()
+        losses = F.cross_entropy(outputs, targets, reduction="none").double()
+        finite = torch.isfinite(losses)
+        sums[0] += (torch.where(finite, losses, 0.0) / LOSS_UNIT).round().long().sum()
+        sums[2] += (~finite).sum()
+        hits = outputs.argmax(1) == targets
+        per_class[0].index_add_(0, targets, hits.long())
+        per_class[1].index_add_(0, targets, torch.ones_like(targets))
+        if num_classes >= 5:
+            sums[1] += (outputs.topk(5).indices == targets[:, None]).sum()
+        if progress:
+            progress(done)
+    if shared:
+        all_reduce_sum(per_class)
+        all_reduce_sum(sums)
+    loss_units, top5, bad = sums.tolist()
+    right, count = per_class.sum(1).tolist()
+    return Evaluation(
+        loss=float("nan") if bad or not count else loss_units * LOSS_UNIT / count,
+        acc1=100.0 * right / max(count, 1),
+        acc5=100.0 * top5 / max(count, 1) if num_classes >= 5 else None,
+        count=count,
+        correct_per_class=per_class[0].cpu(),
+        count_per_class=per_class[1].cpu(),
+    )

@@ -1,0 +1,327 @@
+"""What a run says and draws: progress, ``log.txt``, TensorBoard, ``curves.png``.
+
+Only the main process has a logger that does anything; the others hold one that is silent.
+"""
+
+import csv
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from engine import Evaluation, StepReport
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
+CURVES_FILE = "curves.png"
+_COLORS = {"train": "tab:gray", "test": "tab:blue", "EMA": "tab:orange"}
+
+
+class RunLogger:
+    """Writes a run's progress to the terminal and its folder.
+
+    On resume ``log.txt`` is cut back to the epochs that the checkpoint knows and TensorBoard's
+    later steps are hidden, so that neither has a gap or a duplicate.
+
+    Args:
+        folder: the run's output directory; None makes a logger that is silent.
+        tensorboard: whether to write TensorBoard files.
+        print_epoch: epochs between printed summaries.
+        epoch: first epoch to come.
+        update: first update to come.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        tensorboard: bool = True,
+        print_epoch: int = 1,
+        epoch: int = 0,
+        update: int = 0,
+    ) -> None:
+        self.folder = folder
+        self.print_epoch = print_epoch
+        self.records: list[dict[str, Any]] = []
+        self.bar: ProgressBar | None = None
+        self.writer: Any = None
+        self.first_epoch = epoch
+        if folder is None:
+            return
+        self.records = [r for r in read_log(folder / LOG_FILE) if r["epoch"] < epoch]
+        if epoch or (folder / LOG_FILE).exists():
+            _rewrite(folder / LOG_FILE, self.records)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
+
+    # --- progress ---------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int, step: int = 0) -> None:
+        """Open the epoch's progress bar."""
+        self._open_bar(f"epoch {epoch + 1}/{epochs}", steps, step)
+
+    def start_evaluation(self, steps: int, name: str = "evaluate") -> None:
+        """Open a progress bar for an evaluation."""
+        self._open_bar(name, steps, 0)
+
+    def _open_bar(self, title: str, total: int, initial: int) -> None:
+        self.end_bar()
+        self.bar = ProgressBar(title, total, initial, visible=self.folder is not None)
+
+    def advance(self, done: int) -> None:
+        """Move the progress bar to ``done`` batches."""
+        if self.bar is not None:
+            self.bar.to(done)
+
+    def end_bar(self) -> None:
+        """Remove the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def step(self, report: "StepReport") -> None:
+        """Say how training goes, every log interval."""
+        if self.folder is None:
+            return
+        parts = [
+            f"loss {report.loss:.4f}",
+            f"lr {report.lr:.2e}",
+            f"grad {report.grad_norm:.2f}",
+            f"{report.images_per_second:.0f} img/s",
+            f"data wait {report.data_wait:.0%}",
+        ]
+        if report.memory:
+            parts.append(f"{report.memory / 2**30:.1f} GiB")
+        if self.bar is not None and self.bar.visible:
+            self.bar.say(", ".join(parts))
+            self.bar.to(report.step)
+        else:
+            width = len(str(report.steps))
+            place = f"epoch {report.epoch + 1} [{report.step:>{width}}/{report.steps}]"
+            log.info("%s  %s", place, "  ".join(parts))
+        if self.writer:
+            scalars = {
+                "step/loss": report.loss,
+                "step/lr": report.lr,
+                "step/grad_norm": report.grad_norm,
+                "step/images_per_second": report.images_per_second,
+                "step/data_wait": report.data_wait,
+            }
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, report.update)
+
+    # --- epochs -----------------------------------------------------------------------------------
+
+    def epoch(self, record: dict[str, Any], *, epochs: int, best: bool) -> None:
+        """Write an epoch's results: a line of log.txt, TensorBoard scalars, curves, a summary."""
+        self.end_bar()
+        if self.folder is None:
+            return
+        self.records.append(record)
+        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(_json_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        if self.writer:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name not in ("epoch", "n_parameters"):
+                    self.writer.add_scalar(f"epoch/{name}", value, record["epoch"])
+            self.writer.flush()
+        draw_curves(self.records, self.folder / CURVES_FILE)
+        done = record["epoch"] + 1
+        if done % self.print_epoch == 0 or done == epochs:
+            log.info("%s", self._summary(record, epochs, best))
+
+    def _summary(self, record: Mapping[str, Any], epochs: int, best: bool) -> str:
+        text = f"epoch {record['epoch'] + 1}/{epochs}  train loss {record['train_loss']:.4f}"
+        text += f"  test loss {record['test_loss']:.4f}  top-1 {record['test_acc1']:.2f} %"
+        if record.get("test_acc5") is not None:
+            text += f"  top-5 {record['test_acc5']:.2f} %"
+        if "ema_acc1" in record:
+            text += f"  EMA top-1 {record['ema_acc1']:.2f} %"
+        seconds = record["epoch_seconds"]
+        text += f"  {seconds:.0f} s"
+        left = epochs - record["epoch"] - 1
+        if record["epoch"] == self.first_epoch and left:
+            text += f"  (about {duration(left * seconds)} to go)"
+        return text + ("  * best" if best else "")
+
+    # --- extras -----------------------------------------------------------------------------------
+
+    def pictures(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+        """A grid of training pictures (B, 3, H, W) as the model sees them, in TensorBoard."""
+        if self.writer:
+            from torchvision.utils import make_grid
+
+            images = images[:32].float().cpu()
+            scale = torch.tensor(std).view(1, -1, 1, 1)
+            shift = torch.tensor(mean).view(1, -1, 1, 1)
+            grid = make_grid((images * scale + shift).clamp(0, 1), nrow=8)
+            self.writer.add_image("train/augmented", grid, 0)
+
+    def graph(self, model: nn.Module, images: Tensor) -> None:
+        """The graph of ``model`` in TensorBoard."""
+        if self.writer:
+            self.writer.add_graph(model, images)
+
+    def histograms(self, model: nn.Module, update: int) -> None:
+        """Histograms of all weights and gradients in TensorBoard."""
+        if self.writer:
+            for name, parameter in model.named_parameters():
+                self.writer.add_histogram(f"weights/{name}", parameter.detach().float(), update)
+                if parameter.grad is not None and torch.isfinite(parameter.grad).all():
+                    self.writer.add_histogram(f"gradients/{name}", parameter.grad.float(), update)
+
+    def hyper_parameters(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The options beside the final metrics, in TensorBoard's HPARAMS."""
+        if self.writer:
+            plain = {
+                k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items()
+            }
+            final = {f"final/{k}": v for k, v in metrics.items()}
+            self.writer.add_hparams(plain, final, run_name=".")
+
+    def close(self) -> None:
+        self.end_bar()
+        if self.writer:
+            self.writer.close()
+
+
+class ProgressBar:
+    """A bar of batches, drawn where standard output is a terminal; elsewhere nothing."""
+
+    def __init__(self, title: str, total: int, initial: int = 0, *, visible: bool = True) -> None:
+        self.visible = visible and sys.stdout.isatty()
+        self._bar: Any = None
+        if self.visible:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=title, total=total, initial=initial, file=sys.stdout, leave=False,
+                dynamic_ncols=True, unit="batch",
+            )  # fmt: skip
+
+    def to(self, done: int) -> None:
+        """Move to ``done`` batches."""
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Show ``text`` behind the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a ``log.txt``; a last line cut off by a crash is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                log.warning("%s: a line that is not whole is left out", path)
+    return records
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    # JSON has no NaN.
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(_json_line(r) for r in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_per_class(path: Path, class_names: Sequence[str], result: "Evaluation") -> None:
+    """Accuracy of each class as CSV: class, pictures, right, accuracy in %."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("class", "pictures", "correct", "accuracy"))
+        rows = zip(
+            class_names,
+            result.count_per_class.tolist(),
+            result.correct_per_class.tolist(),
+            strict=True,
+        )
+        for name, count, right in rows:
+            writer.writerow((name, count, right, f"{100 * right / count:.2f}" if count else ""))
+    os.replace(temporary, path)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss, accuracy and learning rate over the epochs, as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [r["epoch"] + 1 for r in records]
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = (
+        (
+            "loss",
+            "cross-entropy",
+            (("train_loss", "train"), ("test_loss", "test"), ("ema_loss", "EMA")),
+        ),
+        ("top-1 accuracy", "%", (("test_acc1", "test"), ("ema_acc1", "EMA"))),
+        ("learning rate", "", (("train_lr", "end of epoch"),)),
+    )
+    for axes, (title, unit, curves) in zip(figure.subplots(1, 3), panels, strict=True):
+        for key, label in curves:
+            values = [r.get(key) for r in records]
+            if any(v is not None for v in values):
+                marker = "." if len(records) < 60 else None
+                values = [math.nan if v is None else v for v in values]
+                axes.plot(epochs, values, label=label, marker=marker, color=_COLORS.get(label))
+        axes.set(title=title, xlabel="epoch", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    os.replace(temporary, path)
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person says it, e.g. ``2 h 05 min``."""
+    seconds = int(seconds)
+    if seconds < 90:
+        return f"{seconds} s"
+    minutes, hours = seconds // 60, seconds // 3600
+    if minutes < 60:
+        return f"{minutes} min {seconds % 60:02d} s"
+    days = hours // 24
+    return f"{days} d {hours % 24:02d} h" if days else f"{hours} h {minutes % 60:02d} min"
+
+
+class Stopwatch:
+    """Seconds since it was made, on top of those of earlier sessions."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._start = time.monotonic()
+
+    def __call__(self) -> float:
+        return self._before + time.monotonic() - self._start

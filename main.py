@@ -1,0 +1,60 @@
+"""Train and evaluate image classifiers: ``python main.py --model deit_small --data-path DIR``.
+
+This file reads the command line; ``training.py`` tells the story of a run. The two are apart so
+that ``--help``, ``--print-config`` and a misspelled option answer at once, before torch is
+imported.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import config as options
+from errors import UserError
+
+
+def get_args_parser() -> options.Parser:
+    """The command-line parser, made from the options of config.py."""
+    return options.get_parser()
+
+
+def load_config(argv: Sequence[str] | None = None) -> options.Config:
+    """The resolved options; with ``--resume FILE`` those of the checkpoint lie beneath."""
+    return options.load(argv, underneath=_options_of_checkpoint)
+
+
+def _options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
+    source = given.get("resume")
+    if not source or source == "auto":
+        return {}
+    import checkpoint
+
+    saved = checkpoint.load_file(source).get("config") or {}
+    # A checkpoint may come from anywhere: it doesn't get to name code to import.
+    found = {k: v for k, v in saved.items() if k != "plugin" and options.is_option(k)}
+    if "://" not in source and found:
+        found["output_dir"] = str(Path(source).parent)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (docs/reliability.md lists them)."""
+    try:
+        config = load_config(argv)
+        if config.run.print_config:
+            print(options.to_yaml(config, origins=True, everything=True), end="")
+            return 0
+        import training
+
+        return training.run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing to save", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

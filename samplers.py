@@ -1,0 +1,121 @@
+"""The order in which pictures are seen, as a function of seed and epoch."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from utils import derive_seed
+
+NUM_REPEATS = 3  # copies of a picture in repeated augmentation
+
+
+class SampleKey(NamedTuple):
+    """What a data set needs to know to make a sample; its augmentation depends on nothing else."""
+
+    index: int
+    epoch: int
+    position: int  # place in the epoch's global sequence, all processes together
+
+
+class EpochSampler(Sampler[SampleKey]):
+    """A global sequence of ``num_samples`` positions an epoch, dealt out to the processes in turn.
+
+    Every process gets the same number of samples: the last ``num_samples % num_replicas`` positions
+    of an epoch are left out. The sequence doesn't depend on the number of processes.
+    """
+
+    def __init__(
+        self, num_samples: int, *, num_replicas: int = 1, rank: int = 0, seed: int = 0
+    ) -> None:
+        self.num_samples = num_samples
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the first global position that is still to come."""
+        self.epoch = epoch
+        self.start = start
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """The data set indices of the epoch, (num_samples,) int64."""
+        raise NotImplementedError
+
+    def generator(self, epoch: int) -> torch.Generator:
+        """The generator that ``order`` draws from."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+
+    def __len__(self) -> int:
+        return max(0, self.num_samples - self.start) // self.num_replicas
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        first = self.start + self.rank
+        positions = range(first, first + len(self) * self.num_replicas, self.num_replicas)
+        order = self.order(self.epoch)[first :: self.num_replicas].tolist()
+        # zip stops at the shorter one, which is positions where the last ones are left out.
+        for position, index in zip(positions, order, strict=False):
+            yield SampleKey(index, self.epoch, position)
+
+
+class ShuffleSampler(EpochSampler):
+    """Every picture once, in a new order each epoch."""
+
+    def order(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(self.num_samples, generator=self.generator(epoch))
+
+
+class RASampler(EpochSampler):
+    """Repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335; DeiT, section 6).
+
+    Each picture of a permutation ``num_repeats`` times in a row, cut to ``num_samples`` positions:
+    an epoch has the usual length and shows a third of the pictures. Copies of a picture fall on
+    neighbouring processes, or on neighbouring places of the batch on a single process.
+    """
+
+    def __init__(self, num_samples: int, *, num_repeats: int = NUM_REPEATS, **kwargs: int) -> None:
+        super().__init__(num_samples, **kwargs)
+        self.num_repeats = num_repeats
+
+    def order(self, epoch: int) -> torch.Tensor:
+        permutation = torch.randperm(self.num_samples, generator=self.generator(epoch))
+        return permutation.repeat_interleave(self.num_repeats)[: self.num_samples]
+
+
+class BalancedSampler(EpochSampler):
+    """Drawn with replacement: first a class, all that have pictures equally likely, then a picture.
+
+    ``targets``: class of each picture, (num_samples,) integers.
+    """
+
+    def __init__(self, targets: Sequence[int], **kwargs: int) -> None:
+        super().__init__(len(targets), **kwargs)
+        targets = torch.as_tensor(targets)
+        self.by_class = torch.argsort(targets, stable=True)
+        _, self.counts = torch.unique(targets, return_counts=True)
+        self.first = self.counts.cumsum(0) - self.counts
+
+    def order(self, epoch: int) -> torch.Tensor:
+        generator = self.generator(epoch)
+        size = (self.num_samples,)
+        classes = torch.randint(len(self.counts), size, generator=generator)
+        share = torch.rand(size, generator=generator, dtype=torch.float64)
+        within = (share * self.counts[classes]).long()
+        return self.by_class[self.first[classes] + within]
+
+
+class EvalSampler(Sampler[SampleKey]):
+    """This process's share in order: ``rank``, ``rank + num_replicas``, … without padding."""
+
+    def __init__(self, num_samples: int, *, num_replicas: int = 1, rank: int = 0) -> None:
+        self.indices = range(rank, num_samples, num_replicas)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        for index in self.indices:
+            yield SampleKey(index, 0, index)

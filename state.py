@@ -1,0 +1,186 @@
+"""Everything that changes while training, in one object that can be saved and put back."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import CheckpointError
+from optim import Schedule
+
+# What the options say of an optimiser's groups; the rest of a group is state.
+_ASKED = ("weight_decay", "betas", "eps", "momentum", "lr_scale")
+
+
+@dataclass
+class Progress:
+    """Where training stands."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+    step: int = 0
+    """Batches of this process done in the epoch under way, up to the last update."""
+    samples: int = 0
+    """Pictures of the epoch under way that all processes together have seen."""
+    update: int = 0
+    """Optimiser steps since the beginning."""
+    best: float | None = None
+    """Best value of the monitored metric."""
+    best_epoch: int = -1
+    """Epoch (counted from 0) of that value."""
+    improved_epoch: int = 0
+    """Last epoch that improved on it by more than ``--early-stop-delta``."""
+    loss_sum: float = 0.0
+    """Sum of the batch losses of the epoch under way, over all processes."""
+    loss_count: int = 0
+    """Number of batch losses in that sum."""
+    skipped: int = 0
+    """Updates left out because a loss or gradient was not finite."""
+    rollbacks: int = 0
+    """Times training went back to a checkpoint."""
+    seconds: float = 0.0
+    """Training and evaluation time so far."""
+
+
+class ModelEma:
+    """Exponential moving average of a model's weights.
+
+    ``average = decay × average + (1 - decay) × weights`` after each update; with ``warmup`` the
+    decay is at most (1 + t) / (10 + t) at update t, so that the random start is forgotten quickly.
+    Buffers that aren't floating point (counters) are copied.
+
+    Args:
+        model: its weights start the average.
+        decay: in [0, 1).
+        warmup: whether the decay starts small.
+        device: where the average lives; None is where the model lives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self.decay = decay
+        self.warmup = warmup
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        if device is not None:
+            self.module.to(device)
+        mine, theirs = self.module.state_dict(), model.state_dict()
+        self._pairs = [(mine[k], theirs[k]) for k in mine if mine[k].is_floating_point()]
+        self._copied = [(mine[k], theirs[k]) for k in mine if not mine[k].is_floating_point()]
+
+    def decay_at(self, update: int) -> float:
+        """The decay at the ``update``-th step, counted from 0."""
+        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def step(self, update: int) -> None:
+        """Take the model's present weights into the average."""
+        averages = [a for a, _ in self._pairs]
+        weights = [w.to(a.device, a.dtype) for a, w in self._pairs]
+        torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(update))
+        for average, value in self._copied:
+            average.copy_(value)
+
+
+@dataclass
+class TrainState:
+    """Model, optimiser, schedule, loss scaler, moving average and counters.
+
+    ``model`` is the bare module, whose weights are saved; ``net`` is what is called in training:
+    the same module inside DDP or torch.compile.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler | None
+    ema: ModelEma | None
+    wrap: Callable[[nn.Module], nn.Module]
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.rewrap()
+
+    def rewrap(self) -> None:
+        """Make ``net`` anew: DDP fixes at its making which parameters have gradients."""
+        self.net = self.wrap(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "progress": asdict(self.progress),
+        }
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned.
+
+        Raises CheckpointError if it belongs to another model or optimiser.
+        """
+        missing = [k for k in ("optimizer", "schedule", "progress") if k not in content]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint holds no {', '.join(missing)}: it can't be resumed; start from "
+                "its weights with --finetune"
+            )
+        check_same_weights(self.model, content["model"])
+        self.model.load_state_dict(content["model"])
+        asked = [{k: g[k] for k in _ASKED if k in g} for g in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            # An option that was changed for this session counts, not what the checkpoint has.
+            for group, values in zip(self.optimizer.param_groups, asked, strict=True):
+                group |= values
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint was written with another optimiser or parameter groups ({error}); "
+                "resume with the same --opt, --layer-decay and --head-lr-scale, or use --finetune"
+            ) from None
+        self.schedule.load_state_dict(content["schedule"])
+        if self.scaler and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        if self.ema:
+            # A run that had no average starts one from its weights.
+            average = content.get("model_ema")
+            self.ema.module.load_state_dict(content["model"] if average is None else average)
+        self.progress = Progress(**content["progress"])
+
+
+def check_same_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """CheckpointError that says what differs, unless ``weights`` are those of ``model``."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    saved = {k: tuple(v.shape) for k, v in weights.items()}
+    differing = [k for k in own if k in saved and own[k] != saved[k]]
+    missing, surplus = [k for k in own if k not in saved], [k for k in saved if k not in own]
+    if differing or missing or surplus:
+        details = [f"{k} is {saved[k]} there and {own[k]} here" for k in differing[:3]]
+        details += [f"{k} is missing there" for k in missing[:2]]
+        details += [f"{k} is unknown here" for k in surplus[:2]]
+        count = len(differing) + len(missing) + len(surplus)
+        raise CheckpointError(
+            "the checkpoint belongs to another model or class count: "
+            f"{'; '.join(details)}{'; …' if count > len(details) else ''}. Resume with the same "
+            "--model, --input-size and data set, or use --finetune to take over what fits"
+        )
+
+
+def is_better(value: float, best: float | None, *, lower: bool, delta: float = 0.0) -> bool:
+    """Whether ``value`` improves on ``best`` by more than ``delta``; NaN never does."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best - delta if lower else value > best + delta

@@ -1,0 +1,19 @@
+"""What all tests share: the repository on the path, one thread a process, quiet libraries."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_generators():
+    """Every test starts from the same random state."""
+    import utils
+
+    utils.seed_all(0)

@@ -1,0 +1,392 @@
+"""Losses against their formulas, written out with loops in float64, and against timm and torch."""
+
+import logging
+import math
+
+import pytest
+import timm.loss
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import losses
+from config import LossOptions
+from errors import OptionError
+
+BATCH, CLASSES = 6, 4
+COUNTS = torch.tensor([10, 30, 5, 0])
+IMAGES = torch.zeros(BATCH, 3, 2, 2)
+
+
+def logits(seed: int = 0, rows: int = BATCH) -> Tensor:
+    return torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+HARD = torch.tensor([0, 1, 2, 2, 1, 0])
+SOFT = torch.tensor(
+    [[0.7, 0.3, 0, 0], [0, 1, 0, 0], [0.1, 0, 0.9, 0], [0, 0, 1, 0], [0.5, 0.5, 0, 0], [1, 0, 0, 0]]
+)
+
+
+def build(**options) -> nn.Module:
+    options = {"smoothing": 0.0} | options
+    return losses.build_criterion(LossOptions(**options), num_classes=CLASSES, class_counts=COUNTS)
+
+
+def shares(target, smoothing: float) -> list[float]:
+    row = [float(target == c) for c in range(CLASSES)] if target.ndim == 0 else target.tolist()
+    return [(1 - smoothing) * share + smoothing / CLASSES for share in row]
+
+
+def log_softmax(row: Tensor) -> list[float]:
+    values = row.double().tolist()
+    norm = math.log(sum(math.exp(v) for v in values))
+    return [v - norm for v in values]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def bce(x: float, t: float) -> float:
+    return -t * math.log(sigmoid(x)) - (1 - t) * math.log(1 - sigmoid(x))
+
+
+def written_out(kind: str, x: Tensor, targets: Tensor, *, smoothing=0.0, gamma=2.0, weighted=False):
+    """The losses by their definitions."""
+    total = heaviness = 0.0
+    weights = [45 / (3 * 10), 45 / (3 * 30), 45 / (3 * 5), 1.0] if weighted else [1.0] * CLASSES
+    for row, target in zip(x, targets, strict=True):
+        t, plain = shares(target, smoothing), shares(target, 0.0)
+        heavy = sum(p * w for p, w in zip(plain, weights, strict=True))
+        heaviness += heavy
+        if kind in ("ce", "focal"):
+            for share, log_p, weight in zip(t, log_softmax(row), weights, strict=True):
+                factor = (1 - math.exp(log_p)) ** gamma if kind == "focal" else 1.0
+                total -= weight * share * factor * log_p
+        else:
+            for share, value in zip(t, row.double().tolist(), strict=True):
+                factor = abs(share - sigmoid(value)) ** gamma if kind == "quality-focal" else 1.0
+                total += heavy * factor * bce(value, share) / CLASSES
+    return total / heaviness
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [HARD, SOFT], ids=["hard", "soft"])
+@pytest.mark.parametrize("kind", ["ce", "bce", "focal", "quality-focal"])
+def test_loss_equals_its_definition(kind, targets, smoothing, weighted):
+    options = {"loss": kind, "smoothing": smoothing, "focal_gamma": 1.5}
+    options["class_weights"] = "balanced" if weighted else "none"
+    loss = build(**options)(IMAGES, logits(), targets)
+    expected = written_out(
+        kind, logits(), targets, smoothing=smoothing, gamma=1.5, weighted=weighted
+    )
+    assert loss.dtype is torch.float32 and loss.ndim == 0
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_defaults_are_cross_entropy_with_smoothing():
+    criterion = losses.build_criterion(LossOptions(), num_classes=CLASSES)
+    assert criterion.copies == 1
+    theirs = timm.loss.LabelSmoothingCrossEntropy(0.1)(logits(), HARD)
+    assert criterion(IMAGES, logits(), HARD).item() == pytest.approx(theirs.item(), rel=1e-6)
+    soft = timm.loss.SoftTargetCrossEntropy()(logits(), SOFT * 0.9 + 0.1 / CLASSES)
+    assert criterion(IMAGES, logits(), SOFT).item() == pytest.approx(soft.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_hard_weighted_cross_entropy_equals_torch(smoothing):
+    weight = losses.balanced_weights(COUNTS)
+    criterion = build(class_weights="balanced", smoothing=smoothing)
+    theirs = F.cross_entropy(logits(), HARD, weight, label_smoothing=smoothing)
+    assert criterion(IMAGES, logits(), HARD).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+@pytest.mark.parametrize("kind", ["ce", "bce", "focal", "quality-focal"])
+def test_hard_targets_equal_one_hot_ones(kind, weights):
+    criterion = build(loss=kind, class_weights=weights, smoothing=0.2)
+    hard = criterion(IMAGES, logits(), HARD)
+    soft = criterion(IMAGES, logits(), F.one_hot(HARD, CLASSES).float())
+    assert hard.item() == pytest.approx(soft.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+@pytest.mark.parametrize("targets", [HARD, SOFT], ids=["hard", "soft"])
+@pytest.mark.parametrize("focal, plain", [("focal", "ce"), ("quality-focal", "bce")])
+def test_focal_losses_without_focus_are_their_plain_ones(focal, plain, targets, weights):
+    options = {"smoothing": 0.1, "class_weights": weights}
+    focused = build(loss=focal, focal_gamma=0.0, **options)(IMAGES, logits(), targets)
+    other = build(loss=plain, **options)(IMAGES, logits(), targets)
+    assert focused.item() == pytest.approx(other.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["focal", "quality-focal"])
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_gradients_are_finite_where_the_prediction_is_perfect(kind, gamma):
+    x = torch.tensor([[200.0, -200, -200, -200], [-200.0, 200, -200, -200]], requires_grad=True)
+    build(loss=kind, focal_gamma=gamma)(IMAGES[:2], x, torch.tensor([0, 0])).backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_binary_cross_entropy_equals_timm():
+    ours = build(loss="bce", smoothing=0.1)
+    theirs = timm.loss.BinaryCrossEntropy(smoothing=0.1)(logits(), HARD)
+    assert ours(IMAGES, logits(), HARD).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_bce_loss_makes_every_share_a_full_one():
+    criterion = build(bce_loss=True)
+    theirs = timm.loss.BinaryCrossEntropy(target_threshold=0.0)(logits(), SOFT)
+    assert criterion(IMAGES, logits(), SOFT).item() == pytest.approx(theirs.item(), rel=1e-6)
+    soft = build(loss="bce")(IMAGES, logits(), SOFT)
+    assert criterion(IMAGES, logits(), SOFT).item() != pytest.approx(soft.item(), rel=1e-3)
+    hard = criterion(IMAGES, logits(), HARD)
+    assert hard.item() == pytest.approx(build(loss="bce")(IMAGES, logits(), HARD).item())
+
+
+def test_balanced_weights_give_classes_equal_weight():
+    weights = losses.balanced_weights(COUNTS)
+    assert weights.tolist() == pytest.approx([1.5, 0.5, 3.0, 1.0])
+    assert (weights * COUNTS)[:3].tolist() == pytest.approx([15.0] * 3)
+    for counts in (None, COUNTS[:2]):
+        with pytest.raises(OptionError, match="--class-weights"):
+            losses.build_criterion(
+                LossOptions(class_weights="balanced"), num_classes=CLASSES, class_counts=counts
+            )
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_cosub_equals_its_definition(binary):
+    x = logits(3, rows=2 * BATCH)
+    criterion = build(cosub=True, bce_loss=binary)
+    assert criterion.copies == 2
+    total = 0.0
+    for i, target in enumerate(SOFT):
+        for c, share in enumerate(target.tolist()):
+            share = float(share > 0) if binary else share
+            a, b = x[i, c].item(), x[BATCH + i, c].item()
+            total += bce(a, share) + bce(b, share) + bce(a, sigmoid(b)) + bce(b, sigmoid(a))
+    loss = criterion(IMAGES.repeat(2, 1, 1, 1), x, SOFT)
+    assert loss.item() == pytest.approx(0.25 * total / (BATCH * CLASSES), rel=1e-5)
+
+
+def test_cosub_does_not_teach_through_the_teaching_half():
+    x = logits(3, rows=2 * BATCH).requires_grad_()
+    build(cosub=True)(IMAGES, x, SOFT).backward()
+    first, second = x.detach().chunk(2)
+    # dBCE(x, t)/dx = sigmoid(x) - t, for the targets and for the other half's predictions.
+    for half, other, gradient in zip(
+        (first, second), (second, first), x.grad.chunk(2), strict=True
+    ):
+        pulls = (half.sigmoid() - SOFT) + (half.sigmoid() - other.sigmoid())
+        torch.testing.assert_close(gradient, 0.25 * pulls / (BATCH * CLASSES))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "bce"}, {"loss": "focal"}, {"cosub": True}])
+def test_two_heads_count_equally(options):
+    criterion = build(**options)
+    rows = BATCH * criterion.copies
+    one, two = logits(1, rows), logits(2, rows)
+    both = criterion(IMAGES, (one, two), SOFT)
+    mean = (criterion(IMAGES, one, SOFT) + criterion(IMAGES, two, SOFT)) / 2
+    assert both.item() == pytest.approx(mean.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "ce", "class_weights": "balanced"},
+        {"loss": "bce", "class_weights": "balanced"},
+        {"loss": "focal"},
+        {"loss": "quality-focal"},
+        {"bce_loss": True},
+    ],
+)
+def test_half_precision_outputs_are_judged_in_float32(options):
+    criterion = build(**options)
+    x = logits().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(IMAGES, x, SOFT)
+    assert loss.dtype is torch.float32
+    assert loss.item() == criterion(IMAGES, x.float(), SOFT).item()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    kind=st.sampled_from(["ce", "bce", "focal", "quality-focal"]),
+    weights=st.sampled_from(["none", "balanced"]),
+    smoothing=st.floats(0, 0.9),
+    scale=st.floats(0, 60),
+    seed=st.integers(0, 1000),
+)
+def test_losses_are_finite_and_not_negative(kind, weights, smoothing, scale, seed):
+    criterion = build(loss=kind, class_weights=weights, smoothing=smoothing)
+    x = (logits(seed) * scale).requires_grad_()
+    loss = criterion(IMAGES, x, SOFT)
+    loss.backward()
+    assert loss.item() >= 0 and math.isfinite(loss.item())
+    assert torch.isfinite(x.grad).all()
+
+
+def test_criterion_has_no_state_to_save():
+    criterion = build(class_weights="balanced")
+    assert criterion.state_dict() == {}
+    assert criterion.to(torch.float64).weight.dtype is torch.float64
+
+
+# --- distillation ---------------------------------------------------------------------------------
+
+
+class Teacher(nn.Module):
+    """Gives logits that don't depend on the pictures; dropout would show in training mode."""
+
+    def __init__(self, answers: Tensor) -> None:
+        super().__init__()
+        self.answers = nn.Parameter(answers)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.drop(self.answers)
+
+
+def distilled(kind: str, alpha: float = 0.3, tau: float = 1.0, smoothing: float = 0.1) -> nn.Module:
+    options = LossOptions(
+        distillation_type=kind,
+        distillation_alpha=alpha,
+        distillation_tau=tau,
+        teacher_path="t.pth",
+        smoothing=smoothing,
+    )
+    return losses.build_criterion(options, num_classes=CLASSES, teacher=Teacher(logits(9)))
+
+
+def deits_formula(kind: str, student: Tensor, tau: float) -> float:
+    total = 0.0
+    for row, answer in zip(student, logits(9), strict=True):
+        if kind == "hard":
+            total -= log_softmax(row)[int(answer.argmax())] / BATCH
+        else:
+            for ours, theirs in zip(log_softmax(row / tau), log_softmax(answer / tau), strict=True):
+                total += math.exp(theirs) * (theirs - ours) * tau**2 / (BATCH * CLASSES)
+    return total
+
+
+@pytest.mark.parametrize("kind, tau", [("hard", 1.0), ("soft", 1.0), ("soft", 3.0)])
+def test_distillation_of_two_heads(kind, tau):
+    one, two = logits(1), logits(2)
+    loss = distilled(kind, 0.3, tau)(IMAGES, (one, two), SOFT)
+    base = written_out("ce", one, SOFT, smoothing=0.1)
+    expected = 0.7 * base + 0.3 * deits_formula(kind, two, tau)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_distillation_of_one_head_says_so_once(caplog):
+    caplog.set_level(logging.INFO)
+    criterion = distilled("hard", 0.5)
+    for _ in range(2):
+        loss = criterion(IMAGES, logits(1), SOFT)
+    base = written_out("ce", logits(1), SOFT, smoothing=0.1)
+    expected = 0.5 * base + 0.5 * deits_formula("hard", logits(1), 1.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert caplog.text.count("no distillation head") == 1
+
+
+def test_teacher_is_fixed_and_kept_out():
+    criterion = distilled("soft")
+    criterion.train()
+    assert not criterion.teacher.training
+    assert list(criterion.parameters()) == [] and criterion.state_dict() == {}
+    assert not criterion.teacher.answers.requires_grad
+    student = logits(1).requires_grad_()
+    criterion(IMAGES, student, HARD).backward()
+    assert criterion.teacher.answers.grad is None and student.grad.abs().sum() > 0
+    criterion.to(torch.float64)
+    assert criterion.teacher.answers.dtype is torch.float64
+
+
+def test_distillation_in_half_precision():
+    criterion = distilled("soft", tau=2.0)
+    rounded = logits(9).bfloat16().float()
+    criterion.teacher.answers.data = rounded.bfloat16()
+    x = logits(1).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(IMAGES, (x, x), SOFT)
+    assert loss.dtype is torch.float32
+    criterion.teacher.answers.data = rounded
+    assert loss.item() == criterion(IMAGES, (x.float(), x.float()), SOFT).item()
+
+
+# --- building a teacher ---------------------------------------------------------------------------
+
+NAMES = ["a", "b", "c"]
+
+
+def save_teacher(path, num_classes: int = 3, **extra) -> nn.Module:
+    model = timm.create_model("resnet18", num_classes=num_classes)
+    torch.save({"model": model.state_dict(), **extra}, path)
+    return model
+
+
+def teacher_options(path, model: str = "resnet18") -> LossOptions:
+    return LossOptions(distillation_type="hard", teacher_model=model, teacher_path=str(path))
+
+
+def build_teacher(path, model: str = "resnet18", num_classes: int = 3):
+    return losses.build_teacher(
+        teacher_options(path, model), num_classes=num_classes, input_size=32, class_names=NAMES
+    )
+
+
+def test_no_teacher_without_distillation():
+    assert losses.build_teacher(LossOptions(), num_classes=3, input_size=32) is None
+
+
+def test_teacher_gets_its_weights(tmp_path):
+    saved = save_teacher(tmp_path / "t.pth", class_names=NAMES).eval()
+    teacher = build_teacher(tmp_path / "t.pth").eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(x), saved(x))
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        (["a", "b"], "knows 2 classes, the data set has 3"),
+        (["a", "x", "c"], "class 1 is 'x', the data set's 'b'"),
+    ],
+)
+def test_teacher_of_other_classes_is_refused(tmp_path, known, message):
+    save_teacher(tmp_path / "t.pth", class_names=known)
+    with pytest.raises(OptionError, match=f"--teacher-path: .*{message}"):
+        build_teacher(tmp_path / "t.pth")
+
+
+def test_teacher_of_another_class_count_is_refused(tmp_path):
+    save_teacher(tmp_path / "t.pth", num_classes=7)
+    with pytest.raises(OptionError, match="--teacher-path: the teacher knows 7 classes"):
+        build_teacher(tmp_path / "t.pth")
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    save_teacher(tmp_path / "t.pth")
+    with pytest.raises(OptionError, match="--teacher-path"):
+        build_teacher(tmp_path / "t.pth", model="resnet34")
+    with pytest.raises(OptionError, match="--teacher-path"):
+        build_teacher(tmp_path / "t.pth", model="regnety_002")
+    with pytest.raises(OptionError, match="--teacher-path: .*does not exist"):
+        build_teacher(tmp_path / "other.pth")
+
+
+def test_unknown_teacher_is_blamed_on_its_own_option(tmp_path):
+    with pytest.raises(OptionError, match="--teacher-model: .*resnet18") as caught:
+        build_teacher(tmp_path / "t.pth", model="resnet1818")
+    assert "--model" not in str(caught.value)
+
+
+def test_published_teacher_must_know_the_classes():
+    with pytest.raises(OptionError, match="--teacher-path: .*1000 classes, the data set has 3"):
+        build_teacher("timm")

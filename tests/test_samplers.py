@@ -1,0 +1,110 @@
+"""samplers.py: who sees which picture when."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from samplers import BalancedSampler, EvalSampler, RASampler, SampleKey, ShuffleSampler
+
+SIZES = st.integers(0, 60)
+WORLDS = st.integers(1, 8)
+examples = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+def of_all_ranks(make, num_replicas, epoch=0, start=0):
+    """The keys of every rank."""
+    keys = []
+    for rank in range(num_replicas):
+        sampler = make(num_replicas=num_replicas, rank=rank)
+        sampler.set_epoch(epoch, start)
+        keys.append(list(sampler))
+        assert len(sampler) == len(keys[-1])
+    return keys
+
+
+@examples
+@given(size=SIZES, world=WORLDS, epoch=st.integers(0, 3), data=st.data())
+def test_ranks_share_out_the_global_sequence(size, world, epoch, data):
+    start = data.draw(st.integers(0, size))
+    for kind in (ShuffleSampler, RASampler):
+        ranks = of_all_ranks(lambda kind=kind, **k: kind(size, seed=5, **k), world, epoch, start)
+        assert {len(keys) for keys in ranks} == {(size - start) // world}
+        dealt = [key for step in zip(*ranks, strict=True) for key in step]
+        order = kind(size, seed=5).order(epoch).tolist()
+        positions = range(start, start + len(dealt))
+        assert dealt == [SampleKey(order[p], epoch, p) for p in positions]
+
+
+@examples
+@given(size=SIZES)
+def test_shuffle_shows_every_picture_once(size):
+    assert sorted(ShuffleSampler(size).order(0).tolist()) == list(range(size))
+
+
+def test_start_gives_the_tail():
+    whole, tail = (
+        ShuffleSampler(20, num_replicas=2, rank=1),
+        ShuffleSampler(20, num_replicas=2, rank=1),
+    )
+    whole.set_epoch(3)
+    tail.set_epoch(3, start=8)
+    assert list(tail) == list(whole)[4:]
+    assert len(tail) == 6
+
+
+@examples
+@given(size=st.integers(1, 60), repeats=st.integers(1, 4))
+def test_repeated_augmentation_repeats_in_a_row(size, repeats):
+    order = RASampler(size, num_repeats=repeats).order(1).tolist()
+    assert len(order) == size
+    groups = [order[i : i + repeats] for i in range(0, size, repeats)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0] for group in groups}) == len(groups)
+
+
+def test_repeated_augmentation_has_three_copies_and_small_epochs():
+    # DeiT's own sampler rounds down to multiples of 256 and would give an empty epoch here.
+    sampler = RASampler(10)
+    assert len(list(sampler)) == 10
+    assert len(set(sampler.order(0).tolist())) == 4
+
+
+@pytest.mark.parametrize(
+    "make", [ShuffleSampler, RASampler, lambda n, **k: BalancedSampler([0, 1] * (n // 2), **k)]
+)
+def test_seed_and_epoch_decide_the_order(make):
+    first = make(40, seed=1).order(2)
+    assert torch.equal(first, make(40, seed=1).order(2))
+    assert not torch.equal(first, make(40, seed=2).order(2))
+    assert not torch.equal(first, make(40, seed=1).order(3))
+    torch.manual_seed(9)
+    expected = torch.rand(1)
+    torch.manual_seed(9)
+    make(40, seed=1).order(2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_balanced_draws_classes_equally_and_pictures_equally_within():
+    targets = np.array([0] * 900 + [2] * 90 + [5] * 10)
+    np.random.RandomState(0).shuffle(targets)
+    sampler = BalancedSampler(targets)
+    drawn = torch.cat([sampler.order(epoch) for epoch in range(30)]).numpy()
+    shares = np.bincount(targets[drawn], minlength=6) / len(drawn)
+    # 30000 draws: the deviation of a share is 0.003
+    assert shares[[0, 2, 5]] == pytest.approx(1 / 3, abs=0.015)
+    assert shares[[1, 3, 4]].sum() == 0
+    rare = np.bincount(drawn, minlength=1000)[targets == 5]
+    assert rare.min() > 800 and rare.max() < 1200
+
+
+@examples
+@given(size=SIZES, world=WORLDS)
+def test_evaluation_covers_everything_exactly_once(size, world):
+    ranks = [EvalSampler(size, num_replicas=world, rank=r) for r in range(world)]
+    keys = [key for sampler in ranks for key in sampler]
+    assert sorted(key.index for key in keys) == list(range(size))
+    assert all(key == SampleKey(key.index, 0, key.index) for key in keys)
+    assert [len(s) for s in ranks] == [len(list(s)) for s in ranks]
+    assert [k.index for k in ranks[-1]] == list(range(world - 1, size, world))

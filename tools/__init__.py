@@ -1,0 +1,1 @@
+"""What one does before and after training, each run as ``python -m tools.NAME``."""

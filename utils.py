@@ -1,0 +1,308 @@
+"""Processes, devices and random numbers: what every room needs and no room owns."""
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from config import DistOptions
+from errors import OptionError
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on all ``parts`` and on nothing else.
+
+    Augmentation seeds are derived from (seed, "sample", epoch, position), dropout seeds from
+    (seed, "step", step, rank): randomness is a function of where training stands, so a resumed run
+    draws what the uninterrupted one would have drawn.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (CUDA's too)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_host(seed: int) -> None:
+    """Seed the global generators of the host only: what picture transforms draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of all global generators, as tensors and primitives."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned; CUDA's only where the device count is the same."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of ``--device``; ``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError("device", f"{name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if device.index is None else device.index
+        if count == 0:
+            raise OptionError("device", "no CUDA device here: use --device cpu, or auto")
+        if index >= count:
+            raise OptionError(
+                "device", f"cuda:{index} doesn't exist, there are {count}: start at most {count} "
+                "processes a machine"
+            )  # fmt: skip
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise OptionError("device", "no MPS device here: use --device cpu, or auto")
+    elif device.type not in ("cpu", "mps"):
+        raise OptionError("device", f"{name!r} is none of auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Deterministic algorithms only, or the fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of ``--amp`` on ``device``; None is float32 throughout."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if amp == "fp16" and device.type == "mps":
+        raise OptionError("amp", "fp16 needs loss scaling, which MPS lacks: use --amp bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def init_distributed(options: DistOptions, device_name: str) -> Processes:
+    """Join the process group that torchrun, SLURM or ``--dist-url`` describes, if there is one.
+
+    NCCL carries CUDA tensors and gloo those of the host; on a CPU all is gloo.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        local_world = int(env.get("LOCAL_WORLD_SIZE", 1))
+    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+        local_rank = int(env.get("SLURM_LOCALID", 0))
+        local_world = world // int(env.get("SLURM_NNODES", 1))
+        env.setdefault("MASTER_PORT", "29500")
+        if options.dist_url == "env://" and "MASTER_ADDR" not in env:
+            raise OptionError(
+                "dist_url", "SLURM started several tasks but MASTER_ADDR is not set: export it, "
+                "use --dist-url tcp://HOST:PORT, or launch with run_with_submitit.py"
+            )  # fmt: skip
+    else:
+        if options.distributed or options.world_size > 1:
+            raise OptionError(
+                "distributed", "no launcher is in sight (RANK and WORLD_SIZE are not set): start "
+                "with torchrun --nproc-per-node N main.py …"
+            )  # fmt: skip
+        return Processes()
+    if options.world_size not in (1, world):
+        raise OptionError(
+            "world_size", f"{options.world_size}, but the launcher started {world} processes"
+        )
+    processes = Processes(rank, world, local_rank, local_world)
+    if not processes.distributed:
+        return processes
+    cuda = pick_device(device_name, local_rank).type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        init_method=options.dist_url,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=options.dist_timeout),
+    )
+    return processes
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        # Not dist.barrier(): with NCCL that would occupy the device.
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def main_process_first(processes: Processes) -> Iterator[None]:
+    """The main process goes through the block alone (it may download), then the others."""
+    if not processes.is_main:
+        barrier()
+    yield
+    if processes.is_main:
+        barrier()
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a wish to stop at the next step boundary.
+
+    Every process must leave at the same step, or the others would wait for it in the next gradient
+    exchange: :meth:`agreed` is true for all as soon as one process was asked. A second Ctrl-C
+    leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = number
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; to be called by all at the same step."""
+        if not dist.is_initialized():
+            return self.signal is not None
+        wish = torch.tensor([self.signal or 0])
+        dist.all_reduce(wish, dist.ReduceOp.MAX)
+        self.signal = int(wish) or None
+        return self.signal is not None
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+class _Console(logging.Handler):
+    """Writes messages to standard output, above a progress bar if one is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(self.format(record), flush=True)
+
+
+def setup_messages(processes: Processes) -> None:
+    """Messages go to standard output; other processes' only from warnings up, with the rank."""
+    handler = _Console()
+    if processes.is_main:
+        handler.setFormatter(_Formatter())
+    else:
+        handler.setFormatter(
+            logging.Formatter(f"[rank {processes.rank}] %(levelname)s: %(message)s")
+        )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if processes.is_main else logging.WARNING)
+    # Libraries speak up from warnings on.
+    for name in ("timm", "matplotlib", "PIL", "torch", "submitit"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+# --- plugins --------------------------------------------------------------------------------------
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import the user's files or modules, which register models, data sets or transforms."""
+    for name in names:
+        try:
+            if name.endswith(".py"):
+                path = Path(name).expanduser().resolve()
+                if not path.is_file():
+                    raise OptionError("plugin", f"{name} does not exist")
+                spec = importlib.util.spec_from_file_location(path.stem, path)
+                module = importlib.util.module_from_spec(spec)
+                # Loader processes find the plugin's classes by this name.
+                sys.modules[path.stem] = module
+                spec.loader.exec_module(module)
+            else:
+                importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise OptionError("plugin", f"{name}: no module named {error.name!r}") from None
