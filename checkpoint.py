@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,19 +156,26 @@ def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
 # --- a run's folder -------------------------------------------------------------------------------
 
 
-def name_of(epoch: int, step: int) -> str:
-    """File name of the checkpoint after ``epoch`` whole epochs and ``step`` batches of the next."""
-    return f"checkpoint-{epoch:04d}-{step:06d}.pth" if step else f"checkpoint-{epoch:04d}.pth"
+def name_of(epoch: int, samples: int) -> str:
+    """File name of the checkpoint after ``epoch`` epochs and ``samples`` pictures of the next."""
+    return f"checkpoint-{epoch:04d}-{samples:08d}.pth" if samples else f"checkpoint-{epoch:04d}.pth"
 
 
 def in_folder(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first (``best.pth`` not among them)."""
-    found = []
-    for path in folder.glob("checkpoint-*.pth"):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            found.append(((int(match[1]), int(match[2] or 0)), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [p for p in folder.glob("checkpoint-*.pth") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """(epochs, pictures of the next one) that a checkpoint's name tells."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]), int(match[2] or 0)
+
+
+def newer_in_folder(folder: Path, epoch: int, samples: int) -> list[Path]:
+    """The checkpoints of a run that come after that point."""
+    return [path for path in in_folder(folder) if _place(path) > (epoch, samples)]
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -191,7 +199,7 @@ def holds_run(folder: Path) -> bool:
 def save_in_folder(folder: Path, content: Mapping[str, Any], *, keep: int, best: bool) -> Path:
     """Save a run's newest checkpoint and keep the last ``keep``; ``best`` sets ``best.pth`` too."""
     progress = content["progress"]
-    path = folder / name_of(progress["epoch"], progress["step"])
+    path = folder / name_of(progress["epoch"], progress["samples"])
     save(path, content)
     if best:
         set_best(folder, path)
@@ -199,6 +207,60 @@ def save_in_folder(folder: Path, content: Mapping[str, Any], *, keep: int, best:
         if old != path:
             old.unlink()
     return path
+
+
+class BackgroundWriter:
+    """Writes a run's checkpoints while training goes on.
+
+    :meth:`submit` returns once the content is copied to host memory; a thread writes the copy. The
+    file system's errors are kept for :meth:`wait`, because training is worth more than a file.
+
+    Attributes:
+        saved: the newest file that was written whole.
+        error: why the last write failed, or None.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.saved: Path | None = None
+        self.error: OSError | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, content: Mapping[str, Any], *, best: bool) -> None:
+        """Write ``content`` as it is now, after the write under way, if any, is done."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(_copy_to_host(content), best))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until everything submitted is on disk or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, content: Mapping[str, Any], best: bool) -> None:
+        try:
+            self.saved = save_in_folder(self.folder, content, keep=self.keep, best=best)
+            self.error = None
+        except OSError as error:
+            self.error = error
+            log.warning(
+                "no checkpoint was written to %s: %s. Training goes on and the older ones stay; "
+                "free space there",
+                self.folder,
+                error.strerror or error,
+            )
+
+
+def _copy_to_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: _copy_to_host(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy_to_host(v) for v in value)
+    return value
 
 
 def set_best(folder: Path, path: Path) -> None:

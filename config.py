@@ -10,6 +10,7 @@ Precedence, lowest first: default, ``base:`` of a config file, the config file, 
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import sys
 import types
@@ -73,7 +74,7 @@ class RunOptions:
         transient=True,
     )
     start_epoch: int = option(
-        0, "with --resume: count epochs from here, instead of the checkpoint's count", low=0,
+        0, "count epochs from here; with --resume, instead of the checkpoint's count", low=0,
         transient=True,
     )  # fmt: skip
     eval: bool = option(False, "evaluate the model of --resume and exit", transient=True)
@@ -166,6 +167,8 @@ class DataOptions:
     eval_crop_ratio: float = option(0.875, "evaluation: share of the picture kept", above=0, high=1)
     mean: tuple[float, ...] | None = option(
         None, "normalisation mean, one or three values in 0–1 (default: the model's or data set's)",
+        low=0,
+        high=1,
         length=(1, 3),
     )  # fmt: skip
     std: tuple[float, ...] | None = option(
@@ -279,6 +282,11 @@ class OptimOptions:
         "a loss or gradient that isn't finite: stop and say where, skip the step, or go back to "
         "the last checkpoint with half the learning rate",
     )
+    rollback_fp32_steps: int = option(
+        0,
+        "after a rollback, make so many updates in full precision, with the whole learning rate",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -297,7 +305,9 @@ class ScheduleOptions:
     )
     lr_noise_std: float = option(1.0, "deviation of the noise", low=0)
     warmup_lr: float = option(1e-6, "learning rate of the first step", low=0)
-    min_lr: float = option(1e-5, "lowest learning rate", low=0)
+    min_lr: float = option(
+        1e-5, "learning rate at the end of cosine, one-cycle and poly, lowest of plateau", low=0
+    )
     warmup_epochs: float = option(5, "length of the warm-up", low=0)
     cooldown_epochs: int = option(0, "epochs at the end rate, after --epochs", low=0)
     decay_epochs: float = option(30, "step: epochs between decays", above=0)
@@ -336,12 +346,18 @@ class SaveOptions:
     """Checkpoints and stopping"""
 
     save_every: int = option(1, "epochs between checkpoints", low=1)
+    save_every_steps: int = option(0, "updates between checkpoints within an epoch; 0: none", low=0)
+    save_every_minutes: float = option(
+        0.0, "minutes between checkpoints within an epoch; 0: none", low=0
+    )
     keep: int = option(2, "newest checkpoints kept, beside the best", low=1)
-    monitor: str = option(
-        "test_acc1", "log key that decides which checkpoint is best (…loss: lower is better)"
+    best_metric: str = option(
+        "test_acc1",
+        "log key that decides which checkpoint is best (…loss: lower is better)",
+        aliases=("monitor",),
     )
     early_stop: int = option(
-        0, "stop after so many epochs without progress of --monitor; 0: never", low=0
+        0, "stop after so many epochs without progress of --best-metric; 0: never", low=0
     )
     early_stop_delta: float = option(0.0, "smallest change that is progress", low=0)
 
@@ -459,27 +475,30 @@ def _type_names(tp: Any) -> list[str]:
 
 @cache
 def options() -> tuple[Option, ...]:
-    """All options, in the order of the help."""
+    """All options of a run, in the order of the help."""
+    sections = [f for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+    return tuple(opt for f in sections for opt in options_of(f.type, f.name))
+
+
+def options_of(kind: type, section: str) -> tuple[Option, ...]:
+    """The options of one section, a dataclass whose docstring is its title."""
+    hints = typing.get_type_hints(kind)
     found = []
-    for section in dataclasses.fields(Config):
-        if not dataclasses.is_dataclass(section.type):
-            continue
-        hints = typing.get_type_hints(section.type)
-        for f in dataclasses.fields(section.type):
-            meta = dict(f.metadata)
-            found.append(
-                Option(
-                    name=f.name,
-                    section=section.name,
-                    title=section.type.__doc__,
-                    type=hints[f.name],
-                    default=f.default,
-                    help=meta.pop("help"),
-                    aliases=meta.pop("aliases"),
-                    transient=meta.pop("transient"),
-                    bounds=meta,
-                )
+    for f in dataclasses.fields(kind):
+        meta = dict(f.metadata)
+        found.append(
+            Option(
+                name=f.name,
+                section=section,
+                title=kind.__doc__,
+                type=hints[f.name],
+                default=f.default,
+                help=meta.pop("help"),
+                aliases=meta.pop("aliases"),
+                transient=meta.pop("transient"),
+                bounds=meta,
             )
+        )
     return tuple(found)
 
 
@@ -499,7 +518,11 @@ def _canonical(name: str) -> str:
 
 @cache
 def _lookup() -> dict[str, Option]:
-    return {_canonical(key): opt for opt in options() for key in (opt.name, *opt.aliases)}
+    return _by_key(options())
+
+
+def _by_key(found: Sequence[Option]) -> dict[str, Option]:
+    return {_canonical(key): opt for opt in found for key in (opt.name, *opt.aliases)}
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -613,6 +636,8 @@ def _to_int(raw: Any) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and option names in which ``-`` and ``_`` are the same."""
 
+    known: Mapping[str, Option] = types.MappingProxyType({})
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
 
@@ -623,7 +648,7 @@ class Parser(argparse.ArgumentParser):
             if not flags:
                 raise UserError(f"unexpected argument {unknown[0]!r}; options start with --")
             name = flags[0].split("=")[0]
-            raise UserError(f"unknown option {name}{_nearest(name)}")
+            raise UserError(f"unknown option {name}{_nearest(name, self.known)}")
         return known
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -634,32 +659,37 @@ class Parser(argparse.ArgumentParser):
         if not arg.startswith("--"):
             return arg
         name, equals, value = arg[2:].partition("=")
-        lookup = _lookup()
         key = _canonical(name)
-        if key in lookup:
-            return lookup[key].flag + equals + value
-        if key.startswith("no-") and key[3:] in lookup:
-            return "--no-" + lookup[key[3:]].flag[2:] + equals + value
+        if key in self.known:
+            return self.known[key].flag + equals + value
+        if key.startswith("no-") and key[3:] in self.known:
+            return "--no-" + self.known[key[3:]].flag[2:] + equals + value
         return arg
 
 
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(
-        _canonical(name.lstrip("-")), list(_lookup()), n=1, cutoff=0.6
-    )
-    return f"; did you mean {_lookup()[close[0]].flag}?" if close else "; --help lists them all"
+def _nearest(name: str, known: Mapping[str, Option]) -> str:
+    close = difflib.get_close_matches(_canonical(name.lstrip("-")), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {known[close[0]].flag}?" if close else "; --help lists them all"
 
 
-def get_parser(defaults: bool = True) -> Parser:
-    """The command line. With ``defaults=False`` the namespace holds only what was given."""
+def get_parser(defaults: bool = True, launcher: Sequence[Option] = ()) -> Parser:
+    """The command line. With ``defaults=False`` the namespace holds only what was given.
+
+    ``launcher``: options that a launcher takes before those of the run.
+    """
     parser = Parser(
         prog="main.py",
+        usage="main.py [--config FILE.yaml] [--OPTION VALUE …]",
         description="Train and evaluate image classifiers: DeiT, CaiT, ResNet and any timm model.",
+        epilog="Examples: main.py --model deit_small --data-path pets; main.py --config "
+        "configs/quickstart.yaml --epochs 5; main.py --eval --resume output/run/best.pth",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
         allow_abbrev=False,
     )
+    everything = (*launcher, *options())
+    parser.known = _by_key(everything)
     groups: dict[str, Any] = {}
-    for opt in options():
+    for opt in everything:
         if opt.section not in groups:
             groups[opt.section] = parser.add_argument_group(opt.title)
         help = opt.help.replace("%", "%%")
@@ -672,8 +702,7 @@ def get_parser(defaults: bool = True) -> Parser:
         else:
             keywords |= {"type": _argument_type(opt), "metavar": opt.type_name.replace(" …", "")}
             if _is_tuple(opt.type):
-                keywords |= {"nargs": "+", "action": _StoreTuple}
-                keywords["type"] = str
+                keywords |= {"nargs": "+", "action": _StoreTuple, "opt": opt, "type": str}
         groups[opt.section].add_argument(opt.flag, **keywords)
     return parser
 
@@ -689,9 +718,13 @@ def _argument_type(opt: Option) -> Callable[[str], Any]:
 
 
 class _StoreTuple(argparse.Action):
+    def __init__(self, *, opt: Option, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.opt = opt
+
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         raw = values[0] if len(values) == 1 else values
-        setattr(namespace, self.dest, convert(by_name(self.dest), raw))
+        setattr(namespace, self.dest, convert(self.opt, raw))
 
 
 def _show(value: Any) -> str:
@@ -722,6 +755,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[
         raise OptionError("config", f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError("config", f"{path} can't be read: {error}") from None
+    except RecursionError:
+        raise OptionError("config", f"{path}: nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -745,7 +780,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[
     values = {}
     for key, raw in data.items():
         if _canonical(str(key)) not in _lookup():
-            raise OptionError("config", f"{path}: unknown option {key!r}{_nearest(str(key))}")
+            raise OptionError(
+                "config", f"{path}: unknown option {key!r}{_nearest(str(key), _lookup())}"
+            )
         opt = by_name(str(key))
         if opt.name in ("config", "print_config"):
             raise OptionError(
@@ -789,7 +826,14 @@ def load(
     ``underneath`` is given the options that the config file and the command line set, and returns
     others (those a checkpoint holds) that rank between the defaults and the config file.
     """
-    given = vars(get_parser(defaults=False).parse_args(argv))
+    return resolve(vars(get_parser(defaults=False).parse_args(argv)), underneath)
+
+
+def resolve(
+    given: Mapping[str, Any],
+    underneath: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> Config:
+    """The Config of options ``given`` on a command line; ``underneath`` as for :func:`load`."""
     layers = read_yaml(Path(given["config"])) if given.get("config") else []
     layers.append((COMMAND_LINE, given))
     if underneath:
@@ -891,14 +935,22 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         "needs a model: add --resume FILE",
     )
     yield (
-        run.start_epoch > 0 and not run.resume,
+        run.start_epoch >= run.epochs + sched.cooldown_epochs and not run.eval,
         "start_epoch",
-        "counts on from a checkpoint: add --resume",
+        f"{run.start_epoch} leaves nothing of --epochs {run.epochs}: lower it",
     )
+    for name in ("mean", "std"):
+        value = getattr(c.data, name)
+        yield value is not None and len(value) == 2, name, "takes one or three values, got 2"
     yield (
         c.model.pretrained and bool(c.model.finetune),
         "pretrained",
         "and --finetune both name where to start: leave one out",
+    )
+    yield (
+        c.optim.rollback_fp32_steps > 0 and c.optim.on_nonfinite != "rollback",
+        "rollback_fp32_steps",
+        "needs --on-nonfinite rollback",
     )
     yield (
         bool(c.model.unfreeze_at) and not c.model.freeze,
@@ -918,11 +970,11 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         "and --freeze both say what is fixed: leave one out",
     )
     yield (
-        c.save.monitor.startswith("ema_") and not c.ema.model_ema,
-        "monitor",
-        f"{c.save.monitor} needs --model-ema",
+        c.save.best_metric.startswith("ema_") and not c.ema.model_ema,
+        "best_metric",
+        f"{c.save.best_metric} needs --model-ema",
     )
-    monitors = (
+    metrics = (
         "test_acc1",
         "test_acc5",
         "test_loss",
@@ -931,13 +983,52 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         "ema_loss",
         "train_loss",
     )
-    close = difflib.get_close_matches(c.save.monitor, monitors, n=1)
+    close = difflib.get_close_matches(c.save.best_metric, metrics, n=1)
     yield (
-        c.save.monitor not in monitors,
-        "monitor",
-        f"{c.save.monitor!r} is not logged; one of {', '.join(monitors)}"
+        c.save.best_metric not in metrics,
+        "best_metric",
+        f"{c.save.best_metric!r} is not logged; one of {', '.join(metrics)}"
         + (f" (did you mean {close[0]}?)" if close else ""),
     )
+
+
+def unused(c: Config) -> list[str]:
+    """A line for each option that was asked for but has no effect beside the others."""
+    sched, aug, loss = c.schedule.sched, c.augment, c.loss
+    mixing = aug.mixup > 0 or aug.cutmix > 0 or aug.cutmix_minmax is not None
+    needs = {
+        "decay_milestones": (sched == "multistep", "--sched multistep"),
+        "decay_epochs": (sched == "step", "--sched step"),
+        "decay_rate": (sched in ("step", "multistep", "plateau"), "--sched step or plateau"),
+        "patience_epochs": (sched == "plateau", "--sched plateau"),
+        "restart_epochs": (sched == "cosine-restarts", "--sched cosine-restarts"),
+        "restart_mul": (sched == "cosine-restarts", "--sched cosine-restarts"),
+        "restart_decay": (sched == "cosine-restarts", "--sched cosine-restarts"),
+        "poly_power": (sched == "poly", "--sched poly"),
+        "lr_noise_pct": (c.schedule.lr_noise is not None, "--lr-noise"),
+        "lr_noise_std": (c.schedule.lr_noise is not None, "--lr-noise"),
+        "clip_mode": (c.optim.clip_grad is not None, "--clip-grad"),
+        "focal_gamma": (loss.loss in ("focal", "quality-focal"), "--loss focal"),
+        "teacher_model": (loss.distillation_type != "none", "--distillation-type"),
+        "distillation_alpha": (loss.distillation_type != "none", "--distillation-type"),
+        "distillation_tau": (loss.distillation_type == "soft", "--distillation-type soft"),
+        "mixup_prob": (mixing, "--mixup or --cutmix"),
+        "mixup_switch_prob": (mixing, "--mixup and --cutmix"),
+        "mixup_mode": (mixing, "--mixup or --cutmix"),
+        "remode": (aug.reprob > 0, "--reprob"),
+        "recount": (aug.reprob > 0, "--reprob"),
+        "model_ema_decay": (c.ema.model_ema, "--model-ema"),
+        "model_ema_warmup": (c.ema.model_ema, "--model-ema"),
+        "model_ema_force_cpu": (c.ema.model_ema, "--model-ema"),
+        "early_stop_delta": (c.save.early_stop > 0, "--early-stop"),
+        "inat_category": (c.data.data_set.upper().startswith("INAT"), "--data-set INAT"),
+    }
+    asked = c.explicit()
+    return [
+        f"{by_name(name).flag} has no effect without {need}"
+        for name, (used, need) in needs.items()
+        if name in asked and not used
+    ]
 
 
 def _validate(config: Config) -> None:
@@ -973,25 +1064,14 @@ def options_table() -> str:
     lines = [
         "# Options",
         "",
-        "Made from `config.py` by `python -m tools.docs`; hyphens and underscores",
+        "Made from `config.py` by `python -m tools.docs`. Hyphens and underscores are the same,",
+        "and every name is a YAML key.",
     ]
-    lines += ["are the same, and every name is also a YAML key.", ""]
-    section = None
-    for opt in options():
-        if opt.section != section:
-            section = opt.section
-            lines += [
-                f"## {opt.title}",
-                "",
-                "| option | values | default | meaning |",
-                "|---|---|---|---|",
-            ]
-        default = _show(opt.default) if opt.default not in ("", ()) else ""
-        kind = opt.type_name.replace("|", " \\| ")
-        lines.append(
-            f"| `{opt.flag}` | {kind} | {default} | {opt.help.replace('|', chr(92) + '|')} |"
-        )
-        following = options()[min(options().index(opt) + 1, len(options()) - 1)]
-        if following.section != section:
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    for title, members in itertools.groupby(options(), key=lambda opt: opt.title):
+        lines += ["", f"## {title}", ""]
+        lines += ["| option | values | default | meaning |", "|---|---|---|---|"]
+        for opt in members:
+            default = _show(opt.default) if opt.default not in ("", ()) else ""
+            cells = (f"`{opt.flag}`", opt.type_name, default, opt.help)
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff")
     + (".webp", ".avif", ".jp2")
 )
+FEW_CLASSES = 20  # each is named with its count
 IMBALANCE = 10  # a most frequent class this many times the least frequent one is worth a warning
 
 
@@ -313,16 +315,31 @@ def _image_folder(is_train: bool, data: "DataOptions", seed: int) -> Source:
     _no_split_wanted(data, str(root))
     if is_train:
         return _scan_train(train)
-    classes = _subfolders(train)
+    return _scan_val(val, _subfolders(train), str(train))
+
+
+def _scan_val(val: Path, classes: list[str], reference: str) -> FileSource:
+    """The pictures of ``val``; its folders must be among the ``classes`` of ``reference``."""
     for name in _subfolders(val):
         if name not in classes:
-            raise DataError(f"{val / name}: no class of that name in {train}")
+            raise DataError(f"{val / name}: no class of that name in {reference}")
     source = _scan(val, classes)
     counts = np.bincount(source.targets, minlength=len(classes))
     missing = [name for name, count in zip(classes, counts, strict=True) if not count]
     if missing:
         logger.warning("%s has no pictures of %d classes: %s", val, len(missing), _list(missing))
     return source
+
+
+def _folders_of(data: "DataOptions", classes: list[str]) -> Source | None:
+    """Class folders of a set without a training part, for a model that knows its classes."""
+    root = _root(data)
+    if (root / "train").is_dir() or root.is_file():
+        return None
+    val = _first_existing(root / name for name in _VAL_NAMES)
+    if val is None and data.val_fraction is None:
+        val = root
+    return None if val is None else _scan_val(val, classes, "the model")
 
 
 def _list(names: Sequence[str]) -> str:
@@ -483,6 +500,15 @@ def _csv(is_train: bool, data: "DataOptions", seed: int) -> Source:
     _no_split_wanted(data, str(root))
     source = _csv_source(train)
     return source if is_train else _csv_source(val, source.classes)
+
+
+def _csv_of(data: "DataOptions", classes: list[str]) -> Source | None:
+    """A CSV file without a training part, for a model that knows its classes."""
+    root = _root(data)
+    if root.is_file():
+        return _csv_source(root, classes) if data.val_fraction is None else None
+    val = _first_existing(root / f"{name}.csv" for name in _VAL_NAMES)
+    return None if val is None or (root / "train.csv").exists() else _csv_source(val, classes)
 
 
 # --- small sets ---------------------------------------------------------------------------------
@@ -856,6 +882,7 @@ _REGISTRY: dict[str, Factory] = {
     "CSV": _csv,
     "DIGITS": _digits,
 }
+_ALONE = {"IMNET": _folders_of, "CSV": _csv_of}
 _READERS = {"wds": _webdataset, "hfds": _hugging_face_set, "tfds": _tensorflow_set}
 
 
@@ -958,14 +985,26 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
 
 
 def build_dataset(
-    is_train: bool, data: "DataOptions", transform: Callable[..., torch.Tensor], *, seed: int
+    is_train: bool,
+    data: "DataOptions",
+    transform: Callable[..., torch.Tensor] | None,
+    *,
+    seed: int,
+    classes: list[str] | None = None,
 ) -> ImageDataset:
     """The training or validation part of ``data.data_set``. Classes are those of the training part.
+
+    With ``classes``, those of a trained model, a validation part may stand alone.
 
     Raises OptionError for what the options ask in vain, DataError for what is wrong with the files.
     """
     prefix, slash, name = data.data_set.partition("/")
-    if slash and prefix.lower() in _READERS:
+    source = None
+    if classes is not None and data.data_set.upper() in _ALONE:
+        source = _ALONE[data.data_set.upper()](data, list(classes))
+    if source is not None:
+        pass
+    elif slash and prefix.lower() in _READERS:
         source = _READERS[prefix.lower()](name, is_train, data)
     elif data.data_set.upper() in _REGISTRY:
         source = _REGISTRY[data.data_set.upper()](is_train, data, seed)
@@ -1012,15 +1051,17 @@ def default_normalization(data_set: str) -> tuple[tuple[float, ...], tuple[float
 def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
     """Pictures a class, (C,) int64, and lines to log; a line that warns starts with "warning:"."""
     if dataset.targets is None:
-        return np.zeros(0, dtype=np.int64), [
-            f"{len(dataset)} pictures of {len(dataset.classes)} classes"
-        ]
+        return np.zeros(0, dtype=np.int64), ["pictures a class: unknown before they are read"]
     counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
     least, most = counts.argmin(), counts.argmax()
-    lines = [
-        f"{len(dataset)} pictures of {len(counts)} classes, {counts[least]} "
-        f"({dataset.classes[least]}) to {counts[most]} ({dataset.classes[most]}) a class"
-    ]
+    if len(counts) <= FEW_CLASSES:
+        each = zip(dataset.classes, counts, strict=True)
+        lines = ["pictures a class: " + ", ".join(f"{name} {count}" for name, count in each)]
+    else:
+        lines = [
+            f"pictures a class: {counts[least]} ({dataset.classes[least]}) to {counts[most]} "
+            f"({dataset.classes[most]})"
+        ]
     empty = [dataset.classes[i] for i in np.flatnonzero(counts == 0)]
     if empty:
         lines.append(f"warning: no pictures of {len(empty)} classes: {_list(empty)}")
@@ -1091,10 +1132,19 @@ def _explain(error: RuntimeError) -> NoReturn:
 
 def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and SLURM's warnings go to every process; the main one decides what they mean. Not so
-    # SIGTERM, with which it ends its workers.
+    # Ctrl-C and SLURM's warnings go to every process; the main one decides what they mean.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # So does SIGTERM, but with that the main process ends its workers as well: obey it alone.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
+
+
+def _end_when_told_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def build_loader(

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -23,7 +24,7 @@ from optim import (
     frozen_norms,
     optimizer_supports_found_inf,
 )
-from state import TrainState
+from state import Progress, TrainState
 from utils import all_reduce_sum, derive_seed, seed_all
 
 # Evaluation adds up losses as integers of this fraction: sums of integers don't depend on their
@@ -69,8 +70,10 @@ class StepOptions:
     log_interval: int = 50
     channels_last: bool = False
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+    def autocast(self, precise: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Mixed precision, unless there is none or ``precise`` wants it off."""
+        enabled = self.amp is not None and not precise
+        return torch.autocast(self.device.type, self.amp, enabled=enabled)
 
     def place(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the device; pictures in the model's memory layout."""
@@ -101,6 +104,14 @@ class StepReport:
     """Peak bytes allocated on a CUDA device, else 0."""
 
 
+class Wish(Enum):
+    """What is wanted of training after an update."""
+
+    GO = 0
+    SAVE = 1
+    STOP = 2
+
+
 class NonFinite(Exception):
     """A loss or gradient was not finite; nothing was updated from ``step`` on.
 
@@ -126,6 +137,7 @@ class _Meter:
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)
         self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)  # step, update
         self.grad_norm = torch.zeros((), device=device)
+        self.last_norm = 0.0
 
     def add_loss(self, loss: Tensor) -> None:
         finite = torch.isfinite(loss)
@@ -156,15 +168,23 @@ class _Meter:
             return self.halted
         return bad
 
-    def read(self) -> tuple[float, int, int, int, int, float]:
-        """(loss sum, losses, bad updates, first bad step and update, gradient norm), and clear."""
+    def read_into(self, progress: Progress) -> tuple[int, int, int]:
+        """Wait for the device and move the sums into ``progress``.
+
+        Returns the number of bad updates, and the first one's step and number.
+        """
         sums = all_reduce_sum(self.sums.clone())
         world = dist.get_world_size() if dist.is_initialized() else 1
         parts = [sums, self.first_bad.to(sums.dtype), self.grad_norm.to(sums.dtype)[None]]
-        loss_sum, count, bad, step, update, norm = torch.cat(parts).tolist()
+        loss, count, bad, step, update, self.last_norm = torch.cat(parts).tolist()
         self.sums.zero_()
         self.first_bad.fill_(-1)
-        return loss_sum, int(count), int(bad) // world, int(step), int(update), norm
+        progress.loss_sum += loss
+        progress.recent_sum += loss
+        progress.loss_count += int(count)
+        progress.recent_count += int(count)
+        progress.skipped += int(bad) // world
+        return int(bad) // world, int(step), int(update)
 
 
 def train_one_epoch(
@@ -175,20 +195,26 @@ def train_one_epoch(
     *,
     steps: int,
     mixer: Mixer | None = None,
-    report: Callable[[StepReport], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[StepReport], None] = lambda report: None,
+    wish: Callable[[], Wish] = lambda: Wish.GO,
+    save: Callable[[], None] = lambda: None,
+    skipped: Callable[[int, int, int], None] = lambda count, step, update: None,
 ) -> bool:
     """Train on ``batches`` from where ``state.progress`` stands to the end of the epoch.
 
     Args:
-        state: model, optimiser and counters; changed in place.
+        state: model, optimiser and counters; changed in place. The counters always stand at an
+            update, never inside a window of accumulated batches.
         criterion: (images, outputs, targets) -> scalar loss.
         batches: those of the epoch that are still to come.
         options: how a step is made.
         steps: batches of the whole epoch, those before a resume included.
         mixer: mixes pictures and targets on the device.
-        report: called every ``log_interval`` updates and at the end.
-        should_stop: asked after each update; true leaves there.
+        report: called every ``log_interval`` updates, after the first one and at the end.
+        wish: asked after each update, by all processes together.
+        save: called, with all counters up to date, when that was the wish.
+        skipped: called with the number of updates left out since the last read, and the first
+            one's step and number.
 
     Returns:
         Whether the epoch was finished.
@@ -206,30 +232,36 @@ def train_one_epoch(
 
     def read() -> None:
         nonlocal read_at
+        if progress.update == read_at:
+            return
         read_at = progress.update
-        loss_sum, count, bad, bad_step, bad_update, grad_norm = meter.read()
-        progress.loss_sum += loss_sum
-        progress.loss_count += count
-        progress.skipped += bad
+        bad, bad_step, bad_update = meter.read_into(progress)
         if bad and options.on_nonfinite != "skip":
             raise NonFinite(bad_step, bad_update)
-        if report:
-            rate, wait = clock.lap()
-            cuda = options.device.type == "cuda"
-            report(
-                StepReport(
-                    epoch=progress.epoch,
-                    step=progress.step,
-                    steps=steps,
-                    update=progress.update,
-                    loss=loss_sum / count if count else float("nan"),
-                    lr=state.schedule.last,
-                    grad_norm=grad_norm,
-                    images_per_second=rate * world,
-                    data_wait=wait,
-                    memory=torch.cuda.max_memory_allocated(options.device) if cuda else 0,
-                )
+        if bad:
+            skipped(bad, bad_step, bad_update)
+
+    def tell() -> None:
+        read()
+        if not progress.recent_count:
+            return
+        rate, wait = clock.lap()
+        cuda = options.device.type == "cuda"
+        report(
+            StepReport(
+                epoch=progress.epoch,
+                step=progress.step,
+                steps=steps,
+                update=progress.update,
+                loss=progress.recent_sum / progress.recent_count,
+                lr=state.schedule.last,
+                grad_norm=meter.last_norm,
+                images_per_second=rate * world,
+                data_wait=wait,
+                memory=torch.cuda.max_memory_allocated(options.device) if cuda else 0,
             )
+        )
+        progress.recent_sum, progress.recent_count = 0.0, 0
 
     step = progress.step
     try:
@@ -239,38 +271,46 @@ def train_one_epoch(
             window = min(options.accum_steps, steps - start)
             if step == start:
                 state.optimizer.zero_grad(set_to_none=True)
+                statistics = _statistics(state, options)
             completes = step - start == window - 1
             with contextlib.nullcontext() if completes else _no_sync(state.net):
-                loss = _forward(state.net, criterion, batch, options, progress.epoch, step, mixer)
+                loss = _forward(state, criterion, batch, options, step, mixer)
                 scaled = state.scaler.scale(loss) if state.scaler else loss
                 (scaled / window).backward()
             meter.add_loss(loss.detach())
             step += 1
-            if completes:
-                _update(state, meter, options, start)
-                progress.samples += (step - progress.step) * options.batch_size * world
-                progress.step = step
-                if progress.update % options.log_interval == 0:
-                    read()
-                if should_stop():
-                    break
+            if not completes:
+                continue
+            _update(state, meter, options, start, statistics)
+            progress.samples += (step - progress.step) * options.batch_size * world
+            progress.step = step
+            if progress.update % options.log_interval == 0 or progress.update == 1:
+                tell()
+            wanted = wish()
+            if wanted is Wish.SAVE:
+                read()
+                save()
+            elif wanted is Wish.STOP:
+                break
+        if step >= steps:
+            tell()
     finally:
-        # Also where the loader failed, so that what was trained can be saved.
-        if progress.update > read_at:
-            read()
+        # Also where a loader failed, so that what was trained can be saved.
+        read()
     return progress.step >= steps
 
 
 def _forward(
-    net: nn.Module,
+    state: TrainState,
     criterion: nn.Module,
     batch: Batch,
     options: StepOptions,
-    epoch: int,
     step: int,
     mixer: Mixer | None,
+    net: nn.Module | None = None,
 ) -> Tensor:
     """The loss of a batch: a function of the weights, the batch and (seed, epoch, step, rank)."""
+    epoch = state.progress.epoch
     seed_all(derive_seed(options.seed, "step", epoch, step, options.rank))
     images, targets = options.place(batch.images), options.place(batch.targets)
     if mixer is not None:
@@ -278,11 +318,24 @@ def _forward(
         images, targets = mixer(images, targets, derive_seed(options.seed, "mix", epoch, first))
     if criterion.copies > 1:
         images = images.repeat(criterion.copies, 1, 1, 1)  # (copies × B, C, H, W)
-    with options.autocast():
-        return criterion(images, net(images), targets)
+    with options.autocast(precise=state.progress.update < state.progress.precise_until):
+        return criterion(images, (net or state.net)(images), targets)
 
 
-def _update(state: TrainState, meter: _Meter, options: StepOptions, step: int) -> None:
+def _statistics(state: TrainState, options: StepOptions) -> list[tuple[Tensor, Tensor]]:
+    """Batch-norm statistics and their values now, for an update that may be left out."""
+    if options.on_nonfinite != "skip":
+        return []
+    return [(b, b.clone()) for b in state.model.buffers() if b.is_floating_point()]
+
+
+def _update(
+    state: TrainState,
+    meter: _Meter,
+    options: StepOptions,
+    step: int,
+    statistics: list[tuple[Tensor, Tensor]],
+) -> None:
     """Clip, check, step the optimiser and the moving average."""
     optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
     state.schedule.apply(optimizer, progress.update)
@@ -310,6 +363,8 @@ def _update(state: TrainState, meter: _Meter, options: StepOptions, step: int) -
         del optimizer.found_inf
     elif not bool(bad):
         optimizer.step()
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(bad, before, buffer))
     if state.ema:
         state.ema.step(progress.update)
     progress.update += 1
@@ -378,9 +433,7 @@ def first_nonfinite(
     state.optimizer.zero_grad(set_to_none=True)
     try:
         set_mode(state.model, state.model, options.train_mode)
-        loss = _forward(
-            state.model, criterion, batch, options, state.progress.epoch, step, mixer
-        )  # fmt: skip
+        loss = _forward(state, criterion, batch, options, step, mixer, net=state.model)
         if found:
             return found[0]
         if not torch.isfinite(loss):

@@ -14,6 +14,11 @@ class OptionError(UserError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(f"--{option.replace('_', '-')}: {message}")
         self.option = option
+        self.message = message
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # Errors travel between processes.
+        return type(self), (self.option, self.message)
 
 
 class DataError(UserError):

@@ -49,9 +49,17 @@ def load_for_inference(
 
 
 def from_content(
-    content: Mapping[str, Any], *, device: torch.device | str = "cpu", ema: bool = False
+    content: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    ema: bool = False,
+    preprocessing: Preprocessing | None = None,
 ) -> Classifier:
-    """As :func:`load_for_inference`, from a checkpoint already in memory."""
+    """As :func:`load_for_inference`, from a checkpoint already in memory.
+
+    Another ``preprocessing`` than the checkpoint's may ask for another input size: position
+    embeddings are then interpolated.
+    """
     missing = [k for k in ("config", "class_names", "preprocessing") if k not in content]
     if missing:
         raise CheckpointError(
@@ -59,11 +67,15 @@ def from_content(
             "this project: take its weights over with --finetune"
         )
     options, class_names = content["config"], list(content["class_names"])
-    preprocessing = Preprocessing.from_dict(content["preprocessing"])
+    trained = Preprocessing.from_dict(content["preprocessing"])
+    preprocessing = preprocessing or trained
     model = models.build_model(
         options["model"], len(class_names), input_size=preprocessing.input_size
     )
     weights = checkpoint.weights_of(content, ema=ema)
+    if preprocessing.input_size != trained.input_size:
+        models.load_pretrained_weights(model, weights)
+        weights = model.state_dict()
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -64,7 +64,10 @@ class RunLogger:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
+            # Steps are updates done, so those of the checkpoint stay and later ones go.
+            purge = update + 1 if update else None
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     # --- progress ---------------------------------------------------------------------------------
 
@@ -136,12 +139,13 @@ class RunLogger:
             os.fsync(file.fileno())
         if self.writer:
             for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("epoch", "n_parameters"):
-                    self.writer.add_scalar(f"epoch/{name}", value, record["epoch"])
+                if isinstance(value, int | float) and name not in ("update", "n_parameters"):
+                    self.writer.add_scalar(f"epoch/{name}", value, record["update"])
             self.writer.flush()
         draw_curves(self.records, self.folder / CURVES_FILE)
         done = record["epoch"] + 1
-        if done % self.print_epoch == 0 or done == epochs:
+        first = record["epoch"] == self.first_epoch
+        if first or done % self.print_epoch == 0 or done == epochs:
             log.info("%s", self._summary(record, epochs, best))
 
     def _summary(self, record: Mapping[str, Any], epochs: int, best: bool) -> str:

@@ -9,6 +9,7 @@ through the model at once: with 2 the outputs have 2B rows, the first B of the f
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -316,11 +317,13 @@ def build_teacher(
     num_classes: int,
     input_size: int,
     class_names: Sequence[str] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> nn.Module | None:
     """The teacher with its weights, on the CPU, or None without distillation.
 
     Raises:
-        OptionError: the weights are of another model, class count or list of classes.
+        OptionError: the weights are of another model, class count, list of classes or
+            normalisation (the teacher sees the pictures as the student does).
     """
     if options.distillation_type == "none":
         return None
@@ -332,6 +335,7 @@ def build_teacher(
             return _published_teacher(name, num_classes, input_size)
         content = checkpoint.load_file(options.teacher_path)
         _check_classes(checkpoint.class_names_of(content), class_names)
+        _check_normalization(content.get("preprocessing"), normalization)
         weights = checkpoint.weights_of(content)
         _check_class_count(teacher, weights, num_classes)
         report = models.load_pretrained_weights(teacher, weights)
@@ -379,6 +383,19 @@ def _check_classes(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> 
         place = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
         what = f"the teacher's class {place} is {theirs[place]!r}, the data set's {ours[place]!r}"
     raise OptionError("teacher_path", f"{what}: it must be trained on the same classes")
+
+
+def _check_normalization(
+    theirs: Mapping[str, Any] | None, ours: tuple[Sequence[float], Sequence[float]] | None
+) -> None:
+    if theirs is None or ours is None:
+        return
+    if any(list(theirs[k]) != list(v) for k, v in zip(("mean", "std"), ours, strict=True)):
+        mean, std = (" ".join(f"{x:g}" for x in theirs[key]) for key in ("mean", "std"))
+        raise OptionError(
+            "teacher_path",
+            f"the teacher was trained with another normalisation: add --mean {mean} --std {std}",
+        )
 
 
 def _check_class_count(teacher: nn.Module, weights: Mapping[str, Tensor], num_classes: int) -> None:

@@ -21,10 +21,11 @@ def get_args_parser() -> options.Parser:
 
 def load_config(argv: Sequence[str] | None = None) -> options.Config:
     """The resolved options; with ``--resume FILE`` those of the checkpoint lie beneath."""
-    return options.load(argv, underneath=_options_of_checkpoint)
+    return options.load(argv, underneath=options_of_checkpoint)
 
 
-def _options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
+def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the checkpoint that ``--resume`` names, and its folder to go on in."""
     source = given.get("resume")
     if not source or source == "auto":
         return {}

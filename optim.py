@@ -118,7 +118,7 @@ def build_optimizer(
         options: ``opt`` is a name of timm's registry, ``lookahead_NAME`` wraps another.
         lr: learning rate, scaled already.
         required: options that were asked for. Where the optimiser takes no such argument, these
-            raise; others are left out with a note in the log.
+            raise; others are left out.
 
     Raises:
         OptionError: an unknown or unusable optimiser, or an argument that it doesn't take.
@@ -183,8 +183,6 @@ def _arguments(
             arguments[argument] = value
         elif option in required:
             raise OptionError(option, f"--opt {name} takes none: leave it out")
-        else:
-            log.info("--%s is left out: %s takes none", option.replace("_", "-"), name)
     betas = arguments.get("betas")
     if betas is not None and len(betas) != info.num_betas:
         raise OptionError(

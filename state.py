@@ -32,18 +32,34 @@ class Progress:
     """Best value of the monitored metric."""
     best_epoch: int = -1
     """Epoch (counted from 0) of that value."""
+    reference: float | None = None
+    """Value that early stopping compares with: the last real progress."""
     improved_epoch: int = 0
-    """Last epoch that improved on it by more than ``--early-stop-delta``."""
+    """Epoch of that progress."""
     loss_sum: float = 0.0
     """Sum of the batch losses of the epoch under way, over all processes."""
     loss_count: int = 0
     """Number of batch losses in that sum."""
+    recent_sum: float = 0.0
+    """The part of ``loss_sum`` since the last report."""
+    recent_count: int = 0
+    """Number of batch losses in that part."""
+    precise_until: int = 0
+    """Updates before this one are made in full precision (after a rollback)."""
+    updates_per_epoch: int = 0
+    """Of the session that wrote the checkpoint."""
+    world_size: int = 1
+    """Likewise."""
     skipped: int = 0
     """Updates left out because a loss or gradient was not finite."""
     rollbacks: int = 0
     """Times training went back to a checkpoint."""
-    seconds: float = 0.0
-    """Training and evaluation time so far."""
+
+    def end_epoch(self) -> None:
+        """Count an epoch as done."""
+        self.epoch += 1
+        self.step = self.samples = self.loss_count = self.recent_count = 0
+        self.loss_sum = self.recent_sum = 0.0
 
 
 class ModelEma:

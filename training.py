@@ -1,12 +1,15 @@
 """The story of a run: processes, data, model, criterion, state, resume, epochs."""
 
 import copy
+import dataclasses
 import itertools
+import json
 import logging
 import math
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,9 @@ import models
 import optim
 import utils
 from augment import Preprocessing, build_mixer
-from config import Config, to_yaml
+from config import CHECKPOINT, DEFAULT, Config, to_yaml, unused
 from errors import CheckpointError, DataError, DivergedError, OptionError
+from lock import RunLock
 from loggers import (
     CURVES_FILE,
     LOG_FILE,
@@ -36,7 +40,7 @@ from loggers import (
     write_per_class,
 )
 from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
-from state import ModelEma, TrainState, check_same_weights, is_better
+from state import ModelEma, Progress, TrainState, check_same_weights, is_better
 
 log = logging.getLogger(__name__)
 
@@ -60,21 +64,54 @@ def run(config: Config) -> int:
     if config.run.overfit_batches:
         config = _overfitting(config)
 
-    folder = _open_folder(config, processes)
+    folder = output_folder(config)
+    locks: list[RunLock] = []
+    utils.on_main_process(processes, lambda: locks.append(_open_folder(config, folder)))
+    try:
+        return _train(config, processes, device, folder)
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def _train(config: Config, processes: utils.Processes, device: torch.device, folder: Path) -> int:
+    """The story of a training run, into ``folder``."""
     start = _find_start(config, folder)
     data = build_data(config, processes)
     utils.seed_all(config.run.seed)
-    model, preprocessing = build_model(config, len(data.class_names), device)
+    resumed = start[1] if start else None
+    model, preprocessing = build_model(config, len(data.class_names), device, resumed)
     data.set_transforms(config, preprocessing)
-    criterion = build_criterion(config, data, device)
+    criterion = build_criterion(config, data, preprocessing, device)
     state, freezer = build_state(config, model, data, processes, device)
+    state.progress.updates_per_epoch = data.updates_per_epoch(config)
+    state.progress.world_size = processes.world_size
     if start is not None:
-        _resume(state, config, data, *start)
+        _resume(state, config, data, processes, *start)
+        without_best: list[bool] = []
+        utils.on_main_process(
+            processes,
+            lambda: without_best.append(_settle_folder(folder, state.progress, start[0])),
+        )
+        if utils.any_process(any(without_best)):
+            state.progress.best = state.progress.reference = None
+    elif config.run.start_epoch:
+        _start_at(state.progress, config.run.start_epoch, data.updates_per_epoch(config))
     if processes.is_main:
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
 
+    bad_images = resumed.get("bad_images", ()) if resumed else ()
     trainer = Trainer(
-        config, processes, folder, data, preprocessing, criterion, state, freezer, device
+        config,
+        processes,
+        folder,
+        data,
+        preprocessing,
+        criterion,
+        state,
+        freezer,
+        device,
+        bad_images,
     )
     trainer.introduce()
     with utils.StopRequest() as stop:
@@ -83,15 +120,25 @@ def run(config: Config) -> int:
 
 def _evaluate_only(config: Config, processes: utils.Processes, device: torch.device) -> int:
     """``--eval``: judge a checkpoint (its average too), or published or given weights."""
-    with utils.main_process_first(processes):
-        val = datasets.build_dataset(False, config.data, None, seed=config.run.seed)
-    candidates: dict[str, nn.Module] = {}
+    folder = output_folder(config)
+    utils.on_main_process(processes, lambda: _make_writable(folder))
+    class_names, content = None, None
     if config.run.resume:
         source, content = _checkpoint_to_judge(config)
-        classifier = inference.from_content(content, device=device)
+        class_names = content.get("class_names")
+    with utils.main_process_first(processes):
+        val = datasets.build_dataset(
+            False, config.data, None, seed=config.run.seed, classes=class_names
+        )
+    candidates: dict[str, nn.Module] = {}
+    if content is not None:
+        preprocessing = _asked_preprocessing(config, content)
+        classifier = inference.from_content(content, device=device, preprocessing=preprocessing)
         candidates["model"], val.transform, class_names = classifier
         if content.get("model_ema") is not None:
-            candidates["EMA"] = inference.from_content(content, device=device, ema=True).model
+            candidates["EMA"] = inference.from_content(
+                content, device=device, ema=True, preprocessing=preprocessing
+            ).model
     else:
         source, class_names = config.model.finetune or "published weights", val.classes
         candidates["model"], preprocessing = build_model(config, len(class_names), device)
@@ -107,30 +154,67 @@ def _evaluate_only(config: Config, processes: utils.Processes, device: torch.dev
         amp=utils.amp_dtype(config.optim.amp, device),
         channels_last=config.model.channels_last,
     )
-    folder = output_folder(config) if processes.is_main else None
     log.info("%s on %d pictures of %d classes", source, len(val), len(class_names))
     for name, model in candidates.items():
         bar = ProgressBar(f"evaluate {name}", len(loader), visible=processes.is_main)
+        bad: dict[str, None] = {}
         result = engine.evaluate(
-            model,
-            loader,
+            torch.compile(model) if config.model.compile else model,
+            _noting(loader, bad),
             options,
             num_classes=len(class_names),
             shared=config.dist.dist_eval,
             progress=bar.to,
         )
         bar.close()
+        if result.count == 0:
+            raise DataError("no validation picture could be read")
         top5 = "" if result.acc5 is None else f"  top-5 {result.acc5:.3f} %"
         log.info(
             "%-6s top-1 %.3f %%%s  loss %.4f  (%d pictures)",
             name, result.acc1, top5, result.loss, result.count,
         )  # fmt: skip
-        if folder and len(class_names) <= PER_CLASS_LIMIT:
-            folder.mkdir(parents=True, exist_ok=True)
+        if bad:
+            log.warning("%d pictures could not be read: %s", len(bad), "; ".join(bad))
+        if processes.is_main and len(class_names) <= PER_CLASS_LIMIT:
             path = folder / f"eval_{name.lower()}_{PER_CLASS_FILE}"
             write_per_class(path, class_names, result)
             log.info("       each class: %s", path)
     return 0
+
+
+def _noting(batches: Iterable[datasets.Batch], bad: dict[str, None]) -> Iterator[datasets.Batch]:
+    """The batches; the pictures that couldn't be read are noted in ``bad``."""
+    for batch in batches:
+        bad |= dict.fromkeys(batch.bad)
+        yield batch
+
+
+def _asked_preprocessing(config: Config, content: dict[str, Any]) -> Preprocessing:
+    """The checkpoint's preprocessing, but for what was asked for beside it."""
+
+    def asked(name: str) -> bool:
+        return config.origin[name] not in (DEFAULT, CHECKPOINT)
+
+    if asked("model") and config.model.model != content["config"]["model"]:
+        raise OptionError(
+            "model", f"the checkpoint holds {content['config']['model']}: leave --model out"
+        )
+    changes: dict[str, Any] = {}
+    if asked("input_size"):
+        changes["input_size"] = config.model.input_size
+    if asked("eval_crop_ratio"):
+        changes["crop_ratio"] = config.data.eval_crop_ratio
+    for name in ("mean", "std"):
+        values = getattr(config.data, name)
+        if asked(name) and values is not None:
+            changes[name] = _three(values)
+    return dataclasses.replace(Preprocessing.from_dict(content["preprocessing"]), **changes)
+
+
+def _three(values: Sequence[float]) -> tuple[float, ...]:
+    """One value for each colour."""
+    return tuple(values) * (3 // len(values))
 
 
 def _checkpoint_to_judge(config: Config) -> tuple[str, dict[str, Any]]:
@@ -161,27 +245,30 @@ def output_folder(config: Config) -> Path:
     return Path("output") / name
 
 
-def _open_folder(config: Config, processes: utils.Processes) -> Path:
-    """Make the output directory; refuse one that holds a run, unless ``--resume`` goes on."""
-    folder = output_folder(config)
-    if checkpoint.holds_run(folder) and not config.run.resume:
+def _open_folder(config: Config, folder: Path) -> RunLock:
+    """Make the output directory and lock it; refuse one that holds a run, unless ``--resume``."""
+    resume = config.run.resume
+    elsewhere = resume not in ("", "auto") and Path(resume).parent.resolve() != folder.resolve()
+    if checkpoint.holds_run(folder) and (not resume or elsewhere):
         raise OptionError(
             "output_dir",
             f"{folder} already holds a run: add --resume auto to go on with it, choose another "
             "--output-dir, or remove it",
         )
-    if processes.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OptionError(
-                "output_dir", f"{folder} can't be written: {error.strerror}; choose another"
-            ) from None
-    utils.barrier()
-    return folder
+    _make_writable(folder)
+    return RunLock(folder)
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(
+            "output_dir", f"{folder} can't be written: {error.strerror}; choose another"
+        ) from None
 
 
 def _find_start(config: Config, folder: Path) -> tuple[str, dict[str, Any]] | None:
@@ -198,7 +285,12 @@ def _find_start(config: Config, folder: Path) -> tuple[str, dict[str, Any]] | No
 
 
 def _resume(
-    state: TrainState, config: Config, data: "Data", source: str, content: dict[str, Any]
+    state: TrainState,
+    config: Config,
+    data: "Data",
+    processes: utils.Processes,
+    source: str,
+    content: dict[str, Any],
 ) -> None:
     """Put ``state`` where the checkpoint was, and say what is not as it was."""
     saved_names = checkpoint.class_names_of(content)
@@ -209,22 +301,77 @@ def _resume(
             raise CheckpointError(
                 "it was trained on other classes; use --finetune to take its weights over"
             )
+        opt = (content.get("config") or {}).get("opt", config.optim.opt)
+        if opt != config.optim.opt:
+            raise CheckpointError(
+                f"it was written with --opt {opt}: resume with that, or start anew with --finetune"
+            )
         state.load_state_dict(content)
     except CheckpointError as error:
         raise CheckpointError(f"--resume {source}: {error}") from None
     if "rng" in content:
         utils.set_rng_state(content["rng"])
     progress = state.progress
+    per_epoch = data.updates_per_epoch(config)
     if config.run.start_epoch:
-        progress.epoch, progress.step, progress.samples = config.run.start_epoch, 0, 0
-        progress.loss_sum, progress.loss_count = 0.0, 0
-        progress.update = config.run.start_epoch * data.updates_per_epoch(config)
+        _start_at(progress, config.run.start_epoch, per_epoch)
+    elif (progress.updates_per_epoch, progress.world_size) != (per_epoch, processes.world_size):
+        # The pictures seen stay seen; what is counted in batches starts anew behind them.
+        share = progress.samples / data.sampler.num_samples
+        progress.update = round((progress.epoch + share) * per_epoch)
+        progress.step = 0
+        log.warning(
+            "%d updates an epoch on %d process(es) now, %d on %d before: no picture of the epoch "
+            "is skipped or repeated, but batches, dropout and rate differ from the first plan",
+            per_epoch, processes.world_size, progress.updates_per_epoch, progress.world_size,
+        )  # fmt: skip
+    progress.updates_per_epoch, progress.world_size = per_epoch, processes.world_size
     here = f", {progress.samples} pictures into the next" if progress.samples else ""
     log.info("resumed %s: %d epochs done%s", source, progress.epoch, here)
     recipe = config.recipe()
     for name, before in (content.get("config") or {}).items():
         if name in recipe and recipe[name] != before:
             log.info("  --%s is %s now, was %s", name.replace("_", "-"), recipe[name], before)
+
+
+def _settle_folder(folder: Path, progress: Progress, source: str) -> bool:
+    """Make the folder agree with the checkpoint that a run goes on from.
+
+    Checkpoints of a future that the run has gone back behind are put aside. Returns whether there
+    is no ``best.pth`` any more that the run could have to beat.
+    """
+    place = (progress.epoch, progress.samples)
+    newer = checkpoint.newer_in_folder(folder, *place)
+    best, path = folder / checkpoint.BEST, Path(source)
+    if best.exists() and not _is_past(best, progress):
+        newer.append(best)
+    if newer:
+        aside = folder / "set-aside"
+        aside.mkdir(exist_ok=True)
+        for file in newer:
+            file.replace(aside / file.name)
+        log.warning("%d newer checkpoints were put into %s", len(newer), aside)
+    is_best = place == (progress.best_epoch + 1, 0) and progress.best is not None
+    if is_best and path.parent.resolve() == folder.resolve():
+        # The run may have died between writing the checkpoint and naming it the best.
+        checkpoint.set_best(folder, path)
+    return not best.exists()
+
+
+def _is_past(best: Path, progress: Progress) -> bool:
+    try:
+        return checkpoint.load_file(best)["progress"]["epoch"] <= progress.epoch
+    except (CheckpointError, KeyError):
+        return False
+
+
+def _start_at(progress: Progress, epoch: int, updates_per_epoch: int) -> None:
+    """Count from ``--start-epoch``, at the beginning of that epoch."""
+    progress.end_epoch()
+    progress.epoch = epoch
+    progress.update = epoch * updates_per_epoch
+    if progress.best_epoch >= epoch:
+        progress.best = progress.reference = None
 
 
 def _overfitting(config: Config) -> Config:
@@ -277,6 +424,10 @@ def build_data(config: Config, processes: utils.Processes) -> Data:
     world = {"num_replicas": processes.world_size, "rank": processes.rank}
     if config.run.overfit_batches:
         count = config.run.overfit_batches * options.batch_size * processes.world_size
+        if count > len(train):
+            raise OptionError(
+                "overfit_batches", f"{count} pictures are more than the {len(train)} there are"
+            )
         order = ShuffleSampler(len(train), seed=seed).order(0)[:count].tolist()
         train = val = train.subset(order)
     sampler: EpochSampler
@@ -296,6 +447,10 @@ def build_data(config: Config, processes: utils.Processes) -> Data:
         drop_last=True,
         **_loading(config, processes),
     )
+    if config.optim.accum_steps > len(train_loader):
+        raise OptionError(
+            "accum_steps", f"an epoch has only {len(train_loader)} batches to accumulate: lower it"
+        )
     val_loader = build_val_loader(config, val, processes)
     return Data(
         train, val, list(train.classes), sampler, train_loader, val_loader, len(train_loader)
@@ -333,9 +488,15 @@ def _loading(config: Config, processes: utils.Processes) -> dict[str, Any]:
 
 
 def build_model(
-    config: Config, num_classes: int, device: torch.device
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    resumed: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Preprocessing]:
-    """The model on its device, with its starting weights, and the preprocessing it is to have."""
+    """The model on its device, with its starting weights, and the preprocessing it is to have.
+
+    A run that is ``resumed`` from a checkpoint needs no other weights to start from.
+    """
     options = config.model
     model = models.build_model(
         options.model,
@@ -344,15 +505,19 @@ def build_model(
         drop=options.drop,
         drop_path=options.drop_path,
         drop_block=options.drop_block,
-        pretrained=options.pretrained,
+        pretrained=options.pretrained and resumed is None,
         grad_checkpointing=options.grad_checkpointing,
         required=config.explicit(),
     )
-    started_from: dict[str, Any] = {}
-    if options.finetune:
+    started_from = resumed or {}
+    if options.finetune and resumed is None:
         started_from = checkpoint.load_file(options.finetune)
         report = models.load_pretrained_weights(model, checkpoint.weights_of(started_from))
         log.info("finetune %s: %s", options.finetune, report.summary())
+        if config.run.eval and (report.missing or report.skipped):
+            raise OptionError(
+                "finetune", "these weights don't fill the model, there is nothing to evaluate yet"
+            )
     layout = torch.channels_last if options.channels_last else torch.preserve_format
     model.to(device, memory_format=layout)
     return model, _preprocessing(config, model, started_from)
@@ -373,12 +538,14 @@ def _preprocessing(config: Config, model: nn.Module, started_from: dict[str, Any
         input_size=config.model.input_size,
         crop_ratio=config.data.eval_crop_ratio,
         interpolation="bicubic",
-        mean=tuple(mean) * (3 // len(mean)),
-        std=tuple(std) * (3 // len(std)),
+        mean=_three(mean),
+        std=_three(std),
     )
 
 
-def build_criterion(config: Config, data: Data, device: torch.device) -> nn.Module:
+def build_criterion(
+    config: Config, data: Data, preprocessing: Preprocessing, device: torch.device
+) -> nn.Module:
     """The loss of ``--loss``, class weights and distillation, on the device."""
     counts = None
     if config.loss.class_weights != "none":
@@ -393,6 +560,7 @@ def build_criterion(config: Config, data: Data, device: torch.device) -> nn.Modu
         num_classes=len(data.class_names),
         input_size=config.model.input_size,
         class_names=data.class_names,
+        normalization=(preprocessing.mean, preprocessing.std),
     )
     criterion = losses.build_criterion(
         config.loss, num_classes=len(data.class_names), class_counts=counts, teacher=teacher
@@ -423,7 +591,7 @@ def build_state(
         lr=lr,
         epochs=config.run.epochs,
         updates_per_epoch=data.updates_per_epoch(config),
-        lower_is_better=config.save.monitor.endswith("loss"),
+        lower_is_better=config.save.best_metric.endswith("loss"),
         seed=config.run.seed,
         required=config.explicit(),
     )
@@ -469,6 +637,7 @@ class Trainer:
         state: TrainState,
         freezer: optim.Freezer,
         device: torch.device,
+        bad_images: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.processes = processes
@@ -494,9 +663,10 @@ class Trainer:
             channels_last=config.model.channels_last,
         )
         self.total_epochs = config.run.epochs + config.schedule.cooldown_epochs
-        self.bad_images: dict[str, None] = {}  # an ordered set
-        self.save_failed = False
-        self.saved: Path | None = None
+        self.bad_images: dict[str, None] = {}  # of this process, an ordered set
+        self.listed_bad: dict[str, None] = dict.fromkeys(bad_images)  # of all, earlier sessions too
+        self.writer = checkpoint.BackgroundWriter(folder, keep=config.save.keep)
+        self.saved_at = time.monotonic()
         self.logger = self._open_logger()
 
     def _open_logger(self) -> RunLogger:
@@ -525,7 +695,8 @@ class Trainer:
         )  # fmt: skip
         _, lines = datasets.summarise_classes(data.train)
         for line in lines:
-            log.info("         %s", line)
+            warning = line.removeprefix("warning: ")
+            log.log(logging.INFO if warning == line else logging.WARNING, "         %s", warning)
         batch = effective_batch(config, self.processes)
         rate = optim.scaled_lr(config.optim.lr, batch, config.optim.unscale_lr)
         rule = "as given" if config.optim.unscale_lr else f"{config.optim.lr:g} × {batch} / 512"
@@ -539,6 +710,8 @@ class Trainer:
             "run      %d epochs of %d steps on %s in %s, into %s",
             self.total_epochs, data.steps, self.options.device, amp, self.folder,
         )  # fmt: skip
+        for line in unused(config):
+            log.warning("%s", line)
         if config.log.tb_graph:
             side = config.model.input_size
             self.logger.graph(model, torch.zeros(1, 3, side, side, device=self.options.device))
@@ -549,21 +722,22 @@ class Trainer:
         """Train to the last epoch, an early stop or a signal; returns the exit code."""
         progress = self.state.progress
         if self.config.optim.on_nonfinite == "rollback" and not checkpoint.in_folder(self.folder):
-            self._save({}, best=False)
+            self._save({})
         while progress.epoch < self.total_epochs:
             watch = Stopwatch()
             if self.freezer.apply(progress.epoch) and self.processes.distributed:
                 self.state.rewrap()
+            rollbacks = progress.rollbacks
             if not self._train_epoch(stop):
                 return self._interrupted(stop)
-            record = self._finish_epoch(watch)
             progress = self.state.progress
-            if record is None:
+            if progress.rollbacks > rollbacks:
                 continue
+            self._finish_epoch(watch)
             if self._out_of_patience():
                 log.info(
                     "early stop: no better %s for %d epochs",
-                    self.config.save.monitor, self.config.save.early_stop,
+                    self.config.save.best_metric, self.config.save.early_stop,
                 )  # fmt: skip
                 break
             if stop.agreed() and progress.epoch < self.total_epochs:
@@ -574,18 +748,22 @@ class Trainer:
 
     def _train_epoch(self, stop: utils.StopRequest) -> bool:
         """Train to the end of the epoch under way; False if asked to stop before."""
-        progress, data = self.state.progress, self.data
-        self.logger.start_epoch(progress.epoch, self.total_epochs, data.steps, progress.step)
+        progress = self.state.progress
+        batches = self.data.batches(progress.epoch, progress.samples)
+        steps = progress.step + len(batches)
+        self.logger.start_epoch(progress.epoch, self.total_epochs, steps, progress.step)
         try:
             return engine.train_one_epoch(
                 self.state,
                 self.criterion,
-                self._watched(data.batches(progress.epoch, progress.samples)),
+                self._watched(batches),
                 self.options,
-                steps=data.steps,
+                steps=steps,
                 mixer=self.mixer,
                 report=self.logger.step,
-                should_stop=stop.agreed,
+                wish=lambda: self._wish(stop),
+                save=lambda: self._save({}),
+                skipped=self._note_skipped,
             )
         except engine.NonFinite as failure:
             self.logger.end_bar()
@@ -618,14 +796,19 @@ class Trainer:
             if line not in self.bad_images:
                 self.bad_images[line] = None
                 log.warning("picture skipped: %s", line)
-                with open(self.folder / BAD_IMAGES_FILE, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
 
-    def _finish_epoch(self, watch: Callable[[], float]) -> dict[str, Any] | None:
-        """Evaluate, log and save after an epoch; None if training went back to a checkpoint."""
+    def _gather_bad(self) -> None:
+        """Bring together what all processes could not read, and list it in the folder."""
+        before = len(self.listed_bad)
+        for lines in utils.gather(list(self.bad_images)):
+            self.listed_bad |= dict.fromkeys(lines)
+        if self.processes.is_main and len(self.listed_bad) > before:
+            text = "".join(f"{line}\n" for line in self.listed_bad)
+            (self.folder / BAD_IMAGES_FILE).write_text(text, encoding="utf-8")
+
+    def _finish_epoch(self, watch: Callable[[], float]) -> None:
+        """Evaluate, log and save after an epoch."""
         state, config, progress = self.state, self.config, self.state.progress
-        if progress.step < self.data.steps:
-            return None
         if config.log.tb_histograms:
             self.logger.histograms(state.model, progress.update)
         record: dict[str, Any] = {
@@ -633,45 +816,47 @@ class Trainer:
             "train_lr": state.schedule.last,
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
         }
+        # Each process has gathered batch statistics of its own; those that are saved are judged.
+        utils.broadcast_buffers(state.model)
         result = self._evaluate(state.model, "evaluate")
         record |= {"test_loss": result.loss, "test_acc1": result.acc1}
         if result.acc5 is not None:
             record["test_acc5"] = result.acc5
         if state.ema:
+            utils.broadcast_buffers(state.ema.module)
             average = self._evaluate(state.ema.module, "evaluate EMA")
             record |= {"ema_loss": average.loss, "ema_acc1": average.acc1}
             if average.acc5 is not None:
                 record["ema_acc5"] = average.acc5
-        monitor = config.save.monitor
+        monitor = config.save.best_metric
         if monitor not in record:
-            raise OptionError("monitor", f"{monitor} needs at least 5 classes: use {monitor[:-1]}1")
+            raise OptionError(
+                "best_metric", f"{monitor} needs at least 5 classes: use {monitor[:-1]}1"
+            )
         lower = monitor.endswith("loss")
         best = is_better(record[monitor], progress.best, lower=lower)
-        if is_better(
-            record[monitor], progress.best, lower=lower, delta=config.save.early_stop_delta
-        ):
-            progress.improved_epoch = progress.epoch
+        delta = config.save.early_stop_delta
+        if is_better(record[monitor], progress.reference, lower=lower, delta=delta):
+            progress.reference, progress.improved_epoch = record[monitor], progress.epoch
         if best:
             progress.best, progress.best_epoch = record[monitor], progress.epoch
             if len(self.data.class_names) <= PER_CLASS_LIMIT and self.processes.is_main:
                 shown = average if monitor.startswith("ema_") else result
                 write_per_class(self.folder / PER_CLASS_FILE, self.data.class_names, shown)
         state.schedule.end_epoch(record[monitor])
+        self._gather_bad()
         record |= {
             "n_parameters": self.parameters,
             "update": progress.update,
             "skipped_updates": progress.skipped,
-            "bad_images": len(self.bad_images),
+            "bad_images": len(self.listed_bad),
             "epoch_seconds": watch(),
         }
-        progress.epoch += 1
-        progress.step = progress.samples = progress.loss_count = 0
-        progress.loss_sum = 0.0
+        progress.end_epoch()
         self.logger.epoch(record, epochs=self.total_epochs, best=best)
         last = progress.epoch in (self.total_epochs, config.run.stop_at_epoch)
         if best or last or progress.epoch % config.save.save_every == 0:
             self._save(record, best=best)
-        return record
 
     def _evaluate(self, model: nn.Module, name: str) -> engine.Evaluation:
         loader = self.data.val_loader
@@ -703,8 +888,9 @@ class Trainer:
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def _save(self, metrics: dict[str, Any], *, best: bool) -> None:
-        """Write a checkpoint; a full disk is a warning, an error only if the last save fails."""
+    def _save(self, metrics: dict[str, Any], *, best: bool = False) -> None:
+        """Hand a checkpoint to the writer."""
+        self.saved_at = time.monotonic()
         if not self.processes.is_main:
             return
         content = self.state.state_dict() | {
@@ -713,80 +899,145 @@ class Trainer:
             "class_names": self.data.class_names,
             "preprocessing": self.preprocessing.to_dict(),
             "metrics": metrics,
+            "bad_images": list(self.listed_bad),
             "versions": versions(),
         }
-        try:
-            self.saved = checkpoint.save_in_folder(
-                self.folder, content, keep=self.config.save.keep, best=best
-            )
-            self.save_failed = False
-        except OSError as error:
-            self.save_failed = True
-            log.warning("the checkpoint could not be written to %s: %s", self.folder, error)
+        self.writer.submit(content, best=best)
+
+    def _wish(self, stop: utils.StopRequest) -> engine.Wish:
+        """What all processes do after this update: stop, save or go on."""
+        if stop.agreed():
+            return engine.Wish.STOP
+        options = self.config.save
+        due = (
+            options.save_every_steps and self.state.progress.update % options.save_every_steps == 0
+        )
+        if options.save_every_minutes:
+            minutes = (time.monotonic() - self.saved_at) / 60
+            due = utils.any_process(minutes >= options.save_every_minutes) or due
+        return engine.Wish.SAVE if due else engine.Wish.GO
 
     def _interrupted(self, stop: utils.StopRequest) -> int:
         """Save where training stands, say how to go on."""
         self.logger.end_bar()
-        if self.state.progress.step:
-            self._save({}, best=False)
+        progress = self.state.progress
+        self.writer.wait()
+        here = checkpoint.name_of(progress.epoch, progress.samples)
+        if self.writer.saved is None or self.writer.saved.name != here:
+            self._save({})
+            self.writer.wait()
+        # Launchers end all processes as soon as one leaves: none may before this is written.
+        utils.barrier()
         self.logger.close()
-        log.info("stopped by signal %d; saved %s", stop.signal, self.saved)
+        log.info("stopped by signal %d; saved %s", stop.signal, self.writer.saved)
         log.info("go on with: %s", self._go_on_command())
         return 128 + (stop.signal or 0)
 
     def _go_on_command(self) -> str:
-        return shlex.join(["python", "main.py", "--resume", str(self.saved)])
+        return self._command("--resume", str(self.writer.saved))
+
+    def _command(self, *arguments: str) -> str:
+        # A checkpoint doesn't get to name code to import, so plugins are named anew.
+        plugins = ("--plugin", *self.config.run.plugin) if self.config.run.plugin else ()
+        return shlex.join(["python", "main.py", *arguments, *plugins])
+
+    def _note_skipped(self, count: int, step: int, update: int) -> None:
+        """Say that updates were left out, and keep the names of the first one's pictures."""
+        path = self._dump_nonfinite(step, update, None)
+        log.warning(
+            "%d updates left out, loss or gradient not finite; the first was update %d, see %s",
+            count, update, path,
+        )  # fmt: skip
+
+    def _dump_nonfinite(self, step: int, update: int, culprit: str | None) -> Path:
+        """Write down what this process saw in an update that failed."""
+        progress, data, processes = self.state.progress, self.data, self.processes
+        width = self.config.data.batch_size * processes.world_size
+        # The step's place in the epoch, also where the session resumed with other batches.
+        first = progress.samples + (step - progress.step) * width + processes.rank
+        last = first + self.config.optim.accum_steps * width
+        indices = data.sampler.order(progress.epoch)[first : last : processes.world_size]
+        path = self.folder / f"nonfinite-rank{processes.rank}.json"
+        report = {
+            "update": update,
+            "epoch": progress.epoch,
+            "step": step,
+            "learning_rate": self.state.schedule.rate(update) * self.state.schedule.factor,
+            "first_nonfinite": culprit,
+            "pictures": [data.train.sample_id(i) for i in indices.tolist()],
+        }
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def _find_culprit(self, step: int) -> str | None:
+        """Repeat the failed update's batches and name what goes wrong first."""
+        progress = self.state.progress
+        width = self.config.data.batch_size * self.processes.world_size
+        samples = progress.samples + (step - progress.step) * width
+        batches = self.data.batches(progress.epoch, samples)
+        for offset, batch in enumerate(itertools.islice(batches, self.options.accum_steps)):
+            culprit = engine.first_nonfinite(
+                self.state, self.criterion, batch, self.options, step + offset, self.mixer
+            )
+            if culprit:
+                return culprit
+        return None
 
     def _diverged(self, failure: engine.NonFinite) -> None:
-        """Go back to the last checkpoint, or stop and say where it went wrong."""
-        state, config = self.state, self.config
-        epoch = state.progress.epoch
-        rate = state.schedule.rate(failure.update)
-        what = f"loss or gradient not finite at update {failure.update} (epoch {epoch + 1}, "
-        what += f"step {failure.step + 1}), learning rate {rate:.3g}"
-        rollbacks = state.progress.rollbacks + 1
-        if config.optim.on_nonfinite == "rollback" and rollbacks <= MAX_ROLLBACKS:
-            path, content = checkpoint.load_latest(self.folder)
-            state.load_state_dict(content)
-            state.progress.rollbacks = rollbacks
-            state.schedule.factor = 0.5**rollbacks
-            log.warning(
-                "%s; going back to %s with the rate times %g", what, path, state.schedule.factor
-            )
-            self.logger.close()
-            self.logger = self._open_logger()
-            return
-        size = config.data.batch_size * self.processes.world_size
-        batches = self.data.batches(epoch, failure.step * size)
-        culprit = None
-        for offset, batch in enumerate(itertools.islice(batches, config.optim.accum_steps)):
-            culprit = culprit or engine.first_nonfinite(
-                state, self.criterion, batch, self.options, failure.step + offset, self.mixer
-            )
-        where = f"; first in {culprit}" if culprit else "; it did not come again on a second try"
-        raise DivergedError(
-            f"{what}{where}. The weights before it are in {self.saved or 'no checkpoint yet'}. "
-            "Lower --lr, add --clip-grad 1, use --amp off, or add --on-nonfinite skip or rollback"
+        """Say where it went wrong; go back to the last checkpoint, or stop."""
+        state, options = self.state, self.config.optim
+        culprit = self._find_culprit(failure.step)
+        path = self._dump_nonfinite(failure.step, failure.update, culprit)
+        rate = state.schedule.rate(failure.update) * state.schedule.factor
+        where = f"first in {culprit}" if culprit else "it did not come again on a second try"
+        what = (
+            f"loss or gradient not finite at update {failure.update} (epoch "
+            f"{state.progress.epoch + 1}, step {failure.step + 1}), learning rate {rate:.3g}; "
+            f"{where}; its pictures are listed in {path}"
         )
+        self.writer.wait()
+        rollbacks = state.progress.rollbacks + 1
+        if options.on_nonfinite != "rollback" or rollbacks > MAX_ROLLBACKS:
+            raise DivergedError(
+                f"{what}. The last good weights are in {self.writer.saved or 'no checkpoint yet'}. "
+                "Lower --lr, or add --clip-grad 1, --amp off, or another --on-nonfinite"
+            )
+        utils.barrier()
+        source, content = checkpoint.load_latest(self.folder)
+        state.load_state_dict(content)
+        state.progress.rollbacks = rollbacks
+        if options.rollback_fp32_steps:
+            # Twice as many each time: the trouble may lie a little further on.
+            steps = options.rollback_fp32_steps * 2 ** (rollbacks - 1)
+            state.progress.precise_until = state.progress.update + steps
+            how = f"in full precision for {steps} updates"
+        else:
+            state.schedule.factor = 0.5**rollbacks
+            how = f"with the rate times {state.schedule.factor:g}"
+        log.warning("%s; going back to %s, %s", what, source, how)
+        self.logger.close()
+        self.logger = self._open_logger()
 
     def _conclude(self) -> int:
         """Say what was reached and where everything is."""
         progress, config = self.state.progress, self.config
+        self.writer.wait()
         if self.logger.records:
             final = {k: v for k, v in self.logger.records[-1].items() if isinstance(v, float)}
             self.logger.hyper_parameters(config.recipe(), final)
         self.logger.close()
-        if self.bad_images:
+        if self.listed_bad:
             log.warning("%d pictures could not be read and were skipped; they are listed in %s",
-                        len(self.bad_images), self.folder / BAD_IMAGES_FILE)  # fmt: skip
-        if self.save_failed:
-            log.error("the last checkpoint could not be written: free space and --resume auto")
+                        len(self.listed_bad), self.folder / BAD_IMAGES_FILE)  # fmt: skip
+        if self.writer.error:
+            log.error("the last checkpoint is missing: free space, then --resume auto")
             return 1
         best = self.folder / checkpoint.BEST
         if progress.best is not None:
-            log.info("best     %s %.2f after epoch %d", config.save.monitor, progress.best,
+            log.info("best     %s %.2f after epoch %d", config.save.best_metric, progress.best,
                      progress.best_epoch + 1)  # fmt: skip
-        log.info("weights  %s", best)
+        weights = best if best.exists() else self.writer.saved
+        log.info("weights  %s", weights)
         log.info("curves   %s", self.folder / CURVES_FILE)
         log.info(
             "logs     %s and TensorBoard: tensorboard --logdir %s",
@@ -796,7 +1047,7 @@ class Trainer:
         if progress.epoch < self.total_epochs and config.run.stop_at_epoch:
             log.info("next     %s", self._go_on_command())
         else:
-            log.info("next     python main.py --eval --resume %s", shlex.quote(str(best)))
+            log.info("next     %s", self._command("--eval", "--resume", str(weights)))
         return 0
 
 

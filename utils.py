@@ -8,7 +8,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from config import DistOptions
-from errors import OptionError
+from errors import OptionError, UserError
 
 # --- random numbers -------------------------------------------------------------------------------
 
@@ -195,11 +196,50 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Give every process the main process's buffers (batch-norm statistics)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         # Not dist.barrier(): with NCCL that would occupy the device.
         dist.all_reduce(torch.zeros(1))
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(wish: bool) -> bool:
+    """Whether any process wishes so; to be called by all."""
+    if not dist.is_initialized():
+        return wish
+    votes = torch.tensor(int(wish))
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def on_main_process(processes: Processes, action: Callable[[], None]) -> None:
+    """The main process does ``action``; what it raises for a person is raised on all processes."""
+    failure: list[UserError | None] = [None]
+    if processes.is_main:
+        try:
+            action()
+        except UserError as error:
+            failure = [error]
+    if processes.distributed:
+        dist.broadcast_object_list(failure, device=torch.device("cpu"))
+    if failure[0] is not None:
+        raise failure[0]
 
 
 @contextmanager
@@ -213,7 +253,10 @@ def main_process_first(processes: Processes) -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a wish to stop at the next step boundary.
+    """Turns Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a wish to stop at the next step boundary.
+
+    SLURM warns of a time limit or preemption with a signal of the user's choice, and ends a
+    cancelled job with SIGTERM.
 
     Every process must leave at the same step, or the others would wait for it in the next gradient
     exchange: :meth:`agreed` is true for all as soon as one process was asked. A second Ctrl-C
@@ -222,10 +265,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._asked = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -234,9 +278,12 @@ class StopRequest:
             signal.signal(number, previous)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        # A launcher passes on the Ctrl-C that the terminal has sent to all processes already.
+        again = self.signal is not None and time.monotonic() - self._asked > 1.0
+        if again and number == signal.SIGINT:
             os._exit(128 + number)
-        self.signal = number
+        if self.signal is None:
+            self.signal, self._asked = number, time.monotonic()
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; to be called by all at the same step."""

@@ -13,8 +13,8 @@ import checkpoint
 from errors import CheckpointError
 
 
-def content(epoch: int = 1, step: int = 0) -> dict:
-    return {"model": nn.Linear(3, 2).state_dict(), "progress": {"epoch": epoch, "step": step}}
+def content(epoch: int = 1, samples: int = 0) -> dict:
+    return {"model": nn.Linear(3, 2).state_dict(), "progress": {"epoch": epoch, "samples": samples}}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -41,13 +41,13 @@ def test_the_rename_comes_after_the_data_is_on_disk(tmp_path, monkeypatch):
 
 
 def test_newest_are_kept_in_order_of_progress(tmp_path):
-    for epoch, step in ((1, 0), (2, 0), (2, 17), (10, 0), (9, 200)):
-        checkpoint.save_in_folder(tmp_path, content(epoch, step), keep=9, best=False)
+    for epoch, samples in ((1, 0), (2, 0), (2, 17), (10, 0), (9, 200)):
+        checkpoint.save_in_folder(tmp_path, content(epoch, samples), keep=9, best=False)
     names = [p.name for p in checkpoint.in_folder(tmp_path)]
     assert names == [
         "checkpoint-0010.pth",
-        "checkpoint-0009-000200.pth",
-        "checkpoint-0002-000017.pth",
+        "checkpoint-0009-00000200.pth",
+        "checkpoint-0002-00000017.pth",
         "checkpoint-0002.pth",
         "checkpoint-0001.pth",
     ]

@@ -332,7 +332,7 @@ def values(tp, bounds) -> st.SearchStrategy:
 
 
 # Drawn one at a time, so that few of them conflict.
-FREE = [opt for opt in options() if opt.name not in ("config", "print_config", "monitor")]
+FREE = [opt for opt in options() if opt.name not in ("config", "print_config", "best_metric")]
 
 
 @settings(max_examples=100, deadline=None)
@@ -410,14 +410,17 @@ CONFLICTS = [
     ("lr_noise", "--sched plateau --lr-noise 0.5"),
     ("cooldown_epochs", "--sched onecycle --cooldown-epochs 1"),
     ("eval", "--eval"),
-    ("start_epoch", "--start_epoch 3"),
+    ("start_epoch", "--start_epoch 9 --epochs 9"),
+    ("mean", "--mean 0.1 0.2"),
+    ("std", "--std 0.1 0.2"),
+    ("rollback_fp32_steps", "--rollback-fp32-steps 9"),
     ("pretrained", "--pretrained --finetune f.pth"),
     ("unfreeze_at", "--unfreeze-at 3:head"),
     ("unfreeze_at", "--freeze blocks --unfreeze-at head"),
     ("unfreeze_at", "--freeze blocks --unfreeze-at x:head"),
     ("attn_only", "--attn-only --freeze blocks"),
-    ("monitor", "--monitor ema_acc1 --no-model-ema"),
-    ("monitor", "--monitor acc1"),
+    ("best_metric", "--best-metric ema_acc1 --no-model-ema"),
+    ("best_metric", "--best-metric acc1"),
 ]
 
 
@@ -449,7 +452,7 @@ def test_every_conflict_is_tried_here():
         "--eval --pretrained --epochs 1",
         "--sched multistep --decay-milestones 30 60",
         "--freeze * --unfreeze-at 0:head 3:blocks.*",
-        "--monitor test_loss",
+        "--best-metric test_loss",
     ],
 )
 def test_sound_combinations_pass(line):
@@ -503,3 +506,19 @@ def test_texts_with_spaces_stay_whole(tmp_path):
     assert config.load(["--config", str(path)]).run.plugin == ("my folder/mine.py",)
     given = config.load(["--plugin", "my folder/a.py", "b.py"]).run.plugin
     assert given == ("my folder/a.py", "b.py")
+
+
+@pytest.mark.parametrize(
+    "line, hint",
+    [
+        ("--decay-milestones 3", "--decay-milestones has no effect without --sched multistep"),
+        ("--clip-mode agc", "--clip-mode has no effect without --clip-grad"),
+        ("--mixup 0 --cutmix 0 --mixup-mode elem", "--mixup-mode has no effect without --mixup"),
+        ("--no-model-ema --model-ema-decay 0.9", "--model-ema-decay has no effect"),
+        ("--clip-mode agc --clip-grad 1", None),
+        ("--sched step --decay-epochs 10 --decay-rate 0.5", None),
+    ],
+)
+def test_options_without_effect_are_named(line, hint):
+    found = config.unused(load(line.split()))
+    assert not found if hint is None else len(found) == 1 and found[0].startswith(hint)

@@ -413,12 +413,14 @@ def test_stratified_split_keeps_proportions():
 def test_class_summary():
     def of(counts):
         targets = np.repeat(np.arange(len(counts)), counts)
-        source = ArraySource(np.zeros((len(targets), 8, 8), np.uint8), targets, list("abc"), "x")
+        names = [chr(ord("a") + i) for i in range(len(counts))]
+        source = ArraySource(np.zeros((len(targets), 8, 8), np.uint8), targets, names, "x")
         return summarise_classes(ImageDataset(source, EVAL))
 
     counts, lines = of([5, 7, 9])
     assert counts.tolist() == [5, 7, 9]
-    assert lines == ["21 pictures of 3 classes, 5 (a) to 9 (c) a class"]
+    assert lines == ["pictures a class: a 5, b 7, c 9"]
+    assert of([5] * 20 + [9])[1] == ["pictures a class: 5 (a) to 9 (u)"]
     assert "warning: the most frequent class has 10 times" in of([5, 50, 5])[1][1]
     assert len(of([5, 49, 5])[1]) == 1
     assert of([5, 0, 5])[1][1] == "warning: no pictures of 1 classes: b"
@@ -835,7 +837,7 @@ def test_tensorflow_datasets(tmp_path, monkeypatch):
     batch = load(train.subset([2, 1]), EvalSampler(2))[0]
     assert batch.targets.tolist() == [0, 1]
     assert torch.equal(batch.images[0], EVAL(Image.fromarray(noise(2))))
-    assert summarise_classes(train)[1] == ["3 pictures of 2 classes"]
+    assert summarise_classes(train)[1] == ["pictures a class: unknown before they are read"]
 
 
 # --- registry -----------------------------------------------------------------------------------

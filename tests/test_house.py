@@ -18,11 +18,12 @@ ROWS = (
     {"errors"},
     {"config"},
     {"utils", "cait_models"},
-    {"checkpoint", "samplers", "augment", "models", "optim", "loggers"},
+    {"checkpoint", "samplers", "augment", "models", "optim", "loggers", "lock"},
     {"datasets", "losses", "state"},
     {"engine", "inference"},
     {"training"},
     {"main"},
+    {"run_with_submitit"},
 )
 
 
@@ -58,7 +59,7 @@ def test_arrows_point_one_way(name):
 
 def test_only_the_launchers_know_the_whole_configuration():
     knowing = {n for n, p in FILES.items() if re.search(r"\bConfig\b", p.read_text())}
-    assert knowing <= {"config", "main", "training"}
+    assert knowing <= {"config", "main", "training", "run_with_submitit"}
 
 
 def test_options_page_is_up_to_date():

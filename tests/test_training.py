@@ -61,14 +61,16 @@ def newest(folder: Path) -> dict:
 
 
 def stop_after(monkeypatch, updates: int) -> None:
-    """Make the run believe it got SIGTERM after that many updates."""
-    calls = iter(range(10**6))
+    """Make the run believe, after that many updates of this session, that it got SIGTERM."""
+    calls = iter(range(1, 10**6))
+    original = training.Trainer._wish
 
-    def agreed(self: utils.StopRequest) -> bool:
-        self.signal = signal.SIGTERM if next(calls) + 1 >= updates else None
-        return self.signal is not None
+    def wish(self, stop: utils.StopRequest) -> engine.Wish:
+        if next(calls) == updates:
+            stop.signal = signal.SIGTERM
+        return original(self, stop)
 
-    monkeypatch.setattr(utils.StopRequest, "agreed", agreed)
+    monkeypatch.setattr(training.Trainer, "_wish", wish)
 
 
 def assert_same_state(left: dict, right: dict) -> None:
@@ -105,7 +107,9 @@ RESUME_CASES = {
         *("--opt", "sgd", "--sched", "plateau", "--patience-epochs", "0", "--no-repeated-aug"),
         *("--sampler", "balanced", "--no-model-ema"),
     ),
-    "accumulation, onecycle": ("--accum-steps", "4", "--sched", "onecycle", "--drop", "0.2"),
+    "accumulation, onecycle": (
+        *("--batch-size", "1", "--accum-steps", "4", "--sched", "onecycle", "--drop", "0.2"),
+    ),
     "bf16, lamb, clip": ("--amp", "bf16", "--opt", "lamb", "--clip-grad", "1", "--resplit"),
     "fp16 scaler": ("--amp", "fp16", "--ThreeAugment", "--mixup-mode", "elem"),
     "cosub, multistep": (
@@ -119,7 +123,7 @@ RESUME_CASES = {
 
 
 @pytest.mark.parametrize("options", RESUME_CASES.values(), ids=RESUME_CASES.keys())
-@pytest.mark.parametrize("updates", [4, 7])
+@pytest.mark.parametrize("updates", [4, 9])
 def test_resume_in_mid_epoch_is_exact(pictures, tmp_path, monkeypatch, options, updates):
     assert train(pictures, tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
@@ -182,6 +186,59 @@ def test_resume_keeps_the_best_score(pictures, tmp_path):
     assert checkpoint.load_file(tmp_path / "best.pth")["metrics"]["test_acc1"] == best
 
 
+def test_going_back_puts_the_abandoned_future_aside(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path, "--keep", "9", "--best-metric", "train_loss") == 0
+    start = str(tmp_path / "checkpoint-0001.pth")
+    capsys.readouterr()
+    assert main.main(["--resume", start, "--epochs", "2", "--warmup-epochs", "0"]) == 0
+    assert "3 newer checkpoints were put into" in capsys.readouterr().out
+    aside = {p.name for p in (tmp_path / "set-aside").iterdir()}
+    assert aside == {"checkpoint-0002.pth", "checkpoint-0003.pth", "best.pth"}
+    names = [p.name for p in checkpoint.in_folder(tmp_path)]
+    assert names == ["checkpoint-0002.pth", "checkpoint-0001.pth"]
+    assert [r["epoch"] for r in logged(tmp_path)] == [0, 1]
+    assert checkpoint.load_file(tmp_path / "best.pth")["progress"]["epoch"] <= 2
+
+
+def test_resume_into_the_folder_of_another_run_is_refused(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path / "a", "--stop-at-epoch", "1") == 0
+    assert train(pictures, tmp_path / "b", "--stop-at-epoch", "1") == 0
+    before = (tmp_path / "b" / "log.txt").read_bytes()
+    start = str(tmp_path / "a" / "checkpoint-0001.pth")
+    assert main.main(["--resume", start, "--output-dir", str(tmp_path / "b")]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "b" / "log.txt").read_bytes() == before
+
+
+def test_resume_with_another_optimiser_is_an_error(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path, "--stop-at-epoch", "1") == 0
+    for opt in ("sgd", "lamb", "adam"):
+        assert train(pictures, tmp_path, "--resume", "auto", "--opt", opt) == 2
+        assert "written with --opt adamw" in capsys.readouterr().err
+
+
+def test_resume_does_not_need_the_weights_it_started_from(pictures, tmp_path):
+    assert train(pictures, tmp_path / "start", "--stop-at-epoch", "1") == 0
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes((tmp_path / "start" / "best.pth").read_bytes())
+    fine = ("--finetune", str(weights))
+    assert train(pictures, tmp_path / "fine", *fine, "--stop-at-epoch", "1") == 0
+    weights.unlink()
+    assert train(pictures, tmp_path / "fine", *fine, "--resume", "auto") == 0
+
+
+def test_early_stop_waits_for_real_progress():
+    """Steps smaller than the delta add up until they are progress."""
+    from state import is_better
+
+    reference, progress = None, []
+    for epoch, value in enumerate((50.0, 50.4, 50.8, 50.9, 51.0, 51.4)):
+        if is_better(value, reference, lower=False, delta=0.5):
+            reference = value
+            progress.append(epoch)
+    assert progress == [0, 2, 5]
+
+
 def test_a_directory_that_holds_a_run_is_refused(pictures, tmp_path, capsys):
     assert train(pictures, tmp_path, "--stop-at-epoch", "1") == 0
     before = (tmp_path / "log.txt").read_bytes()
@@ -199,8 +256,62 @@ def test_resume_of_another_model_or_class_count_is_an_error(pictures, tmp_path, 
     assert "head.weight is (3, 128) there and (10, 128) here" in capsys.readouterr().err
 
 
+def test_checkpoints_within_an_epoch(pictures, tmp_path, monkeypatch):
+    """Every second update and at each epoch; a run that dies later goes on from the newest."""
+    assert train(pictures, tmp_path / "whole", "--save-every-steps", "2", "--keep", "99") == 0
+    names = [p.name for p in checkpoint.in_folder(tmp_path / "whole")][::-1]
+    within = [f"checkpoint-{e:04d}-{n:08d}.pth" for e in range(3) for n in (8, 16, 24)]
+    assert [n for n in names if n.count("-") == 2] == within
+    for die_at in ("checkpoint-0000-00000016.pth", "checkpoint-0002-00000008.pth"):
+        folder = tmp_path / die_at
+        folder.mkdir()
+        for name in names[: names.index(die_at) + 1]:
+            (folder / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+        (folder / "log.txt").write_bytes((tmp_path / "whole" / "log.txt").read_bytes())
+        if "checkpoint-0001.pth" in names[: names.index(die_at)]:  # the best of this run
+            checkpoint.set_best(folder, folder / "checkpoint-0001.pth")
+        assert train(pictures, folder, "--resume", "auto", "--save-every-steps", "2") == 0
+        assert_same_state(newest(tmp_path / "whole"), newest(folder))
+        assert logged(tmp_path / "whole") == logged(folder)
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
+    weights = torch.zeros(10**6)
+    writer = checkpoint.BackgroundWriter(tmp_path, keep=9)
+    for epoch in range(1, 4):
+        weights.fill_(epoch)
+        progress = {"epoch": epoch, "samples": 0}
+        writer.submit({"model": {"w": weights}, "progress": progress}, best=False)
+        weights.fill_(-1)
+    writer.wait()
+    for epoch in range(1, 4):
+        saved = checkpoint.load_file(tmp_path / checkpoint.name_of(epoch, 0))
+        assert torch.equal(saved["model"]["w"], torch.full((10**6,), float(epoch)))
+
+
+def test_resume_with_another_batch_size_sees_each_picture_once(pictures, tmp_path, monkeypatch):
+    seen: list[int] = []
+    original = training.Trainer._watched
+
+    def watched(self, batches):
+        for batch in original(self, batches):
+            if self.state.progress.epoch == 1:
+                seen.extend(batch.positions.tolist())
+            yield batch
+
+    monkeypatch.setattr(training.Trainer, "_watched", watched)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)  # two batches of four into the second epoch
+        assert train(pictures, tmp_path, "--epochs", "2") == 128 + signal.SIGTERM
+    resume = ("--epochs", "2", "--resume", "auto", "--batch-size", "8")
+    assert train(pictures, tmp_path, *resume) == 0
+    assert sorted(seen) == list(range(24))
+    progress = newest(tmp_path)["progress"]
+    assert progress["epoch"] == 2 and progress["update"] == 6  # three an epoch with batches of 8
+
+
 def test_keep_and_save_every(pictures, tmp_path):
-    assert train(pictures, tmp_path, "--keep", "1", "--monitor", "train_loss") == 0
+    assert train(pictures, tmp_path, "--keep", "1", "--best-metric", "train_loss") == 0
     names = {p.name for p in tmp_path.glob("*.pth")}
     assert names == {"checkpoint-0003.pth", "best.pth"}
 
@@ -231,16 +342,37 @@ def test_files_of_a_run(pictures, tmp_path):
         ["blue", "2"],
         ["crimson", "3"],
     ]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
-    events.Reload()
+    events = events_of(tmp_path)
     tags = events.Tags()
     assert "train/augmented" in tags["images"]
     assert {"epoch/test_acc1", "step/loss", "step/lr"} <= set(tags["scalars"])
     assert "weights/blocks.0.attn.qkv.weight" in tags["histograms"]
-    assert [e.step for e in events.Scalars("epoch/test_acc1")] == [0, 1, 2]
-    assert [e.step for e in events.Scalars("step/loss")] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert [e.step for e in events.Scalars("epoch/test_acc1")] == [6, 12, 18]
+    assert [e.step for e in events.Scalars("step/loss")] == [1, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+
+
+def events_of(folder: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_goes_on_without_gap_or_duplicate(pictures, tmp_path, monkeypatch):
+    def run(folder: str, *more: str) -> int:
+        argv = arguments(pictures, tmp_path / folder, *more)
+        return main.main([a for a in argv if a != "--no-tensorboard"])
+
+    assert run("whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        assert run("parts") == 128 + signal.SIGTERM
+    assert run("parts", "--resume", "auto") == 0
+    whole, parts = events_of(tmp_path / "whole"), events_of(tmp_path / "parts")
+    for tag in ("step/loss", "step/lr", "step/grad_norm", "epoch/test_loss", "epoch/ema_acc1"):
+        curves = [[(e.step, e.value) for e in run.Scalars(tag)] for run in (whole, parts)]
+        assert curves[0] == curves[1], tag
 
 
 def test_checkpoint_is_plain_and_self_sufficient(pictures, tmp_path, capsys):
@@ -266,6 +398,57 @@ def test_checkpoint_is_plain_and_self_sufficient(pictures, tmp_path, capsys):
             right += int(logits.argmax()) == label
             total += 1
     assert 100 * right / total == pytest.approx(metrics["test_acc1"])
+
+
+def test_eval_takes_what_is_asked_for(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path / "run", "--model", "modern_lenet", "--input-size", "32") == 0
+    best = str(tmp_path / "run" / "best.pth")
+    shown = {}
+    for change in ((), ("--input-size", "24"), ("--mean", "0.9"), ("--eval-crop-ratio", "0.5")):
+        capsys.readouterr()
+        assert main.main(["--eval", "--resume", best, *change]) == 0
+        shown[change] = re.search(r"model .*loss ([\d.]+)", capsys.readouterr().out)[1]
+    assert len(set(shown.values())) >= 3
+    assert shown[("--input-size", "24")] != shown[()] != shown[("--mean", "0.9")]
+    assert main.main(["--eval", "--resume", best, "--model", "simple_cnn"]) == 2
+    assert "holds modern_lenet" in capsys.readouterr().err
+
+
+def test_eval_of_a_transformer_at_another_size(pictures, tmp_path):
+    assert train(pictures, tmp_path) == 0
+    best = str(tmp_path / "best.pth")
+    assert main.main(["--eval", "--resume", best, "--input-size", "16"]) == 0
+
+
+def test_eval_needs_no_training_part(pictures, tmp_path, capsys):
+    import shutil
+
+    assert train(pictures, tmp_path / "run") == 0
+    best = str(tmp_path / "run" / "best.pth")
+    (tmp_path / "only").mkdir()
+    shutil.copytree(pictures / "val", tmp_path / "only" / "val")
+    lines = ["path,label", *(f"val/amber/{i}.png,amber" for i in range(3))]
+    (tmp_path / "only" / "some.csv").write_text("\n".join(lines))
+    places = (("only",), ("only/val",), ("only/some.csv", "--data-set", "CSV"))
+    for place, *more in places:
+        capsys.readouterr()
+        argv = ["--eval", "--resume", best, "--data-path", str(tmp_path / place), *more]
+        assert main.main(argv) == 0
+        assert f"({3 if more else 8} pictures)" in capsys.readouterr().out
+
+
+def test_eval_names_what_it_could_not_read(pictures, tmp_path, capsys):
+    import shutil
+
+    assert train(pictures, tmp_path / "run") == 0
+    best = str(tmp_path / "run" / "best.pth")
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data" / "val" / "blue" / "1.png").write_bytes(b"nothing")
+    argv = ["--eval", "--resume", best, "--data-path", str(tmp_path / "data")]
+    assert main.main([*argv, "--on-bad-image", "skip"]) == 0
+    shown = capsys.readouterr().out
+    assert "(7 pictures)" in shown and "1 pictures could not be read" in shown
+    assert "blue/1.png" in shown
 
 
 def test_early_stop(pictures, tmp_path, capsys):
@@ -354,6 +537,19 @@ class Fragile(nn.Module):
         return self.head(self.judge(self.body(x) * torch.where(white, float("nan"), 1.0)))
 
 
+@timm.models.register_model
+def overflowing(pretrained: bool = False, num_classes: int = 1000, **kwargs) -> nn.Module:
+    class Overflowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3 * 8 * 8, num_classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x.flatten(1)) * 1e5 / 1e5
+
+    return Overflowing()
+
+
 @pytest.fixture(scope="module")
 def white_picture(tmp_path_factory, pictures) -> Path:
     """The pictures, one of the training set wholly white; a registered model that it breaks."""
@@ -363,7 +559,12 @@ def white_picture(tmp_path_factory, pictures) -> Path:
     def fragile(pretrained: bool = False, num_classes: int = 1000, **kwargs) -> nn.Module:
         return Fragile(num_classes)
 
-    fragile.__module__ = "timm.models.fragile"
+    @timm.models.register_model
+    def fragile_norm(pretrained: bool = False, num_classes: int = 1000, **kwargs) -> nn.Module:
+        model = Fragile(num_classes)
+        model.judge = nn.BatchNorm1d(3 * 8 * 8)
+        return model
+
     root = tmp_path_factory.mktemp("white")
     shutil.copytree(pictures, root, dirs_exist_ok=True)
     Image.new("RGB", (14, 12), (255, 255, 255)).save(root / "train" / "blue" / "3.png")
@@ -393,6 +594,35 @@ def test_nonfinite_skip_leaves_out_one_update_an_epoch(white_picture, tmp_path, 
     assert content["progress"]["update"] == 18
     assert all(torch.isfinite(v).all() for v in content["model"].values())
     assert logged(tmp_path)[-1]["skipped_updates"] == 3
+
+
+def test_a_skipped_update_is_named_and_leaves_statistics_alone(white_picture, tmp_path):
+    options = (*FRAGILE, "--model", "fragile_norm", "--on-nonfinite", "skip", "--epochs", "1")
+    assert train(white_picture, tmp_path, *options, "--warmup-epochs", "0") == 0
+    content = newest(tmp_path)
+    assert content["progress"]["skipped"] == 1
+    for name in ("model", "model_ema"):
+        assert all(torch.isfinite(v).all() for v in content[name].values())
+    report = json.loads((tmp_path / "nonfinite-rank0.json").read_text())
+    assert len(report["pictures"]) == 4
+    assert any(p.endswith("blue/3.png") for p in report["pictures"])
+
+
+def test_nonfinite_stop_lists_the_pictures(white_picture, tmp_path):
+    assert train(white_picture, tmp_path, *FRAGILE, "--accum-steps", "2") == 3
+    report = json.loads((tmp_path / "nonfinite-rank0.json").read_text())
+    assert report["first_nonfinite"] == "the output of judge (Identity)"
+    assert len(report["pictures"]) == 8
+    assert any(p.endswith("blue/3.png") for p in report["pictures"])
+
+
+def test_rollback_to_full_precision_overcomes_an_overflow(pictures, tmp_path, capsys):
+    """fp16 overflows at 65504; the model multiplies its way there, float32 does not mind."""
+    options = (*PLAIN, "--model", "overflowing", "--amp", "fp16", "--on-nonfinite", "rollback")
+    options += ("--rollback-fp32-steps", "100", "--no-model-ema")
+    assert train(pictures, tmp_path, *options) == 0
+    assert "in full precision for 100 updates" in capsys.readouterr().out
+    assert newest(tmp_path)["progress"]["rollbacks"] == 1
 
 
 def test_nonfinite_rollback_halves_the_rate_and_gives_up_in_the_end(
@@ -569,8 +799,12 @@ BAD_INPUT = {
     "launcher": (("--distributed",), "--distributed", "torchrun"),
     "plugin": (("--plugin", "/nowhere/mine.py"), "--plugin", "does not exist"),
     "freeze": (("--freeze", "encoder.*"), "--freeze", "encoder.*"),
-    "monitor": (("--monitor", "test_acc5"), "--monitor", "test_acc1"),
+    "best_metric": (("--best-metric", "test_acc5"), "--best-metric", "test_acc1"),
     "drop block": (("--drop-block", "0.1"), "--drop-block", "leave it out"),
+    "accumulation": (("--accum-steps", "7"), "--accum-steps", "6"),
+    "overfit": (("--overfit-batches", "7"), "--overfit-batches", "24"),
+    "mean": (("--mean", "0.5", "0.5"), "--mean", "one or three"),
+    "mean range": (("--mean", "128"), "--mean", "at most 1"),
     "eval mode and distillation": (
         ("--distillation-type", "hard", "--teacher-path", "x", "--no-train-mode"),
         *("--train-mode", "leave out --no-train-mode"),
@@ -631,6 +865,20 @@ def test_print_config_names_origins(pictures, tmp_path, capsys):
     assert re.search(r"^lr: 0.001 +# .*mine.yaml$", shown, re.M)
     assert re.search(r"^epochs: 7 +# command line$", shown, re.M)
     assert re.search(r"^batch_size: 64 +# default$", shown, re.M)
+
+
+def test_the_plugins_of_the_guide_train(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        (tmp_path / f"guide{number}.py").write_text(block)
+    plugins = [str(tmp_path / f"guide{number}.py") for number in range(2)]
+    options = ("--model", "my_model", "--data-set", "stripes", "--input-size", "16")
+    argv = arguments(tmp_path, tmp_path / "run", *options, *PLAIN, "--plugin", *plugins)
+    assert main.main(argv) == 0
+    # The printed command names the plugins; without them the model is unknown.
+    best = str(tmp_path / "run" / "best.pth")
+    assert main.main(["--eval", "--resume", best, "--plugin", *plugins]) == 0
 
 
 def test_plugin_brings_model_and_data_set(tmp_path):
