@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
 CURVES_FILE = "curves.png"
+PER_CLASS_FILE = "per_class.csv"
+# Above this many classes a table of them is no longer read by anybody.
+PER_CLASS_LIMIT = 1000
 _COLORS = {"train": "tab:gray", "test": "tab:blue", "EMA": "tab:orange"}
 
 

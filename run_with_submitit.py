@@ -224,10 +224,11 @@ def _train(config: Config, *, requeued: bool) -> int:
     """Start the run, or go on with it from its newest checkpoint."""
     import checkpoint
     import training
+    from resume import output_folder
 
     if not config.run.eval:
         # Whatever it was first started from, it has got further since.
-        further = requeued and checkpoint.in_folder(training.output_folder(config))
+        further = requeued and checkpoint.in_folder(output_folder(config))
         if further or not config.run.resume:
             config = config.replace(ORIGIN, resume="auto", start_epoch=0)
     return training.run(config)

@@ -19,11 +19,12 @@ from torch import nn
 import checkpoint
 import engine
 import main
-import training
+import trainer
 import utils
 from datasets import Batch
 from inference import load_for_inference
 from losses import CrossEntropy
+from state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("amber", "blue", "crimson")
@@ -63,14 +64,14 @@ def newest(folder: Path) -> dict:
 def stop_after(monkeypatch, updates: int) -> None:
     """Make the run believe, after that many updates of this session, that it got SIGTERM."""
     calls = iter(range(1, 10**6))
-    original = training.Trainer._wish
+    original = trainer.Trainer._wish
 
     def wish(self, stop: utils.StopRequest) -> engine.Wish:
         if next(calls) == updates:
             stop.signal = signal.SIGTERM
         return original(self, stop)
 
-    monkeypatch.setattr(training.Trainer, "_wish", wish)
+    monkeypatch.setattr(trainer.Trainer, "_wish", wish)
 
 
 def assert_same_state(left: dict, right: dict) -> None:
@@ -291,7 +292,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
 
 def test_resume_with_another_batch_size_sees_each_picture_once(pictures, tmp_path, monkeypatch):
     seen: list[int] = []
-    original = training.Trainer._watched
+    original = trainer.Trainer._watched
 
     def watched(self, batches):
         for batch in original(self, batches):
@@ -299,7 +300,7 @@ def test_resume_with_another_batch_size_sees_each_picture_once(pictures, tmp_pat
                 seen.extend(batch.positions.tolist())
             yield batch
 
-    monkeypatch.setattr(training.Trainer, "_watched", watched)
+    monkeypatch.setattr(trainer.Trainer, "_watched", watched)
     with monkeypatch.context() as patch:
         stop_after(patch, 8)  # two batches of four into the second epoch
         assert train(pictures, tmp_path, "--epochs", "2") == 128 + signal.SIGTERM
@@ -631,7 +632,7 @@ def test_nonfinite_rollback_halves_the_rate_and_gives_up_in_the_end(
     assert train(white_picture, tmp_path, *FRAGILE, "--on-nonfinite", "rollback") == 3
     shown = capsys.readouterr()
     factors = re.findall(r"rate times ([\d.]+)", shown.out)
-    assert [float(f) for f in factors] == [0.5**k for k in range(1, training.MAX_ROLLBACKS + 1)]
+    assert [float(f) for f in factors] == [0.5**k for k in range(1, trainer.MAX_ROLLBACKS + 1)]
     assert "not finite" in shown.err
 
 
@@ -646,7 +647,7 @@ def batches_of(images: torch.Tensor, targets: torch.Tensor, size: int) -> list[B
     ]
 
 
-def tiny_state(model: nn.Module, lr: float = 0.1) -> training.TrainState:
+def tiny_state(model: nn.Module, lr: float = 0.1) -> TrainState:
     import optim
     from config import OptimOptions, ScheduleOptions
 
@@ -655,7 +656,7 @@ def tiny_state(model: nn.Module, lr: float = 0.1) -> training.TrainState:
         ScheduleOptions(sched="constant", warmup_epochs=0), lr=lr, epochs=1, updates_per_epoch=10
     )
     optimizer = optim.build_optimizer(model, options, lr=lr)
-    return training.TrainState(model, optimizer, schedule, None, None, lambda m: m)
+    return TrainState(model, optimizer, schedule, None, None, lambda m: m)
 
 
 @pytest.mark.parametrize(

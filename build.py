@@ -1,0 +1,262 @@
+"""From options to objects: data, model, criterion, and the state that training changes."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoint
+import datasets
+import losses
+import models
+import optim
+import utils
+from augment import Preprocessing
+from config import Config
+from errors import OptionError
+from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
+from state import ModelEma, Progress, TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """The two sets, how they are ordered and loaded, and what they are called."""
+
+    train: datasets.ImageDataset
+    val: datasets.ImageDataset
+    class_names: list[str]
+    sampler: EpochSampler
+    train_loader: datasets.Loader
+    val_loader: datasets.Loader
+    steps: int
+    """Batches an epoch and process."""
+
+    def updates_per_epoch(self, config: Config) -> int:
+        return math.ceil(self.steps / config.optim.accum_steps)
+
+    def set_transforms(self, config: Config, preprocessing: Preprocessing) -> None:
+        """Say how pictures become tensors, once the model's normalisation is known."""
+        training = not config.run.overfit_batches
+        self.train.transform = datasets.build_transform(training, preprocessing, config.augment)
+        self.val.transform = datasets.build_transform(False, preprocessing, config.augment)
+
+    def batches(self, epoch: int, samples: int = 0) -> datasets.Loader:
+        """The batches of ``epoch`` after the first ``samples`` pictures."""
+        self.sampler.set_epoch(epoch, samples)
+        return self.train_loader
+
+
+def build_data(config: Config, processes: utils.Processes) -> Data:
+    """Data sets, samplers and loaders of this process; transforms are set later."""
+    options, augment, seed = config.data, config.augment, config.run.seed
+    with utils.main_process_first(processes):
+        train = datasets.build_dataset(True, options, None, seed=seed)
+        val = datasets.build_dataset(False, options, None, seed=seed)
+    world = {"num_replicas": processes.world_size, "rank": processes.rank}
+    if config.run.overfit_batches:
+        count = config.run.overfit_batches * options.batch_size * processes.world_size
+        if count > len(train):
+            raise OptionError(
+                "overfit_batches", f"{count} pictures are more than the {len(train)} there are"
+            )
+        order = ShuffleSampler(len(train), seed=seed).order(0)[:count].tolist()
+        train = val = train.subset(order)
+    sampler: EpochSampler
+    if options.sampler == "balanced":
+        if train.targets is None:
+            raise OptionError("sampler", "balanced needs the label of every picture beforehand, "
+                              f"which {options.data_set} doesn't give: leave it out")  # fmt: skip
+        sampler = BalancedSampler(train.targets, seed=seed, **world)
+    elif augment.repeated_aug and not config.run.overfit_batches:
+        sampler = RASampler(len(train), seed=seed, **world)
+    else:
+        sampler = ShuffleSampler(len(train), seed=seed, **world)
+    train_loader = datasets.build_loader(
+        train,
+        sampler,
+        batch_size=options.batch_size,
+        drop_last=True,
+        **_loading(config, processes),
+    )
+    if config.optim.accum_steps > len(train_loader):
+        raise OptionError(
+            "accum_steps", f"an epoch has only {len(train_loader)} batches to accumulate: lower it"
+        )
+    val_loader = build_val_loader(config, val, processes)
+    return Data(
+        train, val, list(train.classes), sampler, train_loader, val_loader, len(train_loader)
+    )
+
+
+def build_val_loader(
+    config: Config, val: datasets.ImageDataset, processes: utils.Processes
+) -> datasets.Loader:
+    """This process's share of the validation set in order, or all of it with ``--no-dist-eval``."""
+    shared = config.dist.dist_eval
+    sampler = EvalSampler(
+        len(val),
+        num_replicas=processes.world_size if shared else 1,
+        rank=processes.rank if shared else 0,
+    )
+    batch_size = config.data.eval_batch_size or math.ceil(1.5 * config.data.batch_size)
+    return datasets.build_loader(
+        val, sampler, batch_size=batch_size, drop_last=False, **_loading(config, processes)
+    )
+
+
+def _loading(config: Config, processes: utils.Processes) -> dict[str, Any]:
+    workers = config.data.num_workers
+    if workers == "auto":
+        workers = datasets.auto_num_workers(processes.local_world_size)
+    return {
+        "num_workers": workers,
+        "pin_memory": config.data.pin_mem and config.run.device != "cpu",
+        "seed": config.run.seed,
+    }
+
+
+def build_model(
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    resumed: dict[str, Any] | None = None,
+) -> tuple[nn.Module, Preprocessing]:
+    """The model on its device, with its starting weights, and the preprocessing it is to have.
+
+    A run that is ``resumed`` from a checkpoint needs no other weights to start from.
+    """
+    options = config.model
+    model = models.build_model(
+        options.model,
+        num_classes,
+        input_size=options.input_size,
+        drop=options.drop,
+        drop_path=options.drop_path,
+        drop_block=options.drop_block,
+        pretrained=options.pretrained and resumed is None,
+        grad_checkpointing=options.grad_checkpointing,
+        required=config.explicit(),
+    )
+    started_from = resumed or {}
+    if options.finetune and resumed is None:
+        started_from = checkpoint.load_file(options.finetune)
+        report = models.load_pretrained_weights(model, checkpoint.weights_of(started_from))
+        log.info("finetune %s: %s", options.finetune, report.summary())
+        if config.run.eval and (report.missing or report.skipped):
+            raise OptionError(
+                "finetune", "these weights don't fill the model, there is nothing to evaluate yet"
+            )
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    model.to(device, memory_format=layout)
+    return model, _preprocessing(config, model, started_from)
+
+
+def _preprocessing(config: Config, model: nn.Module, started_from: dict[str, Any]) -> Preprocessing:
+    """Normalisation as asked for, else of the weights to start from, else of the data set."""
+    saved = started_from.get("preprocessing")
+    own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    if saved is not None:
+        mean, std = tuple(saved["mean"]), tuple(saved["std"])
+    elif config.model.pretrained or config.model.finetune:
+        mean, std = own
+    else:
+        mean, std = datasets.default_normalization(config.data.data_set) or own
+    mean, std = config.data.mean or mean, config.data.std or std
+    return Preprocessing(
+        input_size=config.model.input_size,
+        crop_ratio=config.data.eval_crop_ratio,
+        interpolation="bicubic",
+        mean=three_values(mean),
+        std=three_values(std),
+    )
+
+
+def three_values(values: Sequence[float]) -> tuple[float, ...]:
+    """One value for each colour."""
+    return tuple(values) * (3 // len(values))
+
+
+def build_criterion(
+    config: Config, data: Data, preprocessing: Preprocessing, device: torch.device
+) -> nn.Module:
+    """The loss of ``--loss``, class weights and distillation, on the device."""
+    counts = None
+    if config.loss.class_weights != "none":
+        if data.train.targets is None:
+            raise OptionError("class_weights", "needs the label of every picture beforehand, which "
+                              f"{config.data.data_set} doesn't give: leave it out")  # fmt: skip
+        counts = torch.bincount(
+            torch.as_tensor(data.train.targets), minlength=len(data.class_names)
+        )
+    teacher = losses.build_teacher(
+        config.loss,
+        num_classes=len(data.class_names),
+        input_size=config.model.input_size,
+        class_names=data.class_names,
+        normalization=(preprocessing.mean, preprocessing.std),
+    )
+    criterion = losses.build_criterion(
+        config.loss, num_classes=len(data.class_names), class_counts=counts, teacher=teacher
+    )
+    return criterion.to(device)
+
+
+def build_state(
+    config: Config,
+    model: nn.Module,
+    data: Data,
+    processes: utils.Processes,
+    device: torch.device,
+) -> tuple[TrainState, optim.Freezer]:
+    """Optimiser, schedule, scaler and moving average around ``model``."""
+    batch = effective_batch(config, processes)
+    lr = optim.scaled_lr(config.optim.lr, batch, config.optim.unscale_lr)
+    optimizer = optim.build_optimizer(model, config.optim, lr=lr, required=config.explicit())
+    freezer = optim.Freezer(
+        model,
+        attn_only=config.model.attn_only,
+        freeze=config.model.freeze,
+        unfreeze_at=config.model.unfreeze_at,
+    )
+    freezer.apply(0)
+    schedule = optim.Schedule(
+        config.schedule,
+        lr=lr,
+        epochs=config.run.epochs,
+        updates_per_epoch=data.updates_per_epoch(config),
+        lower_is_better=config.save.best_metric.endswith("loss"),
+        seed=config.run.seed,
+        required=config.explicit(),
+    )
+    scaled = utils.amp_dtype(config.optim.amp, device) == torch.float16
+    ema = None
+    if config.ema.model_ema:
+        ema = ModelEma(
+            model,
+            config.ema.model_ema_decay,
+            warmup=config.ema.model_ema_warmup,
+            device=torch.device("cpu") if config.ema.model_ema_force_cpu else None,
+        )
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if processes.distributed:
+            ids = [device.index] if device.type == "cuda" else None
+            module = nn.parallel.DistributedDataParallel(module, ids, gradient_as_bucket_view=True)
+        return torch.compile(module) if config.model.compile else module
+
+    scaler = torch.amp.GradScaler(device.type) if scaled else None
+    progress = Progress(
+        updates_per_epoch=data.updates_per_epoch(config), world_size=processes.world_size
+    )
+    return TrainState(model, optimizer, schedule, scaler, ema, wrap, progress), freezer
+
+
+def effective_batch(config: Config, processes: utils.Processes) -> int:
+    """Pictures that make one update: batch × processes × accumulated batches."""
+    return config.data.batch_size * processes.world_size * config.optim.accum_steps
