@@ -35,6 +35,10 @@ def evaluate_checkpoint(config: Config, processes: utils.Processes, device: torc
     class_names, content = None, None
     if config.run.resume:
         source, content = _checkpoint_to_judge(config)
+        if "config" not in content:
+            # Published weights, of the model that --model names.
+            content, config = None, config.replace("--resume", finetune=source, resume="")
+    if content is not None:
         class_names = content.get("class_names")
     with utils.main_process_first(processes):
         val = datasets.build_dataset(

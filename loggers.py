@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,7 +182,10 @@ class RunLogger:
     def graph(self, model: nn.Module, images: Tensor) -> None:
         """The graph of ``model`` in TensorBoard."""
         if self.writer:
-            self.writer.add_graph(model, images)
+            with warnings.catch_warnings():
+                # The tracer warns of every shape that the model looks at.
+                warnings.simplefilter("ignore")
+                self.writer.add_graph(model, images)
 
     def histograms(self, model: nn.Module, update: int) -> None:
         """Histograms of all weights and gradients in TensorBoard."""

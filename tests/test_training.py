@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -329,7 +330,11 @@ def test_saved_config_reproduces_the_run(pictures, tmp_path):
 
 
 def test_files_of_a_run(pictures, tmp_path):
-    argv = [a for a in arguments(pictures, tmp_path, "--tb-histograms") if a != "--no-tensorboard"]
+    argv = [
+        a
+        for a in arguments(pictures, tmp_path, "--tb-histograms", "--tb-graph")
+        if a != "--no-tensorboard"
+    ]
     assert main.main(argv) == 0
     records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     wanted = {"train_lr", "train_loss", "test_loss", "test_acc1", "epoch", "n_parameters"}
@@ -345,7 +350,8 @@ def test_files_of_a_run(pictures, tmp_path):
     ]
     events = events_of(tmp_path)
     tags = events.Tags()
-    assert "train/augmented" in tags["images"]
+    assert "train/augmented" in tags["images"] and tags["graph"]
+    assert any("session_start_info" in name for name in events.PluginTagToContent("hparams"))
     assert {"epoch/test_acc1", "step/loss", "step/lr"} <= set(tags["scalars"])
     assert "weights/blocks.0.attn.qkv.weight" in tags["histograms"]
     assert [e.step for e in events.Scalars("epoch/test_acc1")] == [6, 12, 18]
@@ -413,6 +419,17 @@ def test_eval_takes_what_is_asked_for(pictures, tmp_path, capsys):
     assert shown[("--input-size", "24")] != shown[()] != shown[("--mean", "0.9")]
     assert main.main(["--eval", "--resume", best, "--model", "simple_cnn"]) == 2
     assert "holds modern_lenet" in capsys.readouterr().err
+
+
+def test_eval_of_bare_weights_takes_the_model_from_the_command_line(pictures, tmp_path, capsys):
+    assert train(pictures, tmp_path / "run") == 0
+    content = checkpoint.load_file(tmp_path / "run" / "best.pth")
+    torch.save({"model": content["model"]}, tmp_path / "published.pth")
+    capsys.readouterr()
+    argv = arguments(pictures, tmp_path / "judged", "--eval", "--resume")
+    assert main.main([*argv, str(tmp_path / "published.pth")]) == 0
+    assert f"top-1 {content['metrics']['test_acc1']:.3f} %" in capsys.readouterr().out
+    assert main.main([*argv, str(tmp_path / "published.pth"), "--model", "modern_lenet"]) == 2
 
 
 def test_eval_of_a_transformer_at_another_size(pictures, tmp_path):
@@ -778,6 +795,42 @@ def test_two_processes_equal_one_of_twice_the_batch(pictures, tmp_path):
         assert left["test_acc1"] == right["test_acc1"]
         assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-5)
         assert left["train_lr"] == right["train_lr"]
+
+
+def _has_hugging_face() -> bool:
+    try:
+        return bool(metadata.version("datasets"))  # a package of the name of our datasets.py
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not _has_hugging_face(), reason="needs: pip install datasets")
+def test_hugging_face_set_trains(pictures, tmp_path, monkeypatch):
+    """The real package reads the pictures as an image folder."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = arguments(
+        pictures, tmp_path / "run", "--data-set", f"hfds/{pictures}", "--data-path", ""
+    )
+    process = run_process([*argv, "--epochs", "2", "--num-workers", "1"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert newest(tmp_path / "run")["class_names"] == list(CLASSES)
+    assert "24 training and 8 validation pictures" in output
+
+
+def test_two_processes_judge_the_batch_statistics_that_are_saved(pictures, tmp_path, capsys):
+    """Each process gathers statistics of its own; what is logged must be what is saved."""
+    options = ("--model", "modern_lenet", "--input-size", "16", "--epochs", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = run_process(arguments(pictures, tmp_path, *options), launcher)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    record = logged(tmp_path)[-1]
+    assert main.main(["--eval", "--resume", str(tmp_path / "checkpoint-0002.pth")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"model .*loss {record['test_loss']:.4f}", shown), (record, shown)
+    assert re.search(rf"EMA .*loss {record['ema_loss']:.4f}", shown), (record, shown)
 
 
 # --- bad input ------------------------------------------------------------------------------------
