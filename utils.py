@@ -284,6 +284,9 @@ class StopRequest:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._asked = number, time.monotonic()
+            if number == signal.SIGINT and sys.stderr.isatty():
+                # Not a message of logging, whose locks a signal handler must not take.
+                os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; to be called by all at the same step."""

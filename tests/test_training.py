@@ -132,6 +132,8 @@ def test_resume_in_mid_epoch_is_exact(pictures, tmp_path, monkeypatch, options, 
         stop_after(patch, updates)
         assert train(pictures, tmp_path / "parts", *options) == 128 + signal.SIGTERM
     assert checkpoint.in_folder(tmp_path / "parts")[0].name != "checkpoint-0003.pth"
+    # Not even the saved generators are needed: what a step draws is a function of its place.
+    monkeypatch.setattr(utils, "set_rng_state", lambda state: None)
     assert train(pictures, tmp_path / "parts", *options, "--resume", "auto") == 0
     assert_same_state(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
@@ -355,7 +357,12 @@ def test_files_of_a_run(pictures, tmp_path):
     assert {"epoch/test_acc1", "step/loss", "step/lr"} <= set(tags["scalars"])
     assert "weights/blocks.0.attn.qkv.weight" in tags["histograms"]
     assert [e.step for e in events.Scalars("epoch/test_acc1")] == [6, 12, 18]
-    assert [e.step for e in events.Scalars("step/loss")] == [1, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    losses = events.Scalars("step/loss")
+    assert [e.step for e in losses] == [1, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    first_epoch = (
+        losses[0].value + losses[1].value + 2 * losses[2].value + 2 * losses[3].value
+    ) / 6
+    assert records[0]["train_loss"] == pytest.approx(first_epoch)
 
 
 def events_of(folder: Path):
