@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing to save", file=sys.stderr)
+        print("interrupted; there was nothing to save", file=sys.stderr)
         return 130
 
 

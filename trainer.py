@@ -159,6 +159,7 @@ class Trainer:
                     "early stop: no better %s for %d epochs",
                     self.config.save.best_metric, self.config.save.early_stop,
                 )  # fmt: skip
+                self._save_here()
                 break
             if stop.agreed() and progress.epoch < self.total_epochs:
                 return self._interrupted(stop)
@@ -337,15 +338,19 @@ class Trainer:
             due = utils.any_process(minutes >= options.save_every_minutes) or due
         return engine.Wish.SAVE if due else engine.Wish.GO
 
-    def _interrupted(self, stop: utils.StopRequest) -> int:
-        """Save where training stands, say how to go on."""
-        self.logger.end_bar()
+    def _save_here(self) -> None:
+        """Save where training stands, unless that is on disk already."""
         progress = self.state.progress
         self.writer.wait()
         here = checkpoint.name_of(progress.epoch, progress.samples)
         if self.writer.saved is None or self.writer.saved.name != here:
             self._save({})
             self.writer.wait()
+
+    def _interrupted(self, stop: utils.StopRequest) -> int:
+        """Save where training stands, say how to go on."""
+        self.logger.end_bar()
+        self._save_here()
         # Launchers end all processes as soon as one leaves: none may before this is written.
         utils.barrier()
         self.logger.close()

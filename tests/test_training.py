@@ -479,8 +479,10 @@ def test_eval_names_what_it_could_not_read(pictures, tmp_path, capsys):
 def test_early_stop(pictures, tmp_path, capsys):
     # Nothing learns at a rate of zero, so the first epoch is the best.
     options = ("--lr", "0", "--warmup-lr", "0", "--min-lr", "0", "--early-stop", "2")
+    options += ("--save-every", "9")
     assert train(pictures, tmp_path, *options, "--epochs", "6") == 0
     assert len(logged(tmp_path)) == 3
+    assert newest(tmp_path)["progress"]["epoch"] == 3
     assert "early stop" in capsys.readouterr().out
 
 
