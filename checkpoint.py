@@ -213,7 +213,7 @@ class BackgroundWriter:
     """Writes a run's checkpoints while training goes on.
 
     :meth:`submit` returns once the content is copied to host memory; a thread writes the copy. The
-    file system's errors are kept for :meth:`wait`, because training is worth more than a file.
+    file system's errors are kept, not raised, because training is worth more than a file.
 
     Attributes:
         saved: the newest file that was written whole.

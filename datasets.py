@@ -999,15 +999,15 @@ def build_dataset(
     Raises OptionError for what the options ask in vain, DataError for what is wrong with the files.
     """
     prefix, slash, name = data.data_set.partition("/")
-    source = None
-    if classes is not None and data.data_set.upper() in _ALONE:
-        source = _ALONE[data.data_set.upper()](data, list(classes))
-    if source is not None:
-        pass
-    elif slash and prefix.lower() in _READERS:
+    known = data.data_set.upper()
+    if slash and prefix.lower() in _READERS:
         source = _READERS[prefix.lower()](name, is_train, data)
-    elif data.data_set.upper() in _REGISTRY:
-        source = _REGISTRY[data.data_set.upper()](is_train, data, seed)
+    elif known in _REGISTRY:
+        source = None
+        if classes is not None and known in _ALONE:
+            source = _ALONE[known](data, list(classes))
+        if source is None:
+            source = _REGISTRY[known](is_train, data, seed)
     else:
         raise _unknown_data_set(data.data_set)
     if not len(source):

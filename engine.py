@@ -345,7 +345,7 @@ def _update(
         state.model.parameters(),
         options.clip_grad,
         options.clip_mode,
-        spared=classifier_parameters(state.model),
+        spared=classifier_parameters(state.model) if options.clip_mode == "agc" else (),
     )
     sticky = options.on_nonfinite != "skip"
     bad = meter.judge(norm, step, progress.update, sticky=sticky, scaled=scaler is not None)

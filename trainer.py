@@ -118,7 +118,7 @@ class Trainer:
             warning = line.removeprefix("warning: ")
             log.log(logging.INFO if warning == line else logging.WARNING, "         %s", warning)
         batch = effective_batch(config, self.processes)
-        rate = optim.scaled_lr(config.optim.lr, batch, config.optim.unscale_lr)
+        rate = self.state.schedule.lr
         rule = "as given" if config.optim.unscale_lr else f"{config.optim.lr:g} × {batch} / 512"
         log.info(
             "batch    %d = %d × %d process(es) × %d accumulated; learning rate %.3g (%s)",
@@ -377,10 +377,8 @@ class Trainer:
     def _dump_nonfinite(self, step: int, update: int, culprit: str | None) -> Path:
         """Write down what this process saw in an update that failed."""
         progress, data, processes = self.state.progress, self.data, self.processes
-        width = self.config.data.batch_size * processes.world_size
-        # The step's place in the epoch, also where the session resumed with other batches.
-        first = progress.samples + (step - progress.step) * width + processes.rank
-        last = first + self.config.optim.accum_steps * width
+        first = self._samples_before(step) + processes.rank
+        last = self._samples_before(step + self.config.optim.accum_steps)
         indices = data.sampler.order(progress.epoch)[first : last : processes.world_size]
         path = self.folder / f"nonfinite-rank{processes.rank}.json"
         report = {
@@ -394,12 +392,15 @@ class Trainer:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         return path
 
-    def _find_culprit(self, step: int) -> str | None:
-        """Repeat the failed update's batches and name what goes wrong first."""
+    def _samples_before(self, step: int) -> int:
+        """Pictures of the epoch before ``step``, in a session resumed with other batches too."""
         progress = self.state.progress
         width = self.config.data.batch_size * self.processes.world_size
-        samples = progress.samples + (step - progress.step) * width
-        batches = self.data.batches(progress.epoch, samples)
+        return progress.samples + (step - progress.step) * width
+
+    def _find_culprit(self, step: int) -> str | None:
+        """Repeat the failed update's batches and name what goes wrong first."""
+        batches = self.data.batches(self.state.progress.epoch, self._samples_before(step))
         for offset, batch in enumerate(itertools.islice(batches, self.options.accum_steps)):
             culprit = engine.first_nonfinite(
                 self.state, self.criterion, batch, self.options, step + offset, self.mixer
