@@ -14,7 +14,7 @@ train: .venv/core
 	$(BIN)/python main.py --config configs/quickstart.yaml --output-dir $(RUN) $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """From options to objects: data, model, criterion, and the state that training changes."""
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -7,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import checkpoint
 import datasets
+import engine
 import losses
 import models
 import optim
+import parallel
 import utils
 from augment import Preprocessing
 from config import Config
@@ -104,7 +108,10 @@ def build_val_loader(
         num_replicas=processes.world_size if shared else 1,
         rank=processes.rank if shared else 0,
     )
-    batch_size = config.data.eval_batch_size or math.ceil(1.5 * config.data.batch_size)
+    # At most the whole set: batches are filled up, and a process may have few pictures.
+    batch_size = min(
+        config.data.eval_batch_size or math.ceil(1.5 * config.data.batch_size), len(val)
+    )
     return datasets.build_loader(
         val, sampler, batch_size=batch_size, drop_last=False, **_loading(config, processes)
     )
@@ -118,6 +125,7 @@ def _loading(config: Config, processes: utils.Processes) -> dict[str, Any]:
         "num_workers": workers,
         "pin_memory": config.data.pin_mem and config.run.device != "cpu",
         "seed": config.run.seed,
+        "timeout": config.data.loader_timeout,
     }
 
 
@@ -152,8 +160,12 @@ def build_model(
             raise OptionError(
                 "finetune", "these weights don't fill the model, there is nothing to evaluate yet"
             )
+    if config.dist.sync_bn and dist.is_initialized() and not config.run.eval:
+        model = parallel.synchronise_batch_norm(model, device)
     layout = torch.channels_last if options.channels_last else torch.preserve_format
-    model.to(device, memory_format=layout)
+    if not config.dist.fsdp or config.run.eval:
+        # A model that is to be sharded may be too large for one device.
+        model.to(device, memory_format=layout)
     return model, _preprocessing(config, model, started_from)
 
 
@@ -215,6 +227,29 @@ def build_state(
     device: torch.device,
 ) -> tuple[TrainState, optim.Freezer]:
     """Optimiser, schedule, scaler and moving average around ``model``."""
+    average = copy.deepcopy(model) if config.ema.model_ema else None
+    if config.dist.fsdp and not processes.distributed:
+        raise OptionError("fsdp", "one process has nobody to share with: start with torchrun "
+                          "--nproc-per-node N, or leave it out")  # fmt: skip
+    if config.dist.fsdp:
+        amp = utils.amp_dtype(config.optim.amp, device)
+        for module in filter(None, (model, average)):
+            parallel.shard(module, device, amp)
+    ema = None
+    if average is not None:
+        ema = ModelEma(
+            model,
+            config.ema.model_ema_decay,
+            warmup=config.ema.model_ema_warmup,
+            device=torch.device("cpu") if config.ema.model_ema_force_cpu else None,
+            average=average,
+        )
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if processes.distributed and not config.dist.fsdp:
+            module = parallel.replicate(module, device)
+        return torch.compile(module) if config.model.compile else module
+
     batch = effective_batch(config, processes)
     lr = optim.scaled_lr(config.optim.lr, batch, config.optim.unscale_lr)
     optimizer = optim.build_optimizer(model, config.optim, lr=lr, required=config.explicit())
@@ -235,26 +270,34 @@ def build_state(
         required=config.explicit(),
     )
     scaled = utils.amp_dtype(config.optim.amp, device) == torch.float16
-    ema = None
-    if config.ema.model_ema:
-        ema = ModelEma(
-            model,
-            config.ema.model_ema_decay,
-            warmup=config.ema.model_ema_warmup,
-            device=torch.device("cpu") if config.ema.model_ema_force_cpu else None,
-        )
-
-    def wrap(module: nn.Module) -> nn.Module:
-        if processes.distributed:
-            ids = [device.index] if device.type == "cuda" else None
-            module = nn.parallel.DistributedDataParallel(module, ids, gradient_as_bucket_view=True)
-        return torch.compile(module) if config.model.compile else module
-
     scaler = torch.amp.GradScaler(device.type) if scaled else None
     progress = Progress(
-        updates_per_epoch=data.updates_per_epoch(config), world_size=processes.world_size
+        updates_per_epoch=data.updates_per_epoch(config),
+        world_size=processes.world_size,
+        batch_size=config.data.batch_size,
     )
     return TrainState(model, optimizer, schedule, scaler, ema, wrap, progress), freezer
+
+
+def step_options(
+    config: Config, processes: utils.Processes, device: torch.device
+) -> engine.StepOptions:
+    """How the engine is to make a step."""
+    return engine.StepOptions(
+        device=device,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        rank=processes.rank,
+        amp=utils.amp_dtype(config.optim.amp, device),
+        accum_steps=config.optim.accum_steps,
+        clip_grad=config.optim.clip_grad,
+        clip_mode=config.optim.clip_mode,
+        train_mode=config.augment.train_mode,
+        on_nonfinite=config.optim.on_nonfinite,
+        log_interval=config.log.log_interval,
+        channels_last=config.model.channels_last,
+        input_size=config.model.input_size,
+    )
 
 
 def effective_batch(config: Config, processes: utils.Processes) -> int:

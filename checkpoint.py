@@ -13,6 +13,7 @@ A checkpoint is one file of tensors and primitives; ``torch.load(..., weights_on
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -22,21 +23,26 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
+import parallel
 from errors import CheckpointError
+from utils import copy_to_host
 
 log = logging.getLogger(__name__)
 
 BEST = "best.pth"
-_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|shards)")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` so that ``path`` is always either the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
+    # A run's folder may have been moved away since.
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
         torch.save(dict(content), file)
         file.flush()
@@ -54,13 +60,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load_file(source: str | Path) -> dict[str, Any]:
+def load_file(source: str | Path, *, scattered: bool = False) -> dict[str, Any]:
     """The content of a checkpoint file or https URL, on the CPU, without running its pickle's code.
 
-    Takes this project's checkpoints, bare state dicts, DeiT's and timm's training checkpoints and
-    safetensors files. Raises CheckpointError, with the reason, for anything else.
+    Takes this project's checkpoints, sharded ones too, bare state dicts, DeiT's and timm's training
+    checkpoints and safetensors files. Of a sharded one each process reads its own part if
+    ``scattered``, all of them at the same time; else all of it. Raises CheckpointError, with the
+    reason, for anything else.
     """
     path = _fetch(str(source)) if "://" in str(source) else Path(source).expanduser()
+    if (path / parallel.REST).is_file():
+        return parallel.read_sharded(path, load_file(path / parallel.REST), scattered=scattered)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
@@ -108,20 +118,37 @@ def _check_archive(path: Path) -> None:
 
 
 def _fetch(url: str) -> Path:
-    """Download ``url`` into torch's cache, once."""
-    if not url.startswith("https://"):
+    """Download ``url`` into torch's cache, once.
+
+    ``#sha256=HEX`` behind it, or timm's ``-HEX.pth`` at the end of the name, is compared with the
+    file's checksum, on every use.
+    """
+    address, _, fragment = url.partition("#")
+    if not address.startswith("https://"):
         raise CheckpointError(f"{url}: only https addresses are fetched")
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(url.partition("?")[0]).name
-    if path.is_file():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-    except OSError as error:
-        raise CheckpointError(
-            f"{url} can't be fetched ({error}); give a file in its place"
-        ) from None
+    if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{8,64}", fragment):
+        raise CheckpointError(f"{url}: expected #sha256= and 8 to 64 hexadecimal digits")
+    name = Path(urlsplit(address).path).name
+    if not name or name.startswith("."):
+        raise CheckpointError(f"{url}: names no file")
+    in_name = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    expected = fragment.removeprefix("sha256=").lower() or (in_name[1] if in_name else "")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # To a temporary file first, which gets its name when it is whole.
+            torch.hub.download_url_to_file(address, str(path))
+        except OSError as error:
+            raise CheckpointError(
+                f"{url} can't be fetched ({error}); give a file in its place"
+            ) from None
+    if expected:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(expected):
+            path.unlink()
+            raise CheckpointError(f"{url}: its sha256 is {found}, expected {expected}; refused")
     return path
 
 
@@ -148,6 +175,12 @@ def _without_prefixes(name: str) -> str:
     return name
 
 
+def options_of(source: str | Path) -> dict[str, Any]:
+    """The options of the run that wrote a checkpoint; of a sharded one only those are read."""
+    rest = Path(source).expanduser() / parallel.REST
+    return load_file(rest if rest.is_file() else source).get("config") or {}
+
+
 def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
     """The class names a checkpoint of this project carries."""
     return content.get("class_names")
@@ -157,13 +190,16 @@ def class_names_of(content: Mapping[str, Any]) -> list[str] | None:
 
 
 def name_of(epoch: int, samples: int) -> str:
-    """File name of the checkpoint after ``epoch`` epochs and ``samples`` pictures of the next."""
-    return f"checkpoint-{epoch:04d}-{samples:08d}.pth" if samples else f"checkpoint-{epoch:04d}.pth"
+    """Name of the checkpoint after ``epoch`` epochs and ``samples`` pictures of the next.
+
+    The file ends in ``.pth``, the folder of a sharded one in ``.shards``.
+    """
+    return f"checkpoint-{epoch:04d}-{samples:08d}" if samples else f"checkpoint-{epoch:04d}"
 
 
 def in_folder(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first (``best.pth`` not among them)."""
-    found = [p for p in folder.glob("checkpoint-*.pth") if _NAME.fullmatch(p.name)]
+    found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
     return sorted(found, key=_place, reverse=True)
 
 
@@ -178,12 +214,12 @@ def newer_in_folder(folder: Path, epoch: int, samples: int) -> list[Path]:
     return [path for path in in_folder(folder) if _place(path) > (epoch, samples)]
 
 
-def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def load_latest(folder: Path, *, scattered: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run that is whole; damaged ones are reported and passed over."""
     paths = in_folder(folder)
     for path in paths:
         try:
-            return path, load_file(path)
+            return path, load_file(path, scattered=scattered)
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
     if paths:
@@ -199,14 +235,23 @@ def holds_run(folder: Path) -> bool:
 def save_in_folder(folder: Path, content: Mapping[str, Any], *, keep: int, best: bool) -> Path:
     """Save a run's newest checkpoint and keep the last ``keep``; ``best`` sets ``best.pth`` too."""
     progress = content["progress"]
-    path = folder / name_of(progress["epoch"], progress["samples"])
+    path = folder / f"{name_of(progress['epoch'], progress['samples'])}.pth"
     save(path, content)
     if best:
         set_best(folder, path)
-    for old in in_folder(folder)[keep:]:
-        if old != path:
-            old.unlink()
+    keep_newest(folder, keep, path)
     return path
+
+
+def keep_newest(folder: Path, keep: int, written: Path) -> None:
+    """Remove all but the newest ``keep`` checkpoints of a run, and the one just ``written``."""
+    for old in in_folder(folder)[keep:]:
+        if old == written:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
 
 
 class BackgroundWriter:
@@ -230,7 +275,7 @@ class BackgroundWriter:
     def submit(self, content: Mapping[str, Any], *, best: bool) -> None:
         """Write ``content`` as it is now, after the write under way, if any, is done."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(_copy_to_host(content), best))
+        self._thread = threading.Thread(target=self._write, args=(copy_to_host(content), best))
         self._thread.start()
 
     def wait(self) -> None:
@@ -253,18 +298,27 @@ class BackgroundWriter:
             )
 
 
-def _copy_to_host(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {k: _copy_to_host(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy_to_host(v) for v in value)
-    return value
+def without_optimizer(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user of the model needs: no run can go on from it."""
+    return {k: v for k, v in content.items() if k not in ("optimizer", "schedule", "scaler")}
+
+
+def write_best(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``best.pth``; a file system that refuses is a warning, as in BackgroundWriter."""
+    try:
+        save(folder / BEST, content)
+    except OSError as error:
+        log.warning("no %s was written to %s: %s", BEST, folder, error.strerror or error)
 
 
 def set_best(folder: Path, path: Path) -> None:
-    """Make ``best.pth`` the same as ``path``; a link where the file system has links."""
+    """Make ``best.pth`` the same as ``path``; a link where the file system has links.
+
+    Of a sharded checkpoint it gets the weights, in one file.
+    """
+    if path.is_dir():
+        write_best(folder, without_optimizer(load_file(path)))
+        return
     temporary = folder / f".{BEST}.tmp"
     temporary.unlink(missing_ok=True)
     try:

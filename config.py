@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 from errors import OptionError, UserError
 
+# Those that treat each element of a weight by itself, or take norms that sharded tensors have too.
+FSDP_OPTIMIZERS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 CHECKPOINT = "checkpoint"
@@ -152,12 +154,26 @@ class DataOptions:
     on_bad_image: Literal["error", "skip"] = option(
         "error", "a picture that can't be read: stop and name it, or take another and list it"
     )
-    batch_size: int = option(64, "pictures a step and process", low=1)
+    batch_size: int | Literal["auto"] = option(
+        64,
+        "pictures a step and process; auto: as many as fit the device, with accumulation up to "
+        "--effective-batch",
+        low=1,
+    )
+    effective_batch: int = option(
+        1024, "pictures of an update, all processes together, with --batch-size auto", low=1
+    )
     eval_batch_size: int | None = option(
         None, "pictures a step and process in evaluation (default: 1.5 × batch-size)", low=1
     )
     num_workers: int | Literal["auto"] = option(
         "auto", "loader processes (auto: one a core and training process, at most 10)", low=0
+    )
+    loader_timeout: float = option(
+        300,
+        "seconds for a batch, after which the picture that a loader process hangs at is treated as "
+        "--on-bad-image says; 0: no limit",
+        low=0,
     )
     pin_mem: bool = option(True, "pinned host memory for faster copies to CUDA")
     sampler: Literal["shuffle", "balanced"] = option(
@@ -386,6 +402,15 @@ class DistOptions:
     )
     dist_eval: bool = option(True, "share evaluation out; the result is the same to the last digit")
     dist_timeout: int = option(600, "seconds after which a silent process is given up", low=1)
+    dist_start_timeout: int = option(
+        50, "seconds in which all processes must have started", low=1, transient=True
+    )
+    fsdp: bool = option(
+        False,
+        "spread weights, gradients and optimiser over the processes (FSDP2), for models that don't "
+        "fit one card; checkpoints are folders, see docs/cluster.md",
+    )
+    sync_bn: bool = option(False, "batch norm over the pictures of all processes together")
 
 
 @dataclass(frozen=True)
@@ -901,6 +926,26 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         aug.ThreeAugment and aug.aa is not None and "aa" in c.explicit(),
         "ThreeAugment",
         "takes the place of --aa: leave one out, or --aa none",
+    )
+    for unwanted, name, why in (
+        (c.optim.amp == "fp16", "amp", "fp16 needs a loss scaler for whole gradients: use bf16"),
+        (c.optim.clip_mode == "agc", "clip_mode", "agc looks at whole weights: use norm"),
+        (c.optim.rollback_fp32_steps > 0, "rollback_fp32_steps", "the type is fixed: leave it out"),
+        (c.ema.model_ema_force_cpu, "model_ema_force_cpu", "the average is spread: leave it out"),
+        (bool(c.model.unfreeze_at), "unfreeze_at", "what is trained is fixed: use --freeze alone"),
+        (c.model.compile, "compile", "is not supported together: leave one out"),
+        (c.model.channels_last, "channels_last", "is not supported together: leave one out"),
+        (c.log.tb_histograms, "tb_histograms", "no process has whole weights: leave it out"),
+        (c.log.tb_graph, "tb_graph", "no process has whole weights: leave it out"),
+        (c.optim.opt.lower() not in FSDP_OPTIMIZERS, "opt",
+         f"{c.optim.opt} looks at whole weights: use {', '.join(FSDP_OPTIMIZERS)}"),
+    ):  # fmt: skip
+        yield c.dist.fsdp and unwanted and not run.eval, name, f"with --fsdp: {why}"
+    auto = c.data.batch_size == "auto"
+    yield (
+        auto and "accum_steps" in c.explicit(),
+        "accum_steps",
+        "is chosen by --batch-size auto: give --effective-batch",
     )
     yield aug.scale[0] > aug.scale[1], "scale", "the first value must not exceed the second"
     yield aug.ratio[0] > aug.ratio[1], "ratio", "the first value must not exceed the second"

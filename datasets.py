@@ -8,8 +8,10 @@ sharded ones too, so that sampling, exact evaluation and resuming in mid-epoch w
 import contextlib
 import csv
 import difflib
+import functools
 import gzip
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,20 +20,21 @@ import signal
 import sys
 import tarfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, get_worker_info
 
 from augment import Preprocessing, TrainTransform, eval_transform
 from errors import DataError, OptionError
 from samplers import NUM_REPEATS, SampleKey
-from utils import derive_seed, seed_host
+from utils import derive_seed, process_runs, seed_host
 
 if TYPE_CHECKING:
     from config import AugmentOptions, DataOptions
@@ -935,6 +938,8 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         self.seed = seed
         self.is_train = is_train
         self.on_bad_image = on_bad_image
+        self.given_up: dict[int, str] = {}  # pictures not to be tried again, and why
+        self.places = Places(0)
 
     @property
     def classes(self) -> list[str]:
@@ -949,8 +954,12 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         return len(self.source)
 
     def sample_id(self, index: int) -> str:
-        """The path of a picture, or what else it is called."""
-        return self.source.sample_id(index)
+        """The path of a picture, or what else it is called, on one line that a terminal can show.
+
+        A file name may hold anything, line ends and a terminal's commands too.
+        """
+        name = self.source.sample_id(index)
+        return name if name.isprintable() else name.encode("unicode_escape").decode()
 
     def subset(self, indices: Sequence[int]) -> "ImageDataset":
         """The pictures of ``indices`` alone, renumbered."""
@@ -969,12 +978,18 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         replace = self.is_train and self.on_bad_image == "skip"
         for step in range(min(len(self), self.MOST_REPLACEMENTS) if replace else 1):
             index = (key.index + step) % len(self)
+            if index in self.given_up:
+                bad.append(f"{self.sample_id(index)}: {self.given_up[index]}")
+                continue
+            self.places.enter(index)
             try:
                 picture, target = self.source.read(index)
                 image = decode(picture)
             except (BadPictureError, OSError) as error:
                 bad.append(f"{self.sample_id(index)}: {error}")
                 continue
+            finally:
+                self.places.enter(-1)
             return Sample(self._transform(image, key), target, index, key.position, bad)
         return Sample(None, -1, key.index, key.position, bad)
 
@@ -1089,25 +1104,70 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class Loader:
-    """A DataLoader whose failures are one clear line. ``len`` is the number of batches to come."""
+    """Batches of a data set; ``len`` is the number of batches to come.
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.dataset: ImageDataset = loader.dataset
-        self.sampler: Sampler = loader.sampler
+    A loader process that dies, or that a picture holds for more than ``timeout`` seconds, is named.
+    With ``on_bad_image`` "skip" the loaders are started anew behind the last batch that came, and
+    the picture counts as unreadable: at once if it took too long, if its loader died on its second
+    try. What is random is a function of a picture's place, so the batches are the same as ever.
+    """
+
+    MOST_LOSSES = 5  # without a batch in between
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        sampler: Sampler,
+        *,
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        drop_last: bool,
+        seed: int,
+        timeout: float,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.timeout = timeout if num_workers else 0
+        self._batches = _Rest(sampler, batch_size, drop_last)
+        self._died: dict[int, int] = {}  # loader processes that died over a picture
+        self._make = functools.partial(
+            DataLoader,
+            dataset,
+            batch_sampler=self._batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            timeout=self.timeout,
+            worker_init_fn=_init_worker,
+            prefetch_factor=2 if num_workers else None,
+            persistent_workers=num_workers > 0,
+            # Its own, so that starting a pass draws nothing from the global one.
+            generator=torch.Generator().manual_seed(seed),
+        )
+        dataset.places = Places(num_workers)
+        self.loader = self._make()
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        done = losses = 0
+        batches = self._start(done)
         while True:
             try:
-                batch = next(batches)
-            except StopIteration:
+                batch = next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:
+                # A batch of a process that died in handing it over fails with a broken connection.
+                losses += 1
+                self._lost(error, losses)
+                del batches
+                batches = self._start(done)
+                continue
+            if batch is None:
                 return
-            except RuntimeError as error:
-                _explain(error)
+            done, losses = done + 1, 0
             unusable = self.dataset.is_train and not len(batch.targets)
             if batch.bad and (self.dataset.on_bad_image == "error" or unusable):
                 raise DataError(
@@ -1116,18 +1176,110 @@ class Loader:
                 )
             yield batch
 
+    def _start(self, done: int) -> Iterator[Batch]:
+        """The batches of this pass after the first ``done``."""
+        self._batches.skip = done
+        # Otherwise torch raises wherever the main process is at the moment when a loader dies.
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self.loader)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        self._batches.skip = 0
+        return batches
 
-def _explain(error: RuntimeError) -> NoReturn:
-    """Raise ``error``, as a DataError if it tells of a lost loader process."""
-    text = str(error)
-    if "DataLoader timed out" in text:
-        raise DataError(f"no batch came in time: {text.splitlines()[0]}") from None
-    if "DataLoader worker" in text and ("is killed" in text or "exited unexpectedly" in text):
-        raise DataError(
-            f"a loader process was lost ({text.splitlines()[0].strip()}): memory or shared memory "
-            "(/dev/shm) ran out; lower --num-workers, or give a container --shm-size=8g"
-        ) from None
-    raise error
+    def _lost(self, error: Exception, losses: int) -> None:
+        """Make ready for new loader processes, or raise what a person should know."""
+        slow, places = "DataLoader timed out" in str(error), self.dataset.places
+        if not slow and not places.some_died():
+            if "shared memory" in str(error) or "No space left" in str(error):
+                raise DataError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})") from None
+            raise error
+        held = places.slower_than(0.9 * self.timeout) if slow else places.of_the_dead()
+        names = [self.dataset.sample_id(i) for i in held]
+        if slow:
+            reason = f"not read within {self.timeout:g} s"
+            if not held:
+                raise DataError(
+                    f"no batch came within {self.timeout:g} s, though no picture hangs: is the "
+                    "storage slow? Raise --loader-timeout, or lower --num-workers"
+                )
+        else:
+            reason = "a loader process died over it"
+        skip = self.dataset.on_bad_image == "skip"
+        if not skip or losses > self.MOST_LOSSES:
+            what = f"{', '.join(names)}: {reason}" if names else "a loader process died"
+            hint = "" if slow else f"; if it was killed, {_NO_MEMORY}"
+            more = "" if skip else ", or add --on-bad-image skip"
+            raise DataError(f"{what} (mend or remove the file{more}{hint})") from None
+        for index in held:
+            self._died[index] = self._died.get(index, 0) + 1
+            if slow or self._died[index] > 1:
+                self.dataset.given_up[index] = reason
+        logger.warning(
+            "%s%s; the loaders are started anew",
+            reason, f": {', '.join(names)}" if names else " (a loader process was lost)",
+        )  # fmt: skip
+        places.kill()
+        self.loader = self._make()
+
+
+_NO_MEMORY = (
+    "memory or shared memory (/dev/shm) ran out: lower --num-workers or --batch-size, or give a "
+    "container --shm-size=8g"
+)
+
+
+class _Rest(Sampler[list[SampleKey]]):
+    """The sampler's batches after the first ``skip``."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, drop_last: bool) -> None:
+        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return itertools.islice(iter(self.batches), self.skip, None)
+
+
+class Places:
+    """Which picture each loader process is at, in memory that they share with the main process."""
+
+    def __init__(self, num_workers: int) -> None:
+        # A row a process: its number, the picture's index or -1, since when.
+        self._rows = torch.zeros(num_workers, 3, dtype=torch.float64).share_memory_()
+
+    def enter(self, index: int) -> None:
+        """This loader process begins with a picture; -1: it has done."""
+        info = get_worker_info()
+        if info is not None:
+            values = (os.getpid(), index, time.monotonic())
+            self._rows[info.id] = torch.tensor(values, dtype=torch.float64)
+
+    def _all(self) -> list[tuple[int, int, float]]:
+        rows = self._rows.tolist()
+        return [(int(pid), int(index), since) for pid, index, since in rows if pid]
+
+    def slower_than(self, seconds: float) -> list[int]:
+        """Pictures that loader processes have been at for longer."""
+        now = time.monotonic()
+        return [i for _, i, since in self._all() if i >= 0 and now - since > seconds]
+
+    def some_died(self) -> bool:
+        """Whether a loader process is gone."""
+        return any(not process_runs(pid) for pid, _, _ in self._all())
+
+    def of_the_dead(self) -> list[int]:
+        """Pictures over which loader processes died."""
+        return [i for pid, i, _ in self._all() if i >= 0 and not process_runs(pid)]
+
+    def kill(self) -> None:
+        """End all loader processes, also one that hangs in the operating system."""
+        for pid, _, _ in self._all():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._rows.zero_()
 
 
 def _init_worker(worker: int) -> None:
@@ -1166,22 +1318,16 @@ def build_loader(
         raise OptionError(
             "batch_size", f"{batch_size} is more than the {len(sampler)} pictures of a process"
         )
-    loader = DataLoader(
+    return Loader(
         dataset,
+        sampler,
         batch_size=batch_size,
-        sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=pin_memory,
         drop_last=drop_last,
-        timeout=timeout if num_workers else 0,
-        worker_init_fn=_init_worker,
-        prefetch_factor=2 if num_workers else None,
-        persistent_workers=num_workers > 0,
-        # Its own, so that starting a pass draws nothing from the global one.
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
+        timeout=timeout,
     )
-    return Loader(loader)
 
 
 def auto_num_workers(local_world_size: int) -> int:

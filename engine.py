@@ -7,7 +7,7 @@ flags stay there and are read every ``log_interval`` steps. What is random in a 
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import parallel
 from datasets import Batch
 from optim import (
     classifier_parameters,
@@ -25,7 +26,7 @@ from optim import (
     optimizer_supports_found_inf,
 )
 from state import Progress, TrainState
-from utils import all_reduce_sum, derive_seed, seed_all
+from utils import all_reduce_sum, any_process, derive_seed, seed_all
 
 # Evaluation adds up losses as integers of this fraction: sums of integers don't depend on their
 # order, so every number of processes gives the same digits.
@@ -55,6 +56,7 @@ class StepOptions:
         on_nonfinite: skip goes on after a loss or gradient that isn't finite, else raise NonFinite.
         log_interval: updates between reads from the device.
         channels_last: memory layout of the pictures.
+        input_size: height and width of the pictures.
     """
 
     device: torch.device
@@ -69,6 +71,7 @@ class StepOptions:
     on_nonfinite: str = "stop"
     log_interval: int = 50
     channels_last: bool = False
+    input_size: int = 224
 
     def autocast(self, precise: bool = False) -> contextlib.AbstractContextManager[None]:
         """Mixed precision, unless there is none or ``precise`` wants it off."""
@@ -273,7 +276,7 @@ def train_one_epoch(
                 state.optimizer.zero_grad(set_to_none=True)
                 statistics = _statistics(state, options)
             completes = step - start == window - 1
-            with contextlib.nullcontext() if completes else _no_sync(state.net):
+            with contextlib.nullcontext() if completes else parallel.no_sync(state.net):
                 loss = _forward(state, criterion, batch, options, step, mixer)
                 scaled = state.scaler.scale(loss) if state.scaler else loss
                 (scaled / window).backward()
@@ -322,6 +325,31 @@ def _forward(
         return criterion(images, (net or state.net)(images), targets)
 
 
+def rehearse(
+    state: TrainState,
+    criterion: nn.Module,
+    options: StepOptions,
+    batch_size: int,
+    num_classes: int,
+) -> None:
+    """A forward and backward pass on grey pictures, to see whether they fit; changes nothing."""
+    side = options.input_size
+    images = options.place(torch.zeros(batch_size, 3, side, side))
+    targets = torch.full((batch_size, num_classes), 1 / num_classes, device=options.device)
+    kept = [(b, b.clone()) for b in state.model.buffers()]
+    set_mode(state.model, state.model, options.train_mode)
+    try:
+        if criterion.copies > 1:
+            images = images.repeat(criterion.copies, 1, 1, 1)
+        with options.autocast():
+            loss = criterion(images, state.model(images), targets)
+        loss.backward()
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
 def _statistics(state: TrainState, options: StepOptions) -> list[tuple[Tensor, Tensor]]:
     """Batch-norm statistics and their values now, for an update that may be left out."""
     if options.on_nonfinite != "skip":
@@ -358,7 +386,8 @@ def _update(
             scaler.update(scaler.get_scale())
     elif optimizer_supports_found_inf(optimizer):
         # The fused kernels look at this flag on the device, so the host needn't wait for it.
-        optimizer.found_inf = bad.to(torch.float32)
+        first = optimizer.param_groups[0]["params"][0]
+        optimizer.found_inf = parallel.flag_like(bad.to(torch.float32), first)
         optimizer.step()
         del optimizer.found_inf
     elif not bool(bad):
@@ -375,11 +404,6 @@ def set_mode(net: nn.Module, model: nn.Module, train_mode: bool = True) -> None:
     net.train(train_mode)
     for norm in frozen_norms(model):
         norm.eval()
-
-
-def _no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """DDP: leave gradients on their process until the window is complete."""
-    return net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext()
 
 
 class _Clock:
@@ -419,14 +443,25 @@ def first_nonfinite(
     step: int,
     mixer: Mixer | None = None,
 ) -> str | None:
-    """Repeat the step of ``batch`` and name the first thing in it that is not finite, or None."""
-    if not torch.isfinite(batch.images).all():
-        return "the input pictures"
+    """Repeat the step of ``batch`` and name the first thing in it that is not finite, or None.
+
+    To be called by all processes, which look at their own batches; each gets its own answer, and
+    all stop looking once one has found something.
+    """
+
+    def first(found: str | None) -> bool:
+        nonlocal culprit
+        culprit = culprit or found
+        return any_process(culprit is not None)
+
+    culprit: str | None = None
+    if first(None if torch.isfinite(batch.images).all() else "the input pictures"):
+        return culprit
+    bad = _nonfinite_names(state.model, lambda p: p)
+    if first(f"the weight {bad[0]}" if bad else None):
+        return culprit
     found: list[str] = []
     hooks = []
-    for name, parameter in state.model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"the weight {name}"
     for name, module in state.model.named_modules():
         if next(module.children(), None) is None:
             hooks.append(module.register_forward_hook(_finite_hook(name, module, found)))
@@ -434,22 +469,26 @@ def first_nonfinite(
     try:
         set_mode(state.model, state.model, options.train_mode)
         loss = _forward(state, criterion, batch, options, step, mixer, net=state.model)
-        if found:
-            return found[0]
-        if not torch.isfinite(loss):
-            return "the loss, of outputs that are finite"
+        if not found and not torch.isfinite(loss):
+            found.append("the loss, of outputs that are finite")
+        if first(found[0] if found else None):
+            return culprit
         loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
     # Backward runs from the last layer to the first: the last bad one was the first to go wrong.
-    bad = [
-        name
-        for name, p in state.model.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
+    bad = _nonfinite_names(state.model, lambda p: p.grad)
     state.optimizer.zero_grad(set_to_none=True)
-    return f"the gradient of {bad[-1]}" if bad else None
+    first(f"the gradient of {bad[-1]}" if bad else None)
+    return culprit
+
+
+def _nonfinite_names(model: nn.Module, part: Callable[[nn.Parameter], Tensor | None]) -> list[str]:
+    """Names of the parameters of which a part of this process is not finite."""
+    parts = {n: part(p) for n, p in model.named_parameters()}
+    parts = {n: parallel.local(x) for n, x in parts.items() if x is not None}
+    return [n for n, x in parts.items() if not torch.isfinite(x).all()]
 
 
 def _finite_hook(name: str, module: nn.Module, found: list[str]) -> Callable[..., None]:
@@ -479,26 +518,39 @@ class Evaluation:
     """(C,) int64, pictures."""
 
 
-@torch.inference_mode()
+def _in_step(batches: Iterable[Batch]) -> Iterator[Batch | None]:
+    """The batches, then None as long as other processes have some."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not any_process(batch is not None):
+            return
+        yield batch
+
+
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     options: StepOptions,
     *,
     num_classes: int,
+    batch_size: int,
     shared: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Judge ``model`` on ``batches``, each process on its own share.
 
-    Counts are integers and so are the summed losses (multiples of LOSS_UNIT): the result doesn't
-    depend on how the pictures are shared out.
+    Counts are integers and so are the summed losses (multiples of LOSS_UNIT), and every batch is
+    filled up to the same size, for the last digit of a product of matrices depends on their shape:
+    the result doesn't depend on how the pictures are shared out.
 
     Args:
         model: gives (B, num_classes) logits in evaluation mode.
         batches: of this process; their number may differ between processes.
         options: device, autocast and layout.
         num_classes: C.
+        batch_size: pictures of a full batch.
         shared: each process has a share, which are added up; else each has the whole set.
         progress: called with the number of batches done.
     """
@@ -508,13 +560,22 @@ def evaluate(
     sums = torch.zeros(
         3, dtype=torch.int64, device=device
     )  # loss in units, top-5, losses not finite
-    for done, batch in enumerate(batches, start=1):
-        if not len(batch.targets):
-            continue  # none of its pictures could be read
+    together = parallel.is_sharded(model)
+    for done, batch in enumerate(_in_step(batches) if together else batches, start=1):
+        if batch is None or not len(batch.targets):
+            # Nothing to judge, but a sharded model needs every process for a forward pass.
+            if together:
+                side = options.input_size
+                with options.autocast():
+                    model(options.place(torch.zeros(1, 3, side, side)))
+            continue
         images, targets = options.place(batch.images), options.place(batch.targets)
+        filling = batch_size - len(targets)
+        if filling > 0:
+            images = torch.cat([images, images.new_zeros(filling, *images.shape[1:])])
         with options.autocast():
             outputs = model(images)
-        outputs = outputs.float()
+        outputs = outputs[: len(targets)].float()
         losses = F.cross_entropy(outputs, targets, reduction="none").double()
         finite = torch.isfinite(losses)
         sums[0] += (torch.where(finite, losses, 0.0) / LOSS_UNIT).round().long().sum()
@@ -526,6 +587,8 @@ def evaluate(
             sums[1] += (outputs.topk(5).indices == targets[:, None]).sum()
         if progress:
             progress(done)
+    if together:
+        model.reshard()
     if shared:
         all_reduce_sum(per_class)
         all_reduce_sum(sums)

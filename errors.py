@@ -33,3 +33,15 @@ class DivergedError(UserError):
     """Training met a loss or gradient that is not finite and was told to stop."""
 
     exit_code = 3
+
+
+class PeerError(UserError):
+    """Another process of the run failed, or is gone; the message names it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class OutOfMemoryError(UserError):
+    """The device or the host has too little memory; the message says what helps."""

@@ -77,6 +77,7 @@ def evaluate_checkpoint(config: Config, processes: utils.Processes, device: torc
             _noting(loader, bad),
             options,
             num_classes=len(class_names),
+            batch_size=loader.batch_size,
             shared=config.dist.dist_eval,
             progress=bar.to,
         )

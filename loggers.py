@@ -59,6 +59,7 @@ class RunLogger:
         self.records: list[dict[str, Any]] = []
         self.bar: ProgressBar | None = None
         self.writer: Any = None
+        self.incomplete = False  # log.txt lacks an epoch that couldn't be written
         self.first_epoch = epoch
         if folder is None:
             return
@@ -137,20 +138,37 @@ class RunLogger:
         if self.folder is None:
             return
         self.records.append(record)
-        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(_json_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self._write(record)
+        except OSError as error:
+            # Training is worth more than its log; the next epoch writes the whole of it.
+            self.incomplete = True
+            log.warning(
+                "the log in %s can't be written: %s. Training goes on",
+                self.folder, error.strerror or error,
+            )  # fmt: skip
+        done = record["epoch"] + 1
+        first = record["epoch"] == self.first_epoch
+        if first or done % self.print_epoch == 0 or done == epochs:
+            log.info("%s", self._summary(record, epochs, best))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOG_FILE
+        if self.incomplete or (len(self.records) > 1 and not path.exists()):
+            _rewrite(path, self.records)
+        else:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(_json_line(record))
+                file.flush()
+                os.fsync(file.fileno())
+        self.incomplete = False
         if self.writer:
             for name, value in record.items():
                 if isinstance(value, int | float) and name not in ("update", "n_parameters"):
                     self.writer.add_scalar(f"epoch/{name}", value, record["update"])
             self.writer.flush()
         draw_curves(self.records, self.folder / CURVES_FILE)
-        done = record["epoch"] + 1
-        first = record["epoch"] == self.first_epoch
-        if first or done % self.print_epoch == 0 or done == epochs:
-            log.info("%s", self._summary(record, epochs, best))
 
     def _summary(self, record: Mapping[str, Any], epochs: int, best: bool) -> str:
         text = f"epoch {record['epoch'] + 1}/{epochs}  train loss {record['train_loss']:.4f}"

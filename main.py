@@ -31,7 +31,7 @@ def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     import checkpoint
 
-    saved = checkpoint.load_file(source).get("config") or {}
+    saved = checkpoint.options_of(source)
     # A checkpoint may come from anywhere: it doesn't get to name code to import.
     found = {k: v for k, v in saved.items() if k != "plugin" and options.is_option(k)}
     if "://" not in source and found:

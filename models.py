@@ -666,10 +666,9 @@ def interpolate_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """``parameters`` in all, those ``trainable``, and multiply-accumulates of one picture."""
+    """``parameters`` in all, and multiply-accumulates of one picture."""
 
     parameters: int
-    trainable: int
     macs: int
 
 
@@ -689,12 +688,7 @@ def summarise(model: nn.Module, input_size: int) -> ModelSummary:
             raise OptionError(
                 "input_size", f"{input_size} doesn't fit {name}: {_first_line(error)}"
             ) from error
-    parameters = list(model.parameters())
-    return ModelSummary(
-        parameters=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        macs=macs,
-    )
+    return ModelSummary(sum(p.numel() for p in model.parameters()), macs)
 
 
 def _count_macs(model: nn.Module, input_size: int, device: torch.device) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import parallel
 from config import OptimOptions, ScheduleOptions
 from errors import OptionError
 
@@ -129,7 +130,9 @@ def build_optimizer(
     info, optimizer_class = _registered(name)
     arguments = _arguments(name, info, options, required)
     devices = {p.device.type for p in model.parameters()}
-    if optimizer_class in _FLAGGED and devices <= _FUSED_DEVICES:
+    # Fused SGD has no form for sharded tensors.
+    fits = not (parallel.is_sharded(model) and optimizer_class is torch.optim.SGD)
+    if optimizer_class in _FLAGGED and devices <= _FUSED_DEVICES and fits:
         arguments["fused"] = True
     groups = parameter_groups(
         model,
@@ -520,10 +523,11 @@ def clip_gradients(
     if not parameters:
         return torch.zeros(())
     if clip_grad is not None and mode == "norm":
-        return nn.utils.clip_grad_norm_(parameters, clip_grad)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        return parallel.whole(nn.utils.clip_grad_norm_(parameters, clip_grad))
+    norm = parallel.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
     if clip_grad is not None and mode == "value":
-        nn.utils.clip_grad_value_(parameters, clip_grad)
+        for parameter in parameters:
+            parallel.local(parameter.grad).clamp_(-clip_grad, clip_grad)
     elif clip_grad is not None:
         from timm.utils.agc import adaptive_clip_grad
 

@@ -52,13 +52,14 @@ def make_writable(folder: Path) -> None:
 def find_start(config: Config, folder: Path) -> tuple[str, dict[str, Any]] | None:
     """The checkpoint to go on from, with its name."""
     if config.run.resume == "auto":
-        latest = checkpoint.load_latest(folder)
+        latest = checkpoint.load_latest(folder, scattered=config.dist.fsdp)
         if latest is None:
             log.info("nothing to resume in %s: starting anew", folder)
             return None
         return str(latest[0]), latest[1]
     if config.run.resume:
-        return config.run.resume, checkpoint.load_file(config.run.resume)
+        content = checkpoint.load_file(config.run.resume, scattered=config.dist.fsdp)
+        return config.run.resume, content
     return None
 
 
@@ -92,25 +93,27 @@ def resume(
         utils.set_rng_state(content["rng"])
     progress = state.progress
     per_epoch = data.updates_per_epoch(config)
+    before = progress.updates_per_epoch, progress.batch_size, progress.world_size
+    now = per_epoch, config.data.batch_size, processes.world_size
     if config.run.start_epoch:
         start_at(progress, config.run.start_epoch, per_epoch)
-    elif (progress.updates_per_epoch, progress.world_size) != (per_epoch, processes.world_size):
+    elif before != now:
         # The pictures seen stay seen; what is counted in batches starts anew behind them.
         share = progress.samples / data.sampler.num_samples
         progress.update = round((progress.epoch + share) * per_epoch)
         progress.step = 0
         log.warning(
-            "%d updates an epoch on %d process(es) now, %d on %d before: no picture of the epoch "
-            "is skipped or repeated, but batches, dropout and rate differ from the first plan",
-            per_epoch, processes.world_size, progress.updates_per_epoch, progress.world_size,
+            "%d updates an epoch of batches of %d on %d process(es) now, %d of %d on %d before: no "
+            "picture of the epoch is skipped or repeated, but batches, dropout and rate differ "
+            "from the first plan", *now, *before,
         )  # fmt: skip
-    progress.updates_per_epoch, progress.world_size = per_epoch, processes.world_size
+    progress.updates_per_epoch, progress.batch_size, progress.world_size = now
     here = f", {progress.samples} pictures into the next" if progress.samples else ""
     log.info("resumed %s: %d epochs done%s", source, progress.epoch, here)
     recipe = config.recipe()
-    for name, before in (content.get("config") or {}).items():
-        if name in recipe and recipe[name] != before:
-            log.info("  --%s is %s now, was %s", name.replace("_", "-"), recipe[name], before)
+    for name, was in (content.get("config") or {}).items():
+        if name in recipe and recipe[name] != was:
+            log.info("  --%s is %s now, was %s", name.replace("_", "-"), recipe[name], was)
     without_best: list[bool] = []
     utils.on_main_process(
         processes, lambda: without_best.append(_settle_folder(folder, progress, source))

@@ -412,11 +412,15 @@ def _try_out(executor: "submitit.Executor", config: Config) -> int:
     # The terminal sends Ctrl-C to all processes. The run knows what to do with it; submitit's
     # controller would kill it.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asked: list[int] = []
     try:
         job = executor.submit(TrainingJob(config))
+        signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
         print(f"output   {config.run.output_dir.replace('%j', job.job_id)}")
         print(f"log      {job.paths.stdout}", flush=True)
-        return follow([job])
+        code = follow([job])
+        # submitit's own account knows no exit codes.
+        return 128 + asked[0] if code and asked else code
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import parallel
 from errors import CheckpointError
 from optim import Schedule
 
@@ -50,6 +51,8 @@ class Progress:
     """Of the session that wrote the checkpoint."""
     world_size: int = 1
     """Likewise."""
+    batch_size: int = 0
+    """Likewise, of one process."""
     skipped: int = 0
     """Updates left out because a loss or gradient was not finite."""
     rollbacks: int = 0
@@ -74,6 +77,7 @@ class ModelEma:
         decay: in [0, 1).
         warmup: whether the decay starts small.
         device: where the average lives; None is where the model lives.
+        average: a copy of the model to use, if it is to be laid out in another way.
     """
 
     def __init__(
@@ -83,13 +87,17 @@ class ModelEma:
         *,
         warmup: bool = True,
         device: torch.device | None = None,
+        average: nn.Module | None = None,
     ) -> None:
         self.decay = decay
         self.warmup = warmup
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module = (average or copy.deepcopy(model)).eval().requires_grad_(False)
         if device is not None:
             self.module.to(device)
-        mine, theirs = self.module.state_dict(), model.state_dict()
+        mine, theirs = (
+            {k: parallel.local(v) for k, v in module.state_dict().items()}
+            for module in (self.module, model)
+        )
         self._pairs = [(mine[k], theirs[k]) for k in mine if mine[k].is_floating_point()]
         self._copied = [(mine[k], theirs[k]) for k in mine if not mine[k].is_floating_point()]
 
@@ -153,10 +161,10 @@ class TrainState:
                 "its weights with --finetune"
             )
         check_same_weights(self.model, content["model"])
-        self.model.load_state_dict(content["model"])
+        _load_weights(self.model, content["model"])
         asked = [{k: g[k] for k in _ASKED if k in g} for g in self.optimizer.param_groups]
         try:
-            self.optimizer.load_state_dict(content["optimizer"])
+            self.optimizer.load_state_dict(_laid_out(self.optimizer, content["optimizer"]))
             # An option that was changed for this session counts, not what the checkpoint has.
             for group, values in zip(self.optimizer.param_groups, asked, strict=True):
                 group |= values
@@ -171,8 +179,24 @@ class TrainState:
         if self.ema:
             # A run that had no average starts one from its weights.
             average = content.get("model_ema")
-            self.ema.module.load_state_dict(content["model"] if average is None else average)
+            _load_weights(self.ema.module, content["model"] if average is None else average)
         self.progress = Progress(**content["progress"])
+
+
+def _load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({k: parallel.like(v, own[k]) for k, v in weights.items()})
+
+
+def _laid_out(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's saved ``state`` with each tensor spread as the parameter it belongs to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    laid_out = {
+        i: {k: parallel.like(v, parameters[i]) for k, v in values.items()}
+        for i, values in state["state"].items()
+        if i < len(parameters)
+    }
+    return {**state, "state": laid_out}
 
 
 def check_same_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

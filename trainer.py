@@ -21,9 +21,10 @@ import datasets
 import engine
 import models
 import optim
+import parallel
 import utils
 from augment import Preprocessing, build_mixer
-from build import Data, effective_batch
+from build import Data, effective_batch, step_options
 from config import Config, unused
 from errors import DataError, DivergedError, OptionError
 from loggers import (
@@ -68,24 +69,17 @@ class Trainer:
         self.state = state
         self.freezer = freezer
         self.mixer = build_mixer(config.augment, len(data.class_names))
-        self.options = engine.StepOptions(
-            device=device,
-            batch_size=config.data.batch_size,
-            seed=config.run.seed,
-            rank=processes.rank,
-            amp=utils.amp_dtype(config.optim.amp, device),
-            accum_steps=config.optim.accum_steps,
-            clip_grad=config.optim.clip_grad,
-            clip_mode=config.optim.clip_mode,
-            train_mode=config.augment.train_mode,
-            on_nonfinite=config.optim.on_nonfinite,
-            log_interval=config.log.log_interval,
-            channels_last=config.model.channels_last,
-        )
+        self.options = step_options(config, processes, device)
         self.total_epochs = config.run.epochs + config.schedule.cooldown_epochs
         self.bad_images: dict[str, None] = {}  # of this process, an ordered set
         self.listed_bad: dict[str, None] = dict.fromkeys(bad_images)  # of all, earlier sessions too
-        self.writer = checkpoint.BackgroundWriter(folder, keep=config.save.keep)
+        self.writer: checkpoint.BackgroundWriter | parallel.ShardedWriter
+        if config.dist.fsdp:
+            self.writer = parallel.ShardedWriter(
+                folder, save_rest=checkpoint.save, finished=self._keep_newest
+            )
+        else:
+            self.writer = checkpoint.BackgroundWriter(folder, keep=config.save.keep)
         self.saved_at = time.monotonic()
         self.logger = self._open_logger()
 
@@ -99,14 +93,14 @@ class Trainer:
             update=progress.update,
         )
 
-    def introduce(self) -> None:
+    def introduce(self, summary: models.ModelSummary) -> None:
         """Say what is about to be trained on what, and how."""
         config, data, model = self.config, self.data, self.state.model
-        summary = models.summarise(model, config.model.input_size)
         self.parameters = summary.parameters
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
             "model    %s: %.2f M parameters (%.2f M trainable), %.2f GMACs at %d×%d",
-            config.model.model, summary.parameters / 1e6, summary.trainable / 1e6,
+            config.model.model, summary.parameters / 1e6, trainable / 1e6,
             summary.macs / 1e9, config.model.input_size, config.model.input_size,
         )  # fmt: skip
         log.info(
@@ -225,7 +219,16 @@ class Trainer:
             self.listed_bad |= dict.fromkeys(lines)
         if self.processes.is_main and len(self.listed_bad) > before:
             text = "".join(f"{line}\n" for line in self.listed_bad)
-            (self.folder / BAD_IMAGES_FILE).write_text(text, encoding="utf-8")
+            self._try_to_write(
+                BAD_IMAGES_FILE, lambda path: path.write_text(text, encoding="utf-8")
+            )
+
+    def _try_to_write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file that training can do without."""
+        try:
+            write(self.folder / name)
+        except OSError as error:
+            log.warning("%s can't be written to %s: %s", name, self.folder, error.strerror or error)
 
     def _finish_epoch(self, watch: Callable[[], float]) -> None:
         """Evaluate, log and save after an epoch."""
@@ -263,7 +266,10 @@ class Trainer:
             progress.best, progress.best_epoch = record[monitor], progress.epoch
             if len(self.data.class_names) <= PER_CLASS_LIMIT and self.processes.is_main:
                 shown = average if monitor.startswith("ema_") else result
-                write_per_class(self.folder / PER_CLASS_FILE, self.data.class_names, shown)
+                self._try_to_write(
+                    PER_CLASS_FILE,
+                    lambda path: write_per_class(path, self.data.class_names, shown),
+                )
         state.schedule.end_epoch(record[monitor])
         self._gather_bad()
         record |= {
@@ -291,6 +297,7 @@ class Trainer:
             batches,
             self.options,
             num_classes=len(self.data.class_names),
+            batch_size=loader.batch_size,
             shared=self.config.dist.dist_eval,
             progress=self.logger.advance,
         )
@@ -312,9 +319,30 @@ class Trainer:
     def _save(self, metrics: dict[str, Any], *, best: bool = False) -> None:
         """Hand a checkpoint to the writer."""
         self.saved_at = time.monotonic()
-        if not self.processes.is_main:
-            return
-        content = self.state.state_dict() | {
+        if self.config.dist.fsdp:
+            self._save_sharded(metrics, best)
+        elif self.processes.is_main:
+            self.writer.submit(self._content(metrics), best=best)
+
+    def _save_sharded(self, metrics: dict[str, Any], best: bool) -> None:
+        # Statistics of batch norms are those of the main process, for it writes what isn't sharded.
+        utils.broadcast_buffers(self.state.model)
+        content, progress = self._content(metrics), self.state.progress
+        self.writer.submit(
+            f"{checkpoint.name_of(progress.epoch, progress.samples)}.shards", content
+        )
+        if best:
+            # One file for whoever uses the model.
+            weights = {k: parallel.whole_on_main(content[k]) for k in ("model", "model_ema")}
+            if self.processes.is_main:
+                checkpoint.write_best(self.folder, checkpoint.without_optimizer(content) | weights)
+
+    def _keep_newest(self, written: Path) -> None:
+        checkpoint.keep_newest(self.folder, self.config.save.keep, written)
+
+    def _content(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds; see checkpoint.py."""
+        return self.state.state_dict() | {
             "rng": utils.rng_state(),
             "config": self.config.recipe(),
             "class_names": self.data.class_names,
@@ -323,7 +351,6 @@ class Trainer:
             "bad_images": list(self.listed_bad),
             "versions": versions(),
         }
-        self.writer.submit(content, best=best)
 
     def _wish(self, stop: utils.StopRequest) -> engine.Wish:
         """What all processes do after this update: stop, save or go on."""
@@ -343,7 +370,7 @@ class Trainer:
         progress = self.state.progress
         self.writer.wait()
         here = checkpoint.name_of(progress.epoch, progress.samples)
-        if self.writer.saved is None or self.writer.saved.name != here:
+        if self.writer.saved is None or self.writer.saved.stem != here:
             self._save({})
             self.writer.wait()
 
@@ -354,6 +381,11 @@ class Trainer:
         # Launchers end all processes as soon as one leaves: none may before this is written.
         utils.barrier()
         self.logger.close()
+        if self.writer.error:
+            newest = checkpoint.in_folder(self.folder)
+            log.error("stopped by signal %d; where it stood could NOT be saved, the newest "
+                      "checkpoint is %s", stop.signal, newest[0] if newest else "none")  # fmt: skip
+            return 1
         log.info("stopped by signal %d; saved %s", stop.signal, self.writer.saved)
         log.info("go on with: %s", self._go_on_command())
         return 128 + (stop.signal or 0)
@@ -398,24 +430,24 @@ class Trainer:
         width = self.config.data.batch_size * self.processes.world_size
         return progress.samples + (step - progress.step) * width
 
-    def _find_culprit(self, step: int) -> str | None:
-        """Repeat the failed update's batches and name what goes wrong first."""
+    def _find_culprit(self, step: int) -> tuple[str | None, str]:
+        """Repeat the failed update: what goes wrong first here, and on which processes."""
         batches = self.data.batches(self.state.progress.epoch, self._samples_before(step))
         for offset, batch in enumerate(itertools.islice(batches, self.options.accum_steps)):
             culprit = engine.first_nonfinite(
                 self.state, self.criterion, batch, self.options, step + offset, self.mixer
             )
-            if culprit:
-                return culprit
-        return None
+            culprits = utils.gather(culprit)
+            if any(culprits):
+                return culprit, _somewhere(culprits)
+        return None, "it did not come again on a second try"
 
     def _diverged(self, failure: engine.NonFinite) -> None:
         """Say where it went wrong; go back to the last checkpoint, or stop."""
         state, options = self.state, self.config.optim
-        culprit = self._find_culprit(failure.step)
+        culprit, where = self._find_culprit(failure.step)
         path = self._dump_nonfinite(failure.step, failure.update, culprit)
         rate = state.schedule.rate(failure.update) * state.schedule.factor
-        where = f"first in {culprit}" if culprit else "it did not come again on a second try"
         what = (
             f"loss or gradient not finite at update {failure.update} (epoch "
             f"{state.progress.epoch + 1}, step {failure.step + 1}), learning rate {rate:.3g}; "
@@ -429,7 +461,7 @@ class Trainer:
                 "Lower --lr, or add --clip-grad 1, --amp off, or another --on-nonfinite"
             )
         utils.barrier()
-        source, content = checkpoint.load_latest(self.folder)
+        source, content = checkpoint.load_latest(self.folder, scattered=self.config.dist.fsdp)
         state.load_state_dict(content)
         state.progress.rollbacks = rollbacks
         if options.rollback_fp32_steps:
@@ -475,6 +507,14 @@ class Trainer:
         else:
             log.info("next     %s", self._command("--eval", "--resume", str(weights)))
         return 0
+
+
+def _somewhere(culprits: list[str | None]) -> str:
+    """Which process met what, e.g. ``first in the loss (process 1)``."""
+    if len(culprits) == 1 or None not in culprits and len(set(culprits)) == 1:
+        return f"first in {culprits[0]}"
+    met = [f"{what} (process {rank})" for rank, what in enumerate(culprits) if what]
+    return f"first in {'; '.join(met[:4])}{'; …' if len(met) > 4 else ''}"
 
 
 def versions() -> dict[str, str]:

@@ -9,10 +9,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from config import DistOptions
 from errors import OptionError, UserError
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -123,6 +121,17 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
+def copy_to_host(value: Any) -> Any:
+    """A copy of ``value`` with all tensors in it, at any depth, in host memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: copy_to_host(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copy_to_host(v) for v in value)
+    return value
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -142,51 +151,6 @@ class Processes:
     @property
     def distributed(self) -> bool:
         return self.world_size > 1
-
-
-def init_distributed(options: DistOptions, device_name: str) -> Processes:
-    """Join the process group that torchrun, SLURM or ``--dist-url`` describes, if there is one.
-
-    NCCL carries CUDA tensors and gloo those of the host; on a CPU all is gloo.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", 0))
-        local_world = int(env.get("LOCAL_WORLD_SIZE", 1))
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-        local_rank = int(env.get("SLURM_LOCALID", 0))
-        local_world = world // int(env.get("SLURM_NNODES", 1))
-        env.setdefault("MASTER_PORT", "29500")
-        if options.dist_url == "env://" and "MASTER_ADDR" not in env:
-            raise OptionError(
-                "dist_url", "SLURM started several tasks but MASTER_ADDR is not set: export it, "
-                "use --dist-url tcp://HOST:PORT, or launch with run_with_submitit.py"
-            )  # fmt: skip
-    else:
-        if options.distributed or options.world_size > 1:
-            raise OptionError(
-                "distributed", "no launcher is in sight (RANK and WORLD_SIZE are not set): start "
-                "with torchrun --nproc-per-node N main.py …"
-            )  # fmt: skip
-        return Processes()
-    if options.world_size not in (1, world):
-        raise OptionError(
-            "world_size", f"{options.world_size}, but the launcher started {world} processes"
-        )
-    processes = Processes(rank, world, local_rank, local_world)
-    if not processes.distributed:
-        return processes
-    cuda = pick_device(device_name, local_rank).type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        init_method=options.dist_url,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=options.dist_timeout),
-    )
-    return processes
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -250,6 +214,17 @@ def main_process_first(processes: Processes) -> Iterator[None]:
     yield
     if processes.is_main:
         barrier()
+
+
+def process_runs(pid: int) -> bool:
+    """Whether the process ``pid`` of this machine is still at work."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
 
 
 class StopRequest:

@@ -1,8 +1,15 @@
 """Reading and writing checkpoints: whole or not at all, and never running what they hold."""
 
 import argparse
+import functools
+import hashlib
+import http.server
 import os
 import pickle
+import shutil
+import ssl
+import subprocess
+import threading
 import zipfile
 
 import pytest
@@ -176,6 +183,49 @@ def test_urls_https_only_and_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(CheckpointError, match="no route.*give a file"):
         checkpoint.load_file("https://example.org/other.pth")
+
+
+@pytest.fixture
+def https(tmp_path, monkeypatch):
+    """A real https server on this machine with one checkpoint; its address and the file."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", key, "-out", certificate, "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    torch.save({"model": {"w": torch.ones(3)}}, folder / "small.pth")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://localhost:{server.server_port}/small.pth", folder / "small.pth"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")
+def test_a_checksum_is_compared_with_what_came(https, tmp_path):
+    url, file = https
+    right = hashlib.sha256(file.read_bytes()).hexdigest()
+    cached = tmp_path / "hub" / "checkpoints" / "small.pth"
+    with pytest.raises(CheckpointError, match=f"its sha256 is {right}, expected 00000000"):
+        checkpoint.load_file(f"{url}#sha256=0000000000")
+    assert not cached.exists()
+    assert "w" in checkpoint.load_file(f"{url}#sha256={right[:12].upper()}")["model"]
+    cached.write_bytes(cached.read_bytes()[:-1])  # spoilt since
+    with pytest.raises(CheckpointError, match="its sha256 is"):
+        checkpoint.load_file(f"{url}#sha256={right}")
+    with pytest.raises(CheckpointError, match="hexadecimal"):
+        checkpoint.load_file(f"{url}#md5=0123456789")
+    with pytest.raises(CheckpointError, match="can't be fetched"):
+        checkpoint.load_file(url.replace("small", "absent"))
+    assert list(cached.parent.iterdir()) == []  # nothing half
 
 
 def test_latest_of_an_empty_folder_and_of_a_ruined_one(tmp_path):

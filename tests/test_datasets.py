@@ -302,9 +302,12 @@ class _Killer(datasets.Source):
     def open(self, index):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def sample_id(self, index):
+        return f"killer#{index}"
+
 
 def test_a_killed_worker_is_a_clear_error():
-    with pytest.raises(DataError, match=r"loader process was lost.*/dev/shm.*--num-workers"):
+    with pytest.raises(DataError, match=r"killer#0: a loader process died.*/dev/shm.*--num-worker"):
         load(ImageDataset(_Killer(), EVAL), EvalSampler(4), num_workers=1)
 
 

@@ -18,6 +18,7 @@ ROWS = (
     {"errors"},
     {"config"},
     {"utils", "cait_models"},
+    {"parallel", "rendezvous"},
     {"checkpoint", "samplers", "augment", "models", "optim", "loggers", "lock"},
     {"datasets", "losses", "state"},
     {"engine", "inference"},

@@ -289,7 +289,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
         weights.fill_(-1)
     writer.wait()
     for epoch in range(1, 4):
-        saved = checkpoint.load_file(tmp_path / checkpoint.name_of(epoch, 0))
+        saved = checkpoint.load_file(tmp_path / f"{checkpoint.name_of(epoch, 0)}.pth")
         assert torch.equal(saved["model"]["w"], torch.full((10**6,), float(epoch)))
 
 
@@ -747,6 +747,7 @@ def test_evaluation_is_exact_for_every_batch_size(size):
         batches_of(images, targets, size),
         engine.StepOptions(torch.device("cpu")),
         num_classes=6,
+        batch_size=size,
     )
     order = logits.argsort(1, descending=True)
     assert result.acc1 == 100 * sum(int(order[i, 0] == targets[i]) for i in range(23)) / 23

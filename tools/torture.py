@@ -17,7 +17,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ CONFIGURATIONS: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "two processes": (2, ("--batch-size", "2", "--num-workers", "0")),
+    "two processes, FSDP2": (2, ("--batch-size", "2", "--num-workers", "0", "--fsdp")),
 }
 
 
@@ -91,10 +93,13 @@ def make_pictures(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def start(argv: Sequence[str], world: int, log: Path) -> list[int]:
+def start(
+    argv: Sequence[str], world: int, log: Path, environment: Mapping[str, str] | None = None
+) -> list[int]:
     """Fork ``world`` training processes, each the leader of its group; returns their numbers.
 
-    Forking spares each session the seconds that importing torch takes.
+    Forking spares each session the seconds that importing torch takes. ``environment`` is added to
+    that of the processes.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,12 +116,18 @@ def start(argv: Sequence[str], world: int, log: Path) -> list[int]:
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            # Whoever forks may have put something else in their place.
+            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
             torch.set_num_threads(1)
             if world > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= environment or {}
             code = main.main(argv)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
         finally:
             os._exit(code)
     return pids
@@ -139,7 +150,7 @@ def wait(pids: Sequence[int], deadline: float, folder: Path | None) -> list[int]
 
 def writing(folder: Path) -> bool:
     """Whether a checkpoint is being written."""
-    return any(folder.glob(".*.pth.tmp"))
+    return any(folder.glob(".checkpoint-*.tmp"))
 
 
 def kill(pids: Sequence[int]) -> None:
