@@ -391,6 +391,17 @@ def test_defaults_that_a_saved_config_spells_out_are_nobodys_wish(tmp_path):
 # --- combinations ---------------------------------------------------------------------------------
 
 CONFLICTS = [
+    ("amp", "--fsdp --amp fp16"),
+    ("clip_mode", "--fsdp --clip-grad 0.1 --clip-mode agc"),
+    ("rollback_fp32_steps", "--fsdp --on-nonfinite rollback --rollback-fp32-steps 9 --amp bf16"),
+    ("model_ema_force_cpu", "--fsdp --model-ema-force-cpu"),
+    ("unfreeze_at", "--fsdp --freeze * --unfreeze-at 0:head"),
+    ("compile", "--fsdp --compile"),
+    ("channels_last", "--fsdp --channels-last"),
+    ("tb_histograms", "--fsdp --tb-histograms"),
+    ("tb_graph", "--fsdp --tb-graph"),
+    ("opt", "--fsdp --opt adafactor"),
+    ("accum_steps", "--batch-size auto --accum-steps 2"),
     ("bce_loss", "--bce-loss"),
     ("bce_loss", "--bce-loss --smoothing 0 --loss ce"),
     ("cosub", "--cosub --loss focal"),
