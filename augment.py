@@ -146,20 +146,25 @@ def _to_tensor(preprocessing: Preprocessing) -> Callable:
     return transforms.Compose([transforms.ToTensor(), normalise])
 
 
-def eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], torch.Tensor]:
+class EvalTransform:
     """RGB PIL picture -> (3, S, S) float32, normalised: the centre of the resized picture.
 
     Inputs of at most 32 pixels keep the whole short side (DeiT).
     """
-    size = preprocessing.input_size
-    short_side = int(size / preprocessing.crop_ratio) if size > SMALL else size
-    return transforms.Compose(
-        [
-            ResizeShortSide(short_side, preprocessing.interpolation),
-            transforms.CenterCrop(size),
-            _to_tensor(preprocessing),
-        ]
-    )
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        size = preprocessing.input_size
+        short_side = int(size / preprocessing.crop_ratio) if size > SMALL else size
+        resize = ResizeShortSide(short_side, preprocessing.interpolation)
+        self._crop = transforms.Compose([resize, transforms.CenterCrop(size)])
+        self._to_tensor = _to_tensor(preprocessing)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self._to_tensor(self._crop(image))
+
+    def crop(self, image: Image.Image) -> torch.Tensor:
+        """The centre as uint8 (3, S, S), to be normalised elsewhere."""
+        return functional.pil_to_tensor(self._crop(image))
 
 
 _NUMBER = r"\d+(\.\d+)?"
@@ -196,6 +201,12 @@ def build_policy(name: str, preprocessing: Preprocessing, interpolation: str) ->
 
 
 # --- of a batch ----------------------------------------------------------------------------------
+
+
+def one_hot(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """(B,) int64 to (B, num_classes) float32; torch's own looks at the values, and so waits."""
+    zeros = torch.zeros(len(targets), num_classes, device=targets.device)
+    return zeros.scatter_(1, targets[:, None], 1.0)
 
 
 class Mixer:
@@ -307,9 +318,9 @@ class Mixer:
         return torch.lerp(images.flip(0), images, weight)
 
     def _mix_targets(self, targets: torch.Tensor, lam: np.ndarray) -> torch.Tensor:
-        one_hot = torch.nn.functional.one_hot(targets, self.num_classes).float()  # (B, num_classes)
+        hard = one_hot(targets, self.num_classes)
         weight = torch.from_numpy(lam).to(targets.device, torch.float32)[:, None]
-        return torch.lerp(one_hot.flip(0), one_hot, weight)
+        return torch.lerp(hard.flip(0), hard, weight)
 
 
 def build_mixer(options: "AugmentOptions", num_classes: int) -> Mixer | None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import cache
 import checkpoint
 import datasets
 import engine
@@ -19,7 +20,8 @@ import models
 import optim
 import parallel
 import utils
-from augment import Preprocessing
+from augment import EvalTransform, Preprocessing
+from batch_augment import BatchAugment, Normalise, supports
 from config import Config
 from errors import OptionError
 from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
@@ -36,21 +38,66 @@ class Data:
     val: datasets.ImageDataset
     class_names: list[str]
     sampler: EpochSampler
-    train_loader: datasets.Loader
-    val_loader: datasets.Loader
+    train_loader: datasets.Loader | cache.CachedLoader
+    val_loader: datasets.Loader | cache.CachedLoader
     steps: int
     """Batches an epoch and process."""
+    prepare: Normalise | BatchAugment | None = None
+    """What makes the model's input of uint8 batches; set with the transforms."""
 
     def updates_per_epoch(self, config: Config) -> int:
         return math.ceil(self.steps / config.optim.accum_steps)
 
-    def set_transforms(self, config: Config, preprocessing: Preprocessing) -> None:
-        """Say how pictures become tensors, once the model's normalisation is known."""
-        training = not config.run.overfit_batches
-        self.train.transform = datasets.build_transform(training, preprocessing, config.augment)
-        self.val.transform = datasets.build_transform(False, preprocessing, config.augment)
+    def set_transforms(
+        self, config: Config, preprocessing: Preprocessing, device: torch.device
+    ) -> None:
+        """Say how pictures become tensors, once the model's normalisation is known; fill caches."""
+        centre = EvalTransform(preprocessing).crop
+        self.val.transform = centre
+        self.prepare = Normalise(preprocessing)
+        if config.run.overfit_batches:
+            self.train.transform = centre
+        elif config.augment.augment_on == "cpu" or not supports(config.augment):
+            self.train.transform = datasets.build_transform(True, preprocessing, config.augment)
+        else:
+            self.prepare = BatchAugment(preprocessing, config.augment, config.run.seed)
+            self.train.transform = self.prepare
+        for name in ("train_loader", "val_loader"):
+            loader = cache.apply(config.data.cache, getattr(self, name), device=device)
+            setattr(self, name, loader)
 
-    def batches(self, epoch: int, samples: int = 0) -> datasets.Loader:
+    def describe(self, device: torch.device) -> str:
+        """Where training pictures come from and are augmented."""
+        loader = self.train_loader
+        if isinstance(loader, cache.CachedLoader):
+            images = loader.store.images
+            source = f"{images.numel() / 2**20:.1f} MiB of pictures in memory of {images.device}"
+        else:
+            source = f"{loader.num_workers} loader processes"
+            if isinstance(self.train.source, cache.MemorySource):
+                source += f", {self.train.source.pixels.numel() / 2**20:.1f} MiB of pictures in ram"
+        if isinstance(self.prepare, BatchAugment):
+            return f"{source}; augmented by the batch on {device}"
+        return f"{source}; augmented one by one on the host"
+
+    def ways_to_feed_faster(self, config: Config) -> list[str]:
+        """What to change where the device waits for pictures, the easiest first."""
+        if isinstance(self.train_loader, cache.CachedLoader):
+            return (
+                ["--cache device"] if config.data.cache != "device" else ["a larger --batch-size"]
+            )
+        workers, cores = self.train_loader.num_workers, datasets.cores()
+        ways = []
+        if workers < cores:
+            ways.append(f"--num-workers {cores} (now {workers}, the machine has {cores} cores)")
+        if not isinstance(self.prepare, BatchAugment):
+            ways.append("--augment-on device")
+        if not isinstance(self.train.source, cache.MemorySource):
+            ways.append("--cache ram, if the decoded pictures fit")
+        ways.append("smaller files: python -m tools.data pack --short-side 256")
+        return ways
+
+    def batches(self, epoch: int, samples: int = 0) -> datasets.Loader | cache.CachedLoader:
         """The batches of ``epoch`` after the first ``samples`` pictures."""
         self.sampler.set_epoch(epoch, samples)
         return self.train_loader
@@ -119,14 +166,37 @@ def build_val_loader(
 
 def _loading(config: Config, processes: utils.Processes) -> dict[str, Any]:
     workers = config.data.num_workers
+    most = datasets.most_workers(
+        config.data.batch_size * config.model.input_size**2 * _bytes_per_pixel(config),
+        processes.local_world_size,
+    )
     if workers == "auto":
         workers = datasets.auto_num_workers(processes.local_world_size)
+        if most is not None and workers > most:
+            log.warning("%d loader processes instead of %d: /dev/shm has no room for more; "
+                        "in a container, see --shm-size", most, workers)  # fmt: skip
+            workers = most
+    elif most is not None and workers > most:
+        raise OptionError("num_workers", f"/dev/shm has room for the batches of {most} loader "
+                          f"processes, not of {workers}: lower it, or --batch-size, or give the "
+                          "container --shm-size=8g")  # fmt: skip
     return {
         "num_workers": workers,
         "pin_memory": config.data.pin_mem and config.run.device != "cpu",
         "seed": config.run.seed,
         "timeout": config.data.loader_timeout,
     }
+
+
+def _channels_last(config: Config, model: nn.Module) -> bool:
+    asked = False if config.dist.fsdp else config.model.channels_last
+    return models.wants_channels_last(model, asked)
+
+
+def _bytes_per_pixel(config: Config) -> int:
+    """Of a training picture on its way from a loader process."""
+    as_floats = config.augment.augment_on == "cpu" or not supports(config.augment)
+    return 3 * (4 if as_floats else 1)
 
 
 def build_model(
@@ -162,7 +232,8 @@ def build_model(
             )
     if config.dist.sync_bn and dist.is_initialized() and not config.run.eval:
         model = parallel.synchronise_batch_norm(model, device)
-    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    channels_last = _channels_last(config, model)
+    layout = torch.channels_last if channels_last else torch.preserve_format
     if not config.dist.fsdp or config.run.eval:
         # A model that is to be sharded may be too large for one device.
         model.to(device, memory_format=layout)
@@ -247,8 +318,9 @@ def build_state(
 
     def wrap(module: nn.Module) -> nn.Module:
         if processes.distributed and not config.dist.fsdp:
-            module = parallel.replicate(module, device)
-        return torch.compile(module) if config.model.compile else module
+            # Freezing changes what takes part, but the model is wrapped anew then.
+            module = parallel.replicate(module, device, static=config.optim.accum_steps == 1)
+        return compiled(config, module)
 
     batch = effective_batch(config, processes)
     lr = optim.scaled_lr(config.optim.lr, batch, config.optim.unscale_lr)
@@ -280,24 +352,38 @@ def build_state(
 
 
 def step_options(
-    config: Config, processes: utils.Processes, device: torch.device
+    config: Config,
+    processes: utils.Processes,
+    device: torch.device,
+    data: Data,
+    model: nn.Module,
+    macs: int = 0,
 ) -> engine.StepOptions:
-    """How the engine is to make a step."""
+    """How the engine is to make a step; ``data`` has its transforms, ``macs`` are the model's."""
+    amp = utils.amp_dtype(config.optim.amp, device)
     return engine.StepOptions(
         device=device,
         batch_size=config.data.batch_size,
         seed=config.run.seed,
         rank=processes.rank,
-        amp=utils.amp_dtype(config.optim.amp, device),
+        amp=amp,
         accum_steps=config.optim.accum_steps,
         clip_grad=config.optim.clip_grad,
         clip_mode=config.optim.clip_mode,
         train_mode=config.augment.train_mode,
         on_nonfinite=config.optim.on_nonfinite,
         log_interval=config.log.log_interval,
-        channels_last=config.model.channels_last,
+        channels_last=_channels_last(config, model),
         input_size=config.model.input_size,
+        prepare=data.prepare,
+        macs=macs,
+        peak=utils.device_peak(device, amp),
     )
+
+
+def compiled(config: Config, module: nn.Module) -> nn.Module:
+    """``module``, compiled if ``--compile`` says so."""
+    return torch.compile(module, mode=config.model.compile_mode) if config.model.compile else module
 
 
 def effective_batch(config: Config, processes: utils.Processes) -> int:

@@ -126,8 +126,14 @@ class ModelOptions:
     grad_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory"
     )
-    channels_last: bool = option(False, "channels-last memory layout (faster CNNs)")
+    channels_last: bool | None = option(
+        None, "channels-last memory layout (default: for CNNs, unless --fsdp)"
+    )
     compile: bool = option(False, "torch.compile the model")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
+        "default",
+        "torch.compile: reduce-overhead and max-autotune record CUDA graphs, for small models",
+    )
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,11 @@ class DataOptions:
         low=0,
     )
     pin_mem: bool = option(True, "pinned host memory for faster copies to CUDA")
+    cache: Literal["auto", "none", "ram", "device"] = option(
+        "auto",
+        "keep decoded pictures in host memory or on the device (auto: small pictures of one size); "
+        "no pixel changes by it",
+    )
     sampler: Literal["shuffle", "balanced"] = option(
         "shuffle",
         "order of training: every picture once, or drawn so that classes are equally likely",
@@ -203,6 +214,11 @@ class AugmentOptions:
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = option(
         "bicubic", "resizing of training pictures"
+    )
+    augment_on: Literal["auto", "cpu", "device"] = option(
+        "auto",
+        "where training pictures are augmented: cpu, one by one with Pillow; device, by the batch "
+        "(auto, but for --aa augmix and trivial)",
     )
     repeated_aug: bool = option(True, "repeated augmentation: three differing copies of a picture")
     train_mode: bool = option(True, "--no-train-mode trains in evaluation mode (no dropout)")
@@ -722,7 +738,7 @@ def get_parser(defaults: bool = True, launcher: Sequence[Option] = ()) -> Parser
             help += f" (default: {_show(opt.default)})"
         default = opt.default if defaults else argparse.SUPPRESS
         keywords: dict[str, Any] = {"dest": opt.name, "help": help, "default": default}
-        if opt.type is bool:
+        if opt.type in (bool, bool | None):
             keywords["action"] = argparse.BooleanOptionalAction
         else:
             keywords |= {"type": _argument_type(opt), "metavar": opt.type_name.replace(" …", "")}
@@ -922,6 +938,17 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         "resplit",
         "means the copies of repeated augmentation: add --repeated-aug or leave it out",
     )
+    one_by_one = not aug.ThreeAugment and (aug.aa or "").startswith(("augmix", "trivial"))
+    yield (
+        aug.augment_on == "device" and one_by_one,
+        "augment_on",
+        f"{aug.aa} takes one picture at a time: use cpu, or another --aa",
+    )
+    yield (
+        c.data.cache == "device" and (aug.augment_on == "cpu" or one_by_one),
+        "cache",
+        "device needs --augment-on device: pictures would come back one by one",
+    )
     yield (
         aug.ThreeAugment and aug.aa is not None and "aa" in c.explicit(),
         "ThreeAugment",
@@ -934,7 +961,7 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         (c.ema.model_ema_force_cpu, "model_ema_force_cpu", "the average is spread: leave it out"),
         (bool(c.model.unfreeze_at), "unfreeze_at", "what is trained is fixed: use --freeze alone"),
         (c.model.compile, "compile", "is not supported together: leave one out"),
-        (c.model.channels_last, "channels_last", "is not supported together: leave one out"),
+        (bool(c.model.channels_last), "channels_last", "is not supported together: leave one out"),
         (c.log.tb_histograms, "tb_histograms", "no process has whole weights: leave it out"),
         (c.log.tb_graph, "tb_graph", "no process has whole weights: leave it out"),
         (c.optim.opt.lower() not in FSDP_OPTIMIZERS, "opt",
@@ -1066,6 +1093,7 @@ def unused(c: Config) -> list[str]:
         "model_ema_warmup": (c.ema.model_ema, "--model-ema"),
         "model_ema_force_cpu": (c.ema.model_ema, "--model-ema"),
         "early_stop_delta": (c.save.early_stop > 0, "--early-stop"),
+        "compile_mode": (c.model.compile, "--compile"),
         "inat_category": (c.data.data_set.upper().startswith("INAT"), "--data-set INAT"),
     }
     asked = c.explicit()

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import tarfile
@@ -30,8 +31,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, Sampler, get_worker_info
+from torchvision.io import ImageReadMode, decode_jpeg
 
-from augment import Preprocessing, TrainTransform, eval_transform
+from augment import EvalTransform, Preprocessing, TrainTransform
+from batch_augment import BatchAugment, Plan
 from errors import DataError, OptionError
 from samplers import NUM_REPEATS, SampleKey
 from utils import derive_seed, process_runs, seed_host
@@ -46,17 +49,19 @@ EXTENSIONS = frozenset(
     + (".webp", ".avif", ".jp2")
 )
 FEW_CLASSES = 20  # each is named with its count
+PREFETCH = 2  # batches that a loader process makes ahead
 IMBALANCE = 10  # a most frequent class this many times the least frequent one is worth a warning
 
 
 class Batch(NamedTuple):
     """A batch on the host. ``images`` is (0, 3, 0, 0) where every picture of it was left out."""
 
-    images: torch.Tensor  # (B, 3, H, W) float32, normalised
+    images: torch.Tensor  # (B, 3, H, W): float32, normalised; or uint8, what is left to do in plan
     targets: torch.Tensor  # (B,) int64
     indices: torch.Tensor  # (B,) int64, data set indices
     positions: torch.Tensor  # (B,) int64, places in the epoch's global sequence
     bad: list[str]  # "path: reason" of each picture that couldn't be read
+    plan: Plan | None = None  # of uint8 pictures: how to augment them; None: not at all
 
 
 class Sample(NamedTuple):
@@ -65,6 +70,7 @@ class Sample(NamedTuple):
     image: torch.Tensor | None
     target: int
     index: int
+    epoch: int
     position: int
     bad: list[str]
 
@@ -98,6 +104,50 @@ def decode(picture: Any) -> Image.Image:
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise BadPictureError(reason) from None
+
+
+JPEG = b"\xff\xd8\xff"
+
+
+def decode_tensor(picture: Any) -> torch.Tensor:
+    """As ``decode``, to uint8 (3, H, W); JPEG files take a shorter way to the same pixels.
+
+    Raises BadPictureError.
+    """
+    if isinstance(picture, str | Path | io.BytesIO):
+        content = picture.getvalue() if isinstance(picture, io.BytesIO) else _file_content(picture)
+        tensor = _decode_jpeg(content) if content.startswith(JPEG) else None
+        if tensor is not None:
+            return tensor
+        picture = io.BytesIO(content)
+    return _channels_first(np.array(decode(picture)))
+
+
+def _file_content(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadPictureError(error.strerror or str(error)) from None
+
+
+def _decode_jpeg(content: bytes) -> torch.Tensor | None:
+    """uint8 (3, H, W), or None where Pillow had better look at it (damaged, CMYK)."""
+    with warnings.catch_warnings():
+        # That it will move to another package, and that bytes can't be written to.
+        warnings.simplefilter("ignore")
+        encoded = torch.frombuffer(content, dtype=torch.uint8)
+        try:
+            image = decode_jpeg(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        except RuntimeError:
+            return None
+    if image.shape[0] == 1:
+        return image.expand(3, -1, -1)
+    return image if image.shape[0] == 3 else None
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) as (3, H, W), in the same memory."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -927,7 +977,7 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
     def __init__(
         self,
         source: Source,
-        transform: Callable[..., torch.Tensor],
+        transform: Callable[..., torch.Tensor] | BatchAugment,
         *,
         seed: int = 0,
         is_train: bool = False,
@@ -984,16 +1034,28 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
             self.places.enter(index)
             try:
                 picture, target = self.source.read(index)
-                image = decode(picture)
+                image = self._decode(picture)
             except (BadPictureError, OSError) as error:
                 bad.append(f"{self.sample_id(index)}: {error}")
                 continue
             finally:
                 self.places.enter(-1)
-            return Sample(self._transform(image, key), target, index, key.position, bad)
-        return Sample(None, -1, key.index, key.position, bad)
+            return Sample(self._transform(image, key), target, index, key.epoch, key.position, bad)
+        return Sample(None, -1, key.index, key.epoch, key.position, bad)
 
-    def _transform(self, image: Image.Image, key: SampleKey) -> torch.Tensor:
+    def _decode(self, picture: Any) -> Any:
+        on_batches = isinstance(self.transform, BatchAugment)
+        return decode_tensor(picture) if on_batches else decode(picture)
+
+    def plan(self, epoch: int, positions: np.ndarray) -> Plan | None:
+        """What is left to do with a batch of these pictures; None: at most to normalise them."""
+        if isinstance(self.transform, BatchAugment):
+            return self.transform.plan(epoch, positions)
+        return None
+
+    def _transform(self, image: Any, key: SampleKey) -> torch.Tensor:
+        if isinstance(self.transform, BatchAugment):
+            return self.transform.crop(image, key.epoch, key.position)
         unerased = getattr(self.transform, "resplit", False) and key.position % NUM_REPEATS == 0
         with _host_generators(derive_seed(self.seed, "sample", key.epoch, key.position)):
             return self.transform(image, erase=False) if unerased else self.transform(image)
@@ -1045,7 +1107,7 @@ def build_transform(
     is_train: bool, preprocessing: Preprocessing, augment: "AugmentOptions"
 ) -> Callable[..., torch.Tensor]:
     """RGB PIL picture -> (3, S, S) float32: augmented for training, else the centre crop."""
-    return TrainTransform(preprocessing, augment) if is_train else eval_transform(preprocessing)
+    return TrainTransform(preprocessing, augment) if is_train else EvalTransform(preprocessing)
 
 
 _NORMALIZATION = {
@@ -1092,14 +1154,18 @@ def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
 # --- loaders ------------------------------------------------------------------------------------
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """The readable samples as a batch, with the names of the unreadable ones."""
+def collate(
+    samples: list[Sample],
+    plan: Callable[[int, np.ndarray], Plan | None] = lambda epoch, positions: None,
+) -> Batch:
+    """The readable samples as a batch, with the names of the unreadable ones, and their plan."""
     good = [sample for sample in samples if sample.image is not None]
     columns = ([s.target for s in good], [s.index for s in good], [s.position for s in good])
     return Batch(
         torch.stack([s.image for s in good]) if good else torch.empty(0, 3, 0, 0),
         *(torch.tensor(column, dtype=torch.int64) for column in columns),
         [line for sample in samples for line in sample.bad],
+        plan(good[0].epoch, np.array(columns[2])) if good else None,
     )
 
 
@@ -1129,6 +1195,8 @@ class Loader:
         self.dataset = dataset
         self.sampler = sampler
         self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.num_workers = num_workers
         self.timeout = timeout if num_workers else 0
         self._batches = _Rest(sampler, batch_size, drop_last)
         self._died: dict[int, int] = {}  # loader processes that died over a picture
@@ -1137,11 +1205,11 @@ class Loader:
             dataset,
             batch_sampler=self._batches,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=functools.partial(collate, plan=dataset.plan),
             pin_memory=pin_memory and torch.cuda.is_available(),
             timeout=self.timeout,
             worker_init_fn=_init_worker,
-            prefetch_factor=2 if num_workers else None,
+            prefetch_factor=PREFETCH if num_workers else None,
             persistent_workers=num_workers > 0,
             # Its own, so that starting a pass draws nothing from the global one.
             generator=torch.Generator().manual_seed(seed),
@@ -1330,8 +1398,25 @@ def build_loader(
     )
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def auto_num_workers(local_world_size: int) -> int:
     """One loader process a core and training process of this machine, at most 10."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(10, cores // local_world_size)
+    return min(10, cores() // local_world_size)
+
+
+def most_workers(batch_bytes: int, local_world_size: int, shm: str = "/dev/shm") -> int | None:
+    """Loader processes whose batches fit the shared memory that is free; None: it isn't known.
+
+    Each has PREFETCH batches there of training and as many (of 1.5 times the size) of evaluation,
+    one more is being handed over.
+    """
+    try:
+        free = shutil.disk_usage(shm).free
+    except OSError:
+        return None
+    return max(0, int(free / local_world_size / (batch_bytes * 2.5) - 1) // PREFETCH)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import parallel
+from batch_augment import Plan
 from datasets import Batch
 from optim import (
     classifier_parameters,
@@ -26,7 +27,7 @@ from optim import (
     optimizer_supports_found_inf,
 )
 from state import Progress, TrainState
-from utils import all_reduce_sum, any_process, derive_seed, seed_all
+from utils import all_reduce_sum, any_process, derive_seed, peak_memory, seed_all
 
 # Evaluation adds up losses as integers of this fraction: sums of integers don't depend on their
 # order, so every number of processes gives the same digits.
@@ -57,6 +58,9 @@ class StepOptions:
         log_interval: updates between reads from the device.
         channels_last: memory layout of the pictures.
         input_size: height and width of the pictures.
+        prepare: makes normalised pictures of uint8 ones and their plan, on the device.
+        macs: multiply-accumulates of a picture's forward pass.
+        peak: floating-point operations a second that the device can do at best, if known.
     """
 
     device: torch.device
@@ -72,6 +76,9 @@ class StepOptions:
     log_interval: int = 50
     channels_last: bool = False
     input_size: int = 224
+    prepare: Callable[[Tensor, Plan | None], Tensor] | None = None
+    macs: int = 0
+    peak: float | None = None
 
     def autocast(self, precise: bool = False) -> contextlib.AbstractContextManager[None]:
         """Mixed precision, unless there is none or ``precise`` wants it off."""
@@ -79,9 +86,17 @@ class StepOptions:
         return torch.autocast(self.device.type, self.amp, enabled=enabled)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the device; pictures in the model's memory layout."""
-        layout = {"memory_format": torch.channels_last} if self.channels_last else {}
-        return tensor.to(self.device, non_blocking=True, **(layout if tensor.ndim == 4 else {}))
+        """``tensor`` on the device; float pictures in the model's memory layout."""
+        pictures = self.channels_last and tensor.ndim == 4 and tensor.is_floating_point()
+        layout = {"memory_format": torch.channels_last} if pictures else {}
+        return tensor.to(self.device, non_blocking=True, **layout)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """The pictures of ``batch`` as the model takes them."""
+        images = self.place(batch.images)
+        if images.dtype == torch.uint8:
+            images = self.place(self.prepare(images, batch.plan))
+        return images
 
 
 @dataclass(frozen=True)
@@ -103,8 +118,14 @@ class StepReport:
     """Of all processes together."""
     data_wait: float
     """Share of the time spent waiting for pictures."""
+    step_seconds: float
+    """Of a batch, the wait included."""
     memory: int
-    """Peak bytes allocated on a CUDA device, else 0."""
+    """Peak bytes: allocated on a CUDA device, else of this process."""
+    utilisation: float | None
+    """Model-FLOPs utilisation (arXiv:2204.02311, appendix B); None where the peak isn't known."""
+    warm_up: bool
+    """Whether the first update of a session is in it, with all that is done only once."""
 
 
 class Wish(Enum):
@@ -230,7 +251,7 @@ def train_one_epoch(
     set_mode(state.net, state.model, options.train_mode)
     meter = _Meter(options.device)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    clock = _Clock()
+    clock = _Clock(warm_up=not state.warm)
     read_at = progress.update
 
     def read() -> None:
@@ -248,8 +269,9 @@ def train_one_epoch(
         read()
         if not progress.recent_count:
             return
-        rate, wait = clock.lap()
-        cuda = options.device.type == "cuda"
+        lap = clock.lap()
+        # A backward pass takes twice the operations of a forward pass, each of two operations.
+        work = 6 * options.macs * criterion.copies * lap.images_per_second
         report(
             StepReport(
                 epoch=progress.epoch,
@@ -259,16 +281,19 @@ def train_one_epoch(
                 loss=progress.recent_sum / progress.recent_count,
                 lr=state.schedule.last,
                 grad_norm=meter.last_norm,
-                images_per_second=rate * world,
-                data_wait=wait,
-                memory=torch.cuda.max_memory_allocated(options.device) if cuda else 0,
+                images_per_second=lap.images_per_second * world,
+                data_wait=lap.data_wait,
+                step_seconds=lap.step_seconds,
+                memory=peak_memory(options.device),
+                utilisation=work / options.peak if options.peak else None,
+                warm_up=lap.warm_up,
             )
         )
         progress.recent_sum, progress.recent_count = 0.0, 0
 
     step = progress.step
     try:
-        for batch in clock.watch(batches):
+        for batch in clock.watch(_ahead(batches, options)):
             # The last window of an epoch may hold fewer batches.
             start = step - step % options.accum_steps
             window = min(options.accum_steps, steps - start)
@@ -289,6 +314,9 @@ def train_one_epoch(
             progress.step = step
             if progress.update % options.log_interval == 0 or progress.update == 1:
                 tell()
+            if not state.warm:
+                state.warm = True
+                clock.lap()
             wanted = wish()
             if wanted is Wish.SAVE:
                 read()
@@ -315,9 +343,9 @@ def _forward(
     """The loss of a batch: a function of the weights, the batch and (seed, epoch, step, rank)."""
     epoch = state.progress.epoch
     seed_all(derive_seed(options.seed, "step", epoch, step, options.rank))
-    images, targets = options.place(batch.images), options.place(batch.targets)
+    images, targets = options.inputs(batch), options.place(batch.targets)
     if mixer is not None:
-        first = int(batch.positions[0])
+        first = int(batch.positions.numpy()[0])
         images, targets = mixer(images, targets, derive_seed(options.seed, "mix", epoch, first))
     if criterion.copies > 1:
         images = images.repeat(criterion.copies, 1, 1, 1)  # (copies × B, C, H, W)
@@ -406,13 +434,47 @@ def set_mode(net: nn.Module, model: nn.Module, train_mode: bool = True) -> None:
         norm.eval()
 
 
-class _Clock:
-    """Splits the time into waiting for pictures and the rest."""
+def _ahead(batches: Iterable[Batch], options: StepOptions) -> Iterator[Batch]:
+    """The batches; on CUDA the next one is copied while this one is computed, on another stream."""
+    if options.device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(options.device)
+    coming: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            images, targets = options.place(batch.images), options.place(batch.targets)
+        if coming is not None:
+            yield coming
+        coming = batch._replace(images=images, targets=targets)
+        here = torch.cuda.current_stream(options.device)
+        here.wait_stream(stream)
+        for tensor in (images, targets):
+            # The other stream must not use their memory again before this one is done.
+            tensor.record_stream(here)
+    if coming is not None:
+        yield coming
 
-    def __init__(self) -> None:
+
+class _Lap(NamedTuple):
+    images_per_second: float
+    data_wait: float
+    step_seconds: float
+    warm_up: bool
+
+
+class _Clock:
+    """Splits the time into waiting for pictures and the rest.
+
+    The first lap of a session holds the ``warm_up``: compilation, allocation, the start of loaders.
+    """
+
+    def __init__(self, warm_up: bool) -> None:
         self.start = time.perf_counter()
+        self.warm_up = warm_up
         self.waited = 0.0
         self.images = 0
+        self.steps = 0
 
     def watch(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         iterator = iter(batches)
@@ -424,15 +486,19 @@ class _Clock:
                 return
             self.waited += time.perf_counter() - asked
             self.images += len(batch.targets)
+            self.steps += 1
             yield batch
 
-    def lap(self) -> tuple[float, float]:
-        """(pictures a second, share of the time spent waiting) since the last lap."""
+    def lap(self) -> _Lap:
+        """What happened since the last lap."""
         now = time.perf_counter()
         seconds = max(now - self.start, 1e-9)
-        result = self.images / seconds, self.waited / seconds
-        self.start, self.waited, self.images = now, 0.0, 0
-        return result
+        lap = _Lap(
+            self.images / seconds, self.waited / seconds, seconds / max(self.steps, 1), self.warm_up
+        )
+        self.start, self.waited, self.images, self.steps = now, 0.0, 0, 0
+        self.warm_up = False
+        return lap
 
 
 def first_nonfinite(
@@ -455,7 +521,7 @@ def first_nonfinite(
         return any_process(culprit is not None)
 
     culprit: str | None = None
-    if first(None if torch.isfinite(batch.images).all() else "the input pictures"):
+    if first(None if torch.isfinite(options.inputs(batch)).all() else "the input pictures"):
         return culprit
     bad = _nonfinite_names(state.model, lambda p: p)
     if first(f"the weight {bad[0]}" if bad else None):
@@ -569,7 +635,7 @@ def evaluate(
                 with options.autocast():
                     model(options.place(torch.zeros(1, 3, side, side)))
             continue
-        images, targets = options.place(batch.images), options.place(batch.targets)
+        images, targets = options.inputs(batch), options.place(batch.targets)
         filling = batch_size - len(targets)
         if filling > 0:
             images = torch.cat([images, images.new_zeros(filling, *images.shape[1:])])

@@ -12,9 +12,10 @@ import checkpoint
 import datasets
 import engine
 import inference
+import models
 import utils
 from augment import Preprocessing
-from build import build_model, build_val_loader, three_values
+from build import build_model, build_val_loader, compiled, three_values
 from config import CHECKPOINT, DEFAULT, Config
 from errors import DataError, OptionError
 from loggers import (
@@ -63,17 +64,21 @@ def evaluate_checkpoint(config: Config, processes: utils.Processes, device: torc
             f"({_some(val.classes)}) are not those of the model ({_some(class_names)})"
         )
     loader = build_val_loader(config, val, processes)
+    channels_last = models.wants_channels_last(candidates["model"], config.model.channels_last)
+    if channels_last:
+        for model in candidates.values():
+            model.to(memory_format=torch.channels_last)
     options = engine.StepOptions(
         device=device,
         amp=utils.amp_dtype(config.optim.amp, device),
-        channels_last=config.model.channels_last,
+        channels_last=channels_last,
     )
     log.info("%s on %d pictures of %d classes", source, len(val), len(class_names))
     for name, model in candidates.items():
         bar = ProgressBar(f"evaluate {name}", len(loader), visible=processes.is_main)
         bad: dict[str, None] = {}
         result = engine.evaluate(
-            torch.compile(model) if config.model.compile else model,
+            compiled(config, model),
             _noting(loader, bad),
             options,
             num_classes=len(class_names),

@@ -107,11 +107,18 @@ class RunLogger:
             f"loss {report.loss:.4f}",
             f"lr {report.lr:.2e}",
             f"grad {report.grad_norm:.2f}",
-            f"{report.images_per_second:.0f} img/s",
-            f"data wait {report.data_wait:.0%}",
         ]
-        if report.memory:
-            parts.append(f"{report.memory / 2**30:.1f} GiB")
+        if report.warm_up:
+            parts.append(f"first step {report.step_seconds:.1f} s")
+        else:
+            parts += [
+                f"{report.images_per_second:.0f} img/s",
+                f"data wait {report.data_wait:.0%}",
+                f"step {1000 * report.step_seconds:.0f} ms",
+            ]
+        parts.append(f"{report.memory / 2**30:.1f} GiB")
+        if report.utilisation is not None and not report.warm_up:
+            parts.append(f"MFU {report.utilisation:.0%}")
         if self.bar is not None and self.bar.visible:
             self.bar.say(", ".join(parts))
             self.bar.to(report.step)
@@ -124,9 +131,16 @@ class RunLogger:
                 "step/loss": report.loss,
                 "step/lr": report.lr,
                 "step/grad_norm": report.grad_norm,
-                "step/images_per_second": report.images_per_second,
-                "step/data_wait": report.data_wait,
+                "step/memory_gib": report.memory / 2**30,
             }
+            if not report.warm_up:
+                scalars |= {
+                    "step/images_per_second": report.images_per_second,
+                    "step/data_wait": report.data_wait,
+                    "step/seconds": report.step_seconds,
+                }
+                if report.utilisation is not None:
+                    scalars["step/mfu"] = report.utilisation
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, report.update)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import models
+from augment import one_hot
 from config import LossOptions
 from errors import CheckpointError, OptionError
 
@@ -32,7 +33,7 @@ Outputs = Tensor | tuple[Tensor, Tensor]
 def soft_targets(targets: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """Targets as shares of the classes, (B, C): (1 - smoothing) × target + smoothing / C."""
     if targets.ndim == 1:
-        targets = F.one_hot(targets, num_classes)
+        targets = one_hot(targets, num_classes)
     targets = targets.float()
     return targets * (1 - smoothing) + smoothing / num_classes if smoothing else targets
 

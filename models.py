@@ -664,6 +664,17 @@ def interpolate_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 # --- size ---------------------------------------------------------------------------------------
 
 
+def wants_channels_last(model: nn.Module, asked: bool | None) -> bool:
+    """Whether pictures and weights go channels-last: as ``asked``, None: if it is a CNN.
+
+    Its convolutions look beyond one pixel several times; a transformer's do in the stem alone.
+    """
+    if asked is not None:
+        return asked
+    spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+    return len(spatial) > 4
+
+
 @dataclass(frozen=True)
 class ModelSummary:
     """``parameters`` in all, and multiply-accumulates of one picture."""

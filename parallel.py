@@ -43,10 +43,16 @@ _PLACE = "sharded tensor"  # key of what stands in a skeleton for a tensor that 
 # --- the model ------------------------------------------------------------------------------------
 
 
-def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` inside DDP: whole on every process, gradients averaged."""
+def replicate(model: nn.Module, device: torch.device, *, static: bool = False) -> nn.Module:
+    """``model`` inside DDP: whole on every process, gradients averaged.
+
+    ``static``: every step uses the same parameters and exchanges gradients, which DDP then needs
+    not find out anew; it can't be told so where steps are accumulated.
+    """
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, ids, gradient_as_bucket_view=True, static_graph=static
+    )
 
 
 def shard(model: nn.Module, device: torch.device, amp: torch.dtype | None) -> None:

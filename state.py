@@ -130,6 +130,8 @@ class TrainState:
     ema: ModelEma | None
     wrap: Callable[[nn.Module], nn.Module]
     progress: Progress = field(default_factory=Progress)
+    warm: bool = False
+    """Whether this session has made an update; not saved."""
 
     def __post_init__(self) -> None:
         self.rewrap()

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 BAD_IMAGES_FILE = "bad_images.txt"
 MAX_ROLLBACKS = 5
+DATA_WAIT = 0.1  # share of the time that pictures may be waited for without a word
 
 
 class Trainer:
@@ -58,6 +59,7 @@ class Trainer:
         state: TrainState,
         freezer: optim.Freezer,
         device: torch.device,
+        summary: models.ModelSummary,
         bad_images: Sequence[str] = (),
     ) -> None:
         self.config = config
@@ -69,7 +71,9 @@ class Trainer:
         self.state = state
         self.freezer = freezer
         self.mixer = build_mixer(config.augment, len(data.class_names))
-        self.options = step_options(config, processes, device)
+        self.summary = summary
+        self.options = step_options(config, processes, device, data, state.model, macs=summary.macs)
+        self.told_to_feed_faster = False
         self.total_epochs = config.run.epochs + config.schedule.cooldown_epochs
         self.bad_images: dict[str, None] = {}  # of this process, an ordered set
         self.listed_bad: dict[str, None] = dict.fromkeys(bad_images)  # of all, earlier sessions too
@@ -93,10 +97,9 @@ class Trainer:
             update=progress.update,
         )
 
-    def introduce(self, summary: models.ModelSummary) -> None:
+    def introduce(self) -> None:
         """Say what is about to be trained on what, and how."""
-        config, data, model = self.config, self.data, self.state.model
-        self.parameters = summary.parameters
+        config, data, model, summary = self.config, self.data, self.state.model, self.summary
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
             "model    %s: %.2f M parameters (%.2f M trainable), %.2f GMACs at %d×%d",
@@ -111,6 +114,7 @@ class Trainer:
         for line in lines:
             warning = line.removeprefix("warning: ")
             log.log(logging.INFO if warning == line else logging.WARNING, "         %s", warning)
+        log.info("input    %s", data.describe(self.options.device))
         batch = effective_batch(config, self.processes)
         rate = self.state.schedule.lr
         rule = "as given" if config.optim.unscale_lr else f"{config.optim.lr:g} × {batch} / 512"
@@ -175,7 +179,7 @@ class Trainer:
                 self.options,
                 steps=steps,
                 mixer=self.mixer,
-                report=self.logger.step,
+                report=self._report,
                 wish=lambda: self._wish(stop),
                 save=lambda: self._save({}),
                 skipped=self._note_skipped,
@@ -190,6 +194,17 @@ class Trainer:
             # The signal went to the loader processes too.
             return False
 
+    def _report(self, report: engine.StepReport) -> None:
+        """Log a step; say once what to change where pictures keep the device waiting."""
+        self.logger.step(report)
+        slow = report.data_wait > DATA_WAIT and not report.warm_up
+        if slow and not self.told_to_feed_faster:
+            self.told_to_feed_faster = True
+            log.warning(
+                "%.0f %% of the time goes into waiting for pictures: %s",
+                100 * report.data_wait, "; ".join(self.data.ways_to_feed_faster(self.config)),
+            )  # fmt: skip
+
     def _watched(self, batches: Any) -> Any:
         """Pass batches through; note bad pictures, move the bar, draw the first grid."""
         for number, batch in enumerate(batches):
@@ -201,9 +216,9 @@ class Trainer:
 
     def _show(self, batch: datasets.Batch) -> None:
         """The pictures of ``batch`` as the model sees them, in TensorBoard."""
-        images = batch.images
+        images = self.options.inputs(batch)
         if self.mixer is not None:
-            images, _ = self.mixer(images.clone(), batch.targets, 0)
+            images, _ = self.mixer(images.clone(), self.options.place(batch.targets), 0)
         self.logger.pictures(images, self.preprocessing.mean, self.preprocessing.std)
 
     def _note_bad(self, lines: list[str]) -> None:
@@ -273,7 +288,7 @@ class Trainer:
         state.schedule.end_epoch(record[monitor])
         self._gather_bad()
         record |= {
-            "n_parameters": self.parameters,
+            "n_parameters": self.summary.parameters,
             "update": progress.update,
             "skipped_updates": progress.skipped,
             "bad_images": len(self.listed_bad),

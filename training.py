@@ -140,7 +140,7 @@ def _train(
     resumed = start[1] if start else None
     model, preprocessing = build_model(config, len(data.class_names), device, resumed)
     summary = summarise(model, config.model.input_size)
-    data.set_transforms(config, preprocessing)
+    data.set_transforms(config, preprocessing, device)
     criterion = build_criterion(config, data, preprocessing, device)
     state, freezer = build_state(config, model, data, processes, device)
     if start is not None:
@@ -148,7 +148,7 @@ def _train(
     elif config.run.start_epoch:
         start_at(state.progress, config.run.start_epoch, data.updates_per_epoch(config))
     if probing:
-        options = step_options(config, processes, device)
+        options = step_options(config, processes, device, data, model)
         _probe(config, state, criterion, options, len(data.class_names))
     if processes.is_main:
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -164,9 +164,10 @@ def _train(
         state,
         freezer,
         device,
+        summary,
         bad_images,
     )
-    trainer.introduce(summary)
+    trainer.introduce()
     with utils.StopRequest() as stop:
         return trainer.fit(stop)
 

@@ -10,13 +10,13 @@ from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 
 from augment import (
+    EvalTransform,
     Mixer,
     Preprocessing,
     ThreeAugment,
     TrainTransform,
     build_mixer,
     build_policy,
-    eval_transform,
 )
 from config import AugmentOptions
 from errors import OptionError
@@ -55,7 +55,7 @@ def test_preprocessing_survives_plain_values():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_evaluation_is_timms(size, input_size, ratio, interpolation):
     image = picture(*size)
-    ours = eval_transform(Preprocessing(input_size, ratio, interpolation, MEAN, STD))
+    ours = EvalTransform(Preprocessing(input_size, ratio, interpolation, MEAN, STD))
     theirs = create_transform(
         input_size, crop_pct=ratio, interpolation=interpolation, mean=MEAN, std=STD
     )
@@ -64,7 +64,7 @@ def test_evaluation_is_timms(size, input_size, ratio, interpolation):
 
 def test_small_inputs_keep_the_whole_picture():
     image = picture(32, 32)
-    transform = eval_transform(Preprocessing(32, 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3))
+    transform = EvalTransform(Preprocessing(32, 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3))
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     assert torch.equal(transform(image), expected)
     assert transform(picture(8, 8)).shape == (3, 32, 32)

@@ -391,6 +391,8 @@ def test_defaults_that_a_saved_config_spells_out_are_nobodys_wish(tmp_path):
 # --- combinations ---------------------------------------------------------------------------------
 
 CONFLICTS = [
+    ("augment_on", "--augment-on device --aa augmix-m5-w4-d2"),
+    ("cache", "--cache device --augment-on cpu"),
     ("amp", "--fsdp --amp fp16"),
     ("clip_mode", "--fsdp --clip-grad 0.1 --clip-mode agc"),
     ("rollback_fp32_steps", "--fsdp --on-nonfinite rollback --rollback-fp32-steps 9 --amp bf16"),

@@ -249,7 +249,17 @@ def test_another_world_size_sees_each_picture_once(pictures, tmp_path, before, a
     plugin = tmp_path / "noting.py"
     plugin.write_text(PLUGIN)
     note = tmp_path / "note.txt"
-    options = ("--plugin", str(plugin), "--data-set", "noting", "--epochs", "2", *PLAIN)
+    options = (
+        "--plugin",
+        str(plugin),
+        "--data-set",
+        "noting",
+        "--cache",
+        "none",
+        "--epochs",
+        "2",
+        *PLAIN,
+    )
     options += ("--batch-size", "4", "--save-every-steps", "2", "--keep", "20")
     folder = tmp_path / "run"
     codes, output = run(pictures, folder, *options, world=before, NOTE=str(note))
