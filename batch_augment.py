@@ -215,6 +215,15 @@ class Plan(NamedTuple):
     boxes: np.ndarray  # (B, K, 4) int64: y0, y1, x0, x1 that are erased; empty where nothing is
     noise: np.ndarray  # (B, K) int64: where in the table of noise a box begins
 
+    def of(self, part: slice) -> "Plan":
+        """The plan of some of the pictures."""
+        return Plan(*(array[part] for array in self))
+
+    def altered(self) -> "Plan":
+        """What is left when the pictures have been altered: to erase."""
+        none = np.zeros_like(self.flips)
+        return self._replace(flips=none, kinds=self.kinds[:, :0])
+
 
 class Normalise:
     """uint8 (B, 3, S, S) to float32, by mean and deviation, as torchvision's transforms do."""
@@ -279,7 +288,7 @@ class BatchAugment(Normalise):
         if self.pads:
             image = resize_short_side(image, self.size, interpolation)
             top, left = self.offsets(draws, *image.shape[1:])
-            return self._padded(image)[:, top[0] :, left[0] :][:, : self.size, : self.size]
+            return self.padded(image)[:, top[0] :, left[0] :][:, : self.size, : self.size]
         top, left, height, width = self._rectangle(draws, *image.shape[1:])
         part = image[:, top : top + height, left : left + width]
         return resize(part, (self.size, self.size), interpolation)
@@ -312,7 +321,7 @@ class BatchAugment(Normalise):
         """Pixels around a small picture, or one of the simple random crop."""
         return max(1, self.size // 8) if self.size <= SMALL else 4
 
-    def _padded(self, images: torch.Tensor) -> torch.Tensor:
+    def padded(self, images: torch.Tensor) -> torch.Tensor:
         """(…, 3, H, W) with its margin: black around small pictures, mirrored in ``src``."""
         margin = [self.padding] * 4
         if self.size <= SMALL:
@@ -326,8 +335,13 @@ class BatchAugment(Normalise):
         room = [side + 2 * self.padding - self.size + 1 for side in (height, width)]
         return (place[:, 0] * room[0]).astype(np.int64), (place[:, 1] * room[1]).astype(np.int64)
 
-    def crop_batch(self, images: torch.Tensor, epoch: int, positions: np.ndarray) -> torch.Tensor:
-        """As ``crop``, of pictures (B, 3, H, W) whose short side is S already, on their device.
+    def take(
+        self, padded: torch.Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
+    ) -> torch.Tensor:
+        """As ``crop``, of many pictures at once: uint8 (B, 3, S, S) on their device.
+
+        padded: (N, 3, H, W), pictures whose short side is S, with their margins (``padded``)
+        indices, positions: (B,), which of them, and the places of the epoch that they take
 
         Raises ValueError if the crop isn't one that moves whole pixels.
         """
@@ -336,15 +350,29 @@ class BatchAugment(Normalise):
         draws = self._draws(CROP, epoch, positions, 2 * ATTEMPTS + 3)
         if self.options.train_interpolation == "random":
             draws.uniform()
-        top, left = self.offsets(draws, *images.shape[2:])
-        device, side = images.device, torch.arange(self.size, device=images.device)
-        rows = torch.from_numpy(top).to(device, non_blocking=True)[:, None] + side  # (B, S)
-        columns = torch.from_numpy(left).to(device, non_blocking=True)[:, None] + side
-        batch = torch.arange(len(images), device=device)[:, None, None]
-        padded = self._padded(images)
+        height, width = (side - 2 * self.padding for side in padded.shape[2:])
+        top, left = self.offsets(draws, height, width)
+        if padded.device.type == "cpu":
+            return self._take_on_host(padded, indices, top, left)
+        device, side = padded.device, torch.arange(self.size, device=padded.device)
+        which, top, left = (
+            torch.from_numpy(x).to(device, non_blocking=True)[:, None, None]
+            for x in (indices, top, left)
+        )
         # Advanced indexing puts the channels last: (B, S, S, 3).
-        cut = padded[batch, :, rows[:, :, None], columns[:, None, :]]
+        cut = padded[which, :, top + side[:, None], left + side]
         return cut.permute(0, 3, 1, 2).contiguous()
+
+    def _take_on_host(
+        self, padded: torch.Tensor, indices: np.ndarray, top: np.ndarray, left: np.ndarray
+    ) -> torch.Tensor:
+        # Rows of a slice are copied whole, which beats an index for every pixel.
+        source = padded.numpy()
+        result = np.empty((len(indices), 3, self.size, self.size), dtype=np.uint8)
+        places = zip(indices.tolist(), top.tolist(), left.tolist(), strict=True)
+        for place, (i, y, x) in enumerate(places):
+            result[place] = source[i, :, y : y + self.size, x : x + self.size]
+        return torch.from_numpy(result)
 
     # --- on the host, a batch --------------------------------------------------------------------
 
@@ -425,15 +453,24 @@ class BatchAugment(Normalise):
         """uint8 (B, 3, S, S) to float32, normalised; augmented if there is a ``plan``."""
         if plan is None:
             return super().__call__(images)
-        images = self._apply(self._turn(images, plan.flips), plan)
-        return self._erase(super().__call__(images), plan)
+        return self._erase(super().__call__(self.alter(images, plan)), plan)
+
+    @torch.no_grad()
+    def alter(self, images: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Flips and the policy: uint8 to uint8."""
+        return self._apply(self._turn(images, plan.flips), plan)
 
     @staticmethod
     def _turn(images: torch.Tensor, flips: np.ndarray) -> torch.Tensor:
         """Flipped pictures, always new ones: what comes after works in place."""
         images = images.clone()
         for axis, flip in zip((3, 2), flips.T, strict=True):
-            if flip.any():
+            if not flip.any():
+                continue
+            if images.device.type == "cpu":
+                pixels = images.numpy()
+                pixels[flip] = np.flip(pixels[flip], axis)
+            else:
                 which = _index(flip, images.device)
                 images[which] = images[which].flip(axis)
         return images
@@ -471,20 +508,38 @@ class BatchAugment(Normalise):
                 )
 
     def _erase(self, values: torch.Tensor, plan: Plan) -> torch.Tensor:
-        device, side = values.device, torch.arange(self.size, device=values.device)
         for k in range(plan.boxes.shape[1]):
-            box = plan.boxes[:, k]
-            mine = box[:, 1] > box[:, 0]
-            if not mine.any():
-                continue
-            which = _index(mine, device)
-            edges = torch.from_numpy(box[mine]).to(device, non_blocking=True)
-            y0, y1, x0, x1 = edges[..., None].unbind(1)  # (n, 1)
-            rows, columns = (side >= y0) & (side < y1), (side >= x0) & (side < x1)
-            inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (n, 1, S, S)
-            values[which] = torch.where(inside, self._noise(plan.noise[mine, k], device),
-                                        values[which])  # fmt: skip
+            mine = np.flatnonzero(plan.boxes[:, k, 1] > plan.boxes[:, k, 0])
+            if len(mine):
+                fill = self._erase_on_host if values.device.type == "cpu" else self._erase_on_device
+                fill(values, mine, plan.boxes[mine, k], plan.noise[mine, k])
         return values
+
+    def _erase_on_host(
+        self, values: torch.Tensor, mine: np.ndarray, boxes: np.ndarray, starts: np.ndarray
+    ) -> None:
+        size, mode, pixels = self.size, self.options.remode, values.numpy()
+        noise = None if mode == "const" else self.constant("noise", values.device).numpy()
+        places = zip(mine.tolist(), boxes.tolist(), starts.tolist(), strict=True)
+        for i, (y0, y1, x0, x1), start in places:
+            box = pixels[i, :, y0:y1, x0:x1]
+            if noise is None:
+                box[:] = 0
+            elif mode == "rand":
+                box[:] = noise[start : start + 3, None, None]
+            else:
+                own = noise[start : start + 3 * size**2].reshape(3, size, size)
+                box[:] = own[:, y0:y1, x0:x1]
+
+    def _erase_on_device(
+        self, values: torch.Tensor, mine: np.ndarray, boxes: np.ndarray, starts: np.ndarray
+    ) -> None:
+        device, side = values.device, torch.arange(self.size, device=values.device)
+        which, edges = (torch.from_numpy(x).to(device, non_blocking=True) for x in (mine, boxes))
+        y0, y1, x0, x1 = edges[..., None].unbind(1)  # (n, 1)
+        rows, columns = (side >= y0) & (side < y1), (side >= x0) & (side < x1)
+        inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (n, 1, S, S)
+        values[which] = torch.where(inside, self._noise(starts, device), values[which])
 
     def _noise(self, starts: np.ndarray, device: torch.device) -> torch.Tensor:
         """What fills the boxes: (n, 3, S, S), (n, 3, 1, 1) or a zero."""

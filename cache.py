@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, Sampler
 
-from batch_augment import BatchAugment, resize_short_side
+from batch_augment import BatchAugment, Plan, resize_short_side
 from datasets import (
     ArraySource,
     BadPictureError,
@@ -47,7 +46,7 @@ PROBES = 32  # files that are looked at before all are read
 class Store:
     """All pictures of a data set in one tensor."""
 
-    images: torch.Tensor  # (N, 3, H, W) uint8
+    images: torch.Tensor  # (N, 3, H, W) uint8, those for training with their margins
     targets: torch.Tensor  # (N,) int64, on the same device
     bad: dict[int, str]  # "path: reason" of those that can't be read; their pixels are zero
 
@@ -87,16 +86,24 @@ class MemorySource(Source):
 class CachedLoader:
     """Batches of a ``Store``, made where it is; what ``datasets.Loader`` gives, without processes.
 
-    augment: crops and plans training pictures; None leaves them as they are.
+    augment: crops and plans training pictures, whose margins are in the store; None leaves
+        pictures as they are
+    alter: also does flips and the policy, many batches at a time, which spares small pictures most
+        of what an operation costs besides its work
     """
 
-    def __init__(self, store: Store, loader: Loader, augment: BatchAugment | None) -> None:
+    CHUNK = 1024  # pictures
+
+    def __init__(
+        self, store: Store, loader: Loader, augment: BatchAugment | None, *, alter: bool
+    ) -> None:
         self.store = store
         self.dataset = loader.dataset
-        self.sampler: Sampler = loader.sampler
+        self.sampler = loader.sampler
         self.batch_size = loader.batch_size
+        self.drop_last = loader.drop_last
         self.augment = augment
-        self._batches = BatchSampler(loader.sampler, loader.batch_size, loader.drop_last)
+        self.alter = alter
         self._use = np.arange(len(store.images))
         if store.bad and loader.dataset.is_train:
             # The next readable one takes a bad one's place, as without a cache.
@@ -104,30 +111,55 @@ class CachedLoader:
             self._use = good[np.searchsorted(good, self._use) % len(good)]
 
     def __len__(self) -> int:
-        return len(self._batches)
+        batches, rest = divmod(len(self.sampler), self.batch_size)
+        return batches + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        for keys in self._batches:
-            wanted, epochs, positions = np.array(keys, dtype=np.int64).T
-            bad = [self.store.bad[i] for i in wanted.tolist() if i in self.store.bad]
-            if not self.dataset.is_train:
-                good = ~np.isin(wanted, list(self.store.bad))
-                wanted, positions = wanted[good], positions[good]
-            yield self._batch(self._use[wanted], int(epochs[0]), positions, bad)
+        indices, positions = self.sampler.share()
+        end = len(indices) - (len(indices) % self.batch_size if self.drop_last else 0)
+        at_once = self.batch_size * (max(1, self.CHUNK // self.batch_size) if self.alter else 1)
+        for start in range(0, end, at_once):
+            part = slice(start, min(start + at_once, end))
+            yield from self._batches(indices[part], positions[part])
+
+    def _batches(self, wanted: np.ndarray, positions: np.ndarray) -> Iterator[Batch]:
+        indices, epoch, plan = self._use[wanted], self.sampler.epoch, None
+        if self.augment is None:
+            images = self.store.images[_there(indices, self.store.images)]
+        else:
+            images = self.augment.take(self.store.images, indices, epoch, positions)
+            plan = self.augment.plan(epoch, positions)
+            if self.alter:
+                images, plan = self.augment.alter(images, plan), plan.altered()
+        for start in range(0, len(wanted), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            mine = None if plan is None else plan.of(part)
+            yield self._batch(images[part], wanted[part], indices[part], positions[part], mine)
 
     def _batch(
-        self, indices: np.ndarray, epoch: int, positions: np.ndarray, bad: list[str]
+        self,
+        images: torch.Tensor,
+        wanted: np.ndarray,
+        indices: np.ndarray,
+        positions: np.ndarray,
+        plan: Plan | None,
     ) -> Batch:
-        which = torch.from_numpy(indices)
-        there = which.to(self.store.images.device, non_blocking=True)
-        images = self.store.images[there]
-        plan = None
-        if self.augment is not None:
-            images = self.augment.crop_batch(images, epoch, positions)
-            plan = self.augment.plan(epoch, positions)
+        bad: list[str] = []
+        if self.store.bad:
+            bad = [self.store.bad[i] for i in wanted.tolist() if i in self.store.bad]
+        if bad and not self.dataset.is_train:
+            good = np.flatnonzero(~np.isin(wanted, list(self.store.bad)))
+            images = images[_there(good, images)]
+            indices, positions = indices[good], positions[good]
+        targets = self.store.targets[_there(indices, self.store.targets)]
         return Batch(
-            images, self.store.targets[there], which, torch.from_numpy(positions), bad, plan
+            images, targets, torch.from_numpy(indices), torch.from_numpy(positions), bad, plan
         )
+
+
+def _there(indices: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    """``indices`` on the device of ``tensor``."""
+    return torch.from_numpy(indices).to(tensor.device, non_blocking=True)
 
 
 def apply(
@@ -166,14 +198,16 @@ def apply(
     pictures, targets, bad = _read_all(dataset, prepare, visible)
     shapes = {p.shape for p in pictures if p is not None}
     if by_batch and len(shapes) == 1:
-        shape = shapes.pop()
-        images = torch.zeros(len(pictures), *shape, dtype=torch.uint8)
+        images = torch.zeros(len(pictures), *shapes.pop(), dtype=torch.uint8)
         for image, picture in zip(images, pictures, strict=True):
             if picture is not None:
                 image.copy_(picture)
         there = device if where == "device" else torch.device("cpu")
-        store = Store(images.to(there), torch.from_numpy(targets).to(there), bad)
-        return CachedLoader(store, loader, augment)
+        images = images.to(there)
+        if augment is not None:
+            images = augment.padded(images)
+        store = Store(images, torch.from_numpy(targets).to(there), bad)
+        return CachedLoader(store, loader, augment, alter=there.type == device.type)
     if where == "device":
         raise OptionError("cache", "device needs pictures of one size: use ram")
     if dataset.is_train or not by_batch:

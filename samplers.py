@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -52,12 +53,14 @@ class EpochSampler(Sampler[SampleKey]):
     def __len__(self) -> int:
         return max(0, self.num_samples - self.start) // self.num_replicas
 
+    def share(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and positions of this process, in order, (len,) int64 each."""
+        positions = self.start + self.rank + self.num_replicas * np.arange(len(self))
+        return self.order(self.epoch).numpy()[positions], positions
+
     def __iter__(self) -> Iterator[SampleKey]:
-        first = self.start + self.rank
-        positions = range(first, first + len(self) * self.num_replicas, self.num_replicas)
-        order = self.order(self.epoch)[first :: self.num_replicas].tolist()
-        # zip stops at the shorter one, which is positions where the last ones are left out.
-        for position, index in zip(positions, order, strict=False):
+        indices, positions = self.share()
+        for index, position in zip(indices.tolist(), positions.tolist(), strict=True):
             yield SampleKey(index, self.epoch, position)
 
 
@@ -110,11 +113,18 @@ class BalancedSampler(EpochSampler):
 class EvalSampler(Sampler[SampleKey]):
     """This process's share in order: ``rank``, ``rank + num_replicas``, … without padding."""
 
+    epoch = 0
+
     def __init__(self, num_samples: int, *, num_replicas: int = 1, rank: int = 0) -> None:
         self.indices = range(rank, num_samples, num_replicas)
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def share(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and positions of this process, which are the same."""
+        indices = np.array(self.indices, dtype=np.int64)
+        return indices, indices
 
     def __iter__(self) -> Iterator[SampleKey]:
         for index in self.indices:

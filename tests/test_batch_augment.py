@@ -375,7 +375,7 @@ def test_crop_resizes_as_pillow():
 def test_whole_pixel_crops_are_the_same_by_the_batch(size, src):
     ours = augment(replace(PLAIN, src=src), replace(PREPROCESSING, input_size=size))
     x = batch(20, height=size, width=size + 6)
-    together = ours.crop_batch(x, 5, np.arange(100, 120))
+    together = ours.take(ours.padded(x), np.arange(20), 5, np.arange(100, 120))
     for i in range(20):
         assert torch.equal(together[i], ours.crop(x[i], 5, 100 + i))
     # Some crop reaches into the margin, and what lies there is black or a reflection.
