@@ -121,7 +121,8 @@ def _axis(name: str, values: Any) -> Axis:
     if not options.is_option(name):
         known = [opt.name for opt in options.options()]
         close = difflib.get_close_matches(name, known, n=1)
-        raise UserError(f"unknown option {name!r}" + (f"; did you mean {close[0]}?" * bool(close)))
+        hint = f"; did you mean {close[0]}?" if close else "; docs/options.md lists them"
+        raise UserError(f"unknown option {name!r}{hint}")
     opt = options.by_name(name)
     if opt.transient or opt.name in ("plugin", "device"):
         raise UserError(f"{opt.name} is no part of a recipe and can't be searched")
@@ -341,10 +342,11 @@ class Study:
         values = running.values
         best = (min if self.lower else max)(values) if values else None
         state, word = self.states.FAIL, f"failed with code {code}: {_last_line(running.folder)}"
-        if running.pruned:
-            state, word = self.states.PRUNED, f"pruned after {len(values)} epochs"
-        elif code == 0 and best is not None:
+        if code == 0 and best is not None:
+            # Also where the signal came too late.
             state, word = self.states.COMPLETE, "done"
+        elif running.pruned:
+            state, word = self.states.PRUNED, f"pruned after {len(values)} epochs"
         elif code == DivergedError.exit_code:
             # For the sampler: as bad as can be, not unknown.
             state, word = self.states.PRUNED, "diverged"
