@@ -23,6 +23,7 @@ import tarfile
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -681,28 +682,25 @@ def _digits(is_train: bool, data: "DataOptions", seed: int) -> Source:
 
 
 class ShardSource(Source):
-    """Local tar shards in webdataset's form, with random access by an index made at the start.
+    """Local tar shards in webdataset's form, with random access by an index of each.
+
+    The index is read where ``tools.data pack`` left one, else made from the tar's headers.
 
     A sample is the run of members with the same name up to the first dot: a picture and ``.cls``
-    (its label as a number) or ``.json`` with ``label``. Classes have numbers for names.
+    (its label as a number) or ``.json`` with ``label``. Classes have numbers for names, unless
+    ``_info.json`` lists them as ``classes``.
     """
 
     def __init__(self, shards: Sequence[Path], classes: list[str] | None = None) -> None:
         self.shards = list(shards)
-        entries, targets, keys = [], [], []
-        for number, shard in enumerate(self.shards):
-            for key, members in _shard_samples(shard):
-                picture = next((m for e, m in members.items() if f".{e}" in EXTENSIONS), None)
-                if picture is None:
-                    raise DataError(f"{shard}: sample {key} has no picture")
-                entries.append((number, picture.offset_data, picture.size))
-                targets.append(_shard_label(shard, key, members))
-                keys.append(key)
-        if not targets:
+        tables = [ShardIndex.read(shard) or ShardIndex.scan(shard) for shard in self.shards]
+        if not any(len(table.targets) for table in tables):
             raise DataError(f"no samples in {_list([str(s) for s in self.shards])}")
-        self.entries = np.array(entries, dtype=np.int64)  # (N, 3): shard, offset, size
-        self.targets = np.array(targets, dtype=np.int64)
-        self.keys = np.array([os.fsencode(k) for k in keys], dtype=np.bytes_)
+        numbers = np.repeat(np.arange(len(tables)), [len(table.targets) for table in tables])
+        places = np.concatenate([table.places for table in tables])
+        self.entries = np.column_stack([numbers, places])  # (N, 3): shard, offset, size
+        self.targets = np.concatenate([table.targets for table in tables])
+        self.keys = np.concatenate([table.keys for table in tables])
         self.classes = classes or [str(label) for label in range(self.targets.max() + 1)]
         wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(self.classes)))
         if len(wrong):
@@ -719,6 +717,58 @@ class ShardSource(Source):
 
     def sample_id(self, index: int) -> str:
         return f"{self.shards[self.entries[index, 0]]}:{os.fsdecode(self.keys[index])}"
+
+
+class ShardIndex(NamedTuple):
+    """Where the pictures of a shard are."""
+
+    places: np.ndarray  # (N, 2) int64: offset and size in bytes
+    targets: np.ndarray  # (N,) int64
+    keys: np.ndarray  # (N,) bytes: names without extension
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, int, str]]) -> "ShardIndex":
+        """The index of rows of offset, size, label and key."""
+        places = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+        targets = np.array([row[2] for row in rows], dtype=np.int64)
+        return cls(places, targets, np.array([os.fsencode(row[3]) for row in rows], np.bytes_))
+
+    @classmethod
+    def scan(cls, shard: Path) -> "ShardIndex":
+        """From the headers of the tar file, all of which are read."""
+        rows = []
+        for key, members in _shard_samples(shard):
+            picture = next((m for e, m in members.items() if f".{e}" in EXTENSIONS), None)
+            if picture is None:
+                raise DataError(f"{shard}: sample {key} has no picture")
+            label = _shard_label(shard, key, members)
+            rows.append((picture.offset_data, picture.size, label, key))
+        return cls.of(rows)
+
+    @classmethod
+    def read(cls, shard: Path) -> "ShardIndex | None":
+        """The index beside ``shard``; None if there is none for a shard of its name and size."""
+        path = cls.path(shard)
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                if saved["shard"] == shard.name and saved["bytes"] == shard.stat().st_size:
+                    return cls(*(saved[name] for name in cls._fields))
+            reason = "is of another shard"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            reason = f"can't be read ({error})"
+        logger.warning("%s %s: the shard is scanned in its place", path, reason)
+        return None
+
+    def write(self, shard: Path) -> None:
+        """Put the index beside ``shard``, which must be whole."""
+        np.savez(self.path(shard), shard=shard.name, bytes=shard.stat().st_size, **self._asdict())
+
+    @staticmethod
+    def path(shard: Path) -> Path:
+        """The file that holds the index of ``shard``."""
+        return shard.with_suffix(".index.npz")
 
 
 class _Member(NamedTuple):
@@ -771,7 +821,7 @@ def _webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
     train = _shards(root, ("train", "training"))
     if not train:
         raise OptionError("data_path", f"{root} has no shards *train*.tar and no _info.json")
-    source = ShardSource(train)
+    source = ShardSource(train, _shard_info(root).get("classes"))
     if is_train:
         return source
     val = _shards(root, _VAL_NAMES)
@@ -781,9 +831,8 @@ def _webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
 
 
 def _shards(root: Path, splits: Sequence[str]) -> list[Path]:
-    info = _first_existing((root / "_info.json", root / "info.json"))
-    if info is not None:
-        known = _read_json(info).get("splits", {})
+    known = _shard_info(root).get("splits")
+    if known is not None:
         files = next((known[s]["filenames"] for s in splits if s in known), [])
         return [root / file for file in files]
     for split in splits:
@@ -791,6 +840,11 @@ def _shards(root: Path, splits: Sequence[str]) -> list[Path]:
         if found:
             return found
     return []
+
+
+def _shard_info(root: Path) -> dict[str, Any]:
+    info = _first_existing((root / "_info.json", root / "info.json"))
+    return {} if info is None else {"splits": {}, **_read_json(info)}
 
 
 class HuggingFaceSource(Source):

@@ -4,20 +4,23 @@ import gc
 import logging
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import checkpoint
 import engine
+import optim
 import rendezvous
 import utils
-from build import build_criterion, build_data, build_model, build_state, step_options
+from augment import Preprocessing
+from build import Data, build_criterion, build_data, build_model, build_state, step_options
 from config import Config, to_yaml
 from errors import OptionError, OutOfMemoryError
 from evaluation import evaluate_checkpoint
 from lock import RunLock
-from models import summarise
+from models import ModelSummary, summarise
 from resume import find_start, open_folder, output_folder, resume, start_at
 from state import TrainState
 from trainer import Trainer
@@ -43,7 +46,7 @@ def _run(config: Config, processes: utils.Processes) -> int:
             config = config.replace("--eval", batch_size=64)
         return evaluate_checkpoint(config, processes, device)
     if config.run.overfit_batches:
-        config = _overfitting(config)
+        config = overfitting(config)
 
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.run.resume:
         raise OptionError("resume", "torchrun is to start this run again after a failure "
@@ -125,6 +128,36 @@ def _probe(
         raise BatchTooLarge("too many pictures at a time")
 
 
+class Parts(NamedTuple):
+    """What a run has beside its data."""
+
+    preprocessing: Preprocessing
+    summary: ModelSummary
+    criterion: nn.Module
+    state: TrainState
+    freezer: optim.Freezer
+
+
+def assemble(
+    config: Config,
+    processes: utils.Processes,
+    device: torch.device,
+    data: Data,
+    resumed: dict[str, Any] | None = None,
+) -> Parts:
+    """Model, criterion and state for ``data``, whose transforms are set on the way.
+
+    A run that is ``resumed`` from a checkpoint needs no weights to start from.
+    """
+    utils.seed_all(config.run.seed)
+    model, preprocessing = build_model(config, len(data.class_names), device, resumed)
+    summary = summarise(model, config.model.input_size)
+    data.set_transforms(config, preprocessing, device)
+    criterion = build_criterion(config, data, preprocessing, device)
+    state, freezer = build_state(config, model, data, processes, device)
+    return Parts(preprocessing, summary, criterion, state, freezer)
+
+
 def _train(
     config: Config,
     processes: utils.Processes,
@@ -136,19 +169,16 @@ def _train(
     """The story of a training run, into ``folder``."""
     start = find_start(config, folder)
     data = build_data(config, processes)
-    utils.seed_all(config.run.seed)
     resumed = start[1] if start else None
-    model, preprocessing = build_model(config, len(data.class_names), device, resumed)
-    summary = summarise(model, config.model.input_size)
-    data.set_transforms(config, preprocessing, device)
-    criterion = build_criterion(config, data, preprocessing, device)
-    state, freezer = build_state(config, model, data, processes, device)
+    preprocessing, summary, criterion, state, freezer = assemble(
+        config, processes, device, data, resumed
+    )
     if start is not None:
         resume(state, config, data, processes, folder, *start)
     elif config.run.start_epoch:
         start_at(state.progress, config.run.start_epoch, data.updates_per_epoch(config))
     if probing:
-        options = step_options(config, processes, device, data, model)
+        options = step_options(config, processes, device, data, state.model)
         _probe(config, state, criterion, options, len(data.class_names))
     if processes.is_main:
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -199,7 +229,7 @@ def _what_helps(config: Config, device: torch.device) -> str:
     )
 
 
-def _overfitting(config: Config) -> Config:
+def overfitting(config: Config) -> Config:
     """The sanity run of ``--overfit-batches``: nothing that keeps the loss from zero."""
     return config.replace(
         "--overfit-batches",

@@ -1,14 +1,16 @@
-"""What the commands of this folder share: errors as one line, progress, optional packages."""
+"""What the commands of this folder share: errors as one line, a run's options, progress, optional
+packages."""
 
 import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+import main
 from errors import UserError
 
 Item = TypeVar("Item")
@@ -20,6 +22,29 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         prog=f"python -m tools.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+class RunParser(argparse.ArgumentParser):
+    """A tool's own options; all others are those of ``main.py``, resolved as ``config``."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = self.parse_known_args(args, namespace)
+        known.config = main.load_config(rest)
+        return known
+
+
+def run_parser(name: str, description: str) -> RunParser:
+    """The parser of a tool that is told of a run as ``main.py`` is.
+
+    A tool's own options must not have the name of an option of ``config.py``.
+    """
+    return RunParser(
+        prog=f"python -m tools.{name}",
+        description=description,
+        epilog="All options of main.py are taken too, --config as well: docs/options.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -1,0 +1,259 @@
+"""Pack a data set into shards: tar files in webdataset's form, read by --data-set wds/NAME.
+
+    python -m tools.data pack --data-path pets --output-dir pets-shards --short-side 256
+    python main.py --data-set wds/pets --data-path pets-shards --model deit_small
+
+Takes every data set that training does. Picture files go in as they are; with --short-side larger
+ones are made smaller. Beside each shard lies its index, so that training starts at once. The folder
+appears when all is written.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+import datasets
+from config import Config
+from datasets import BadPictureError, ImageDataset, ShardIndex
+from errors import DataError, UserError
+from tools import command
+from tools.data import reading
+
+SPLITS = {"train": "train", "val": "validation"}  # timm's name of each part
+
+
+class Packed(NamedTuple):
+    """A picture file as it goes into a shard, or why it doesn't."""
+
+    content: bytes
+    extension: str
+    label: int
+    problem: str = ""
+
+
+def pack_picture(dataset: ImageDataset, index: int, side: int | None, quality: int) -> Packed:
+    """Read a picture; larger than ``side``, pixels or not, make a new file of it."""
+    try:
+        picture, label = dataset.source.read(index)
+        content = reading.file_of(picture)
+        if content is None:
+            image = datasets.decode(picture)
+            if side is None or min(image.size) <= side:
+                return Packed(_encode(image, "PNG"), "png", label)
+            return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label)
+        form, _, size = reading.kind_of(content)
+        if side is not None and min(size) > side:
+            image = _shrink(datasets.decode(io.BytesIO(content)), side)
+            return Packed(_encode(image, "JPEG", quality), "jpg", label)
+        return Packed(content, _extension(picture, form), label)
+    except (BadPictureError, OSError) as error:
+        return Packed(b"", "", -1, f"{dataset.sample_id(index)}: {error}")
+
+
+def _extension(picture: Any, form: str) -> str:
+    """What a member is to be called, by which it is known as a picture."""
+    own = os.path.splitext(picture)[1].lower() if isinstance(picture, str) else ""
+    if own in datasets.EXTENSIONS:
+        return own[1:]
+    usual = {"JPEG": ".jpg", "JPEG2000": ".jp2", "MPO": ".jpg"}.get(form, f".{form.lower()}")
+    if usual not in datasets.EXTENSIONS:
+        raise BadPictureError(f"{form} files are not read from shards")
+    return usual[1:]
+
+
+def _shrink(image: Image.Image, side: int) -> Image.Image:
+    factor = side / min(image.size)
+    size = tuple(max(side, round(length * factor)) for length in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _encode(image: Image.Image, form: str, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **({"quality": quality} if form == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+class ShardWriter:
+    """Writes samples into shards of about ``limit`` bytes, each with its index."""
+
+    def __init__(self, folder: Path, part: str, limit: float) -> None:
+        self.folder = folder
+        self.part = part
+        self.limit = limit
+        self.shards: list[Path] = []
+        self.lengths: list[int] = []
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, key: str, packed: Packed) -> None:
+        """Append a sample, to a new shard if it is the first or the last one is full."""
+        if self._tar is not None and self._tar.offset + len(packed.content) > self.limit:
+            self.close()
+        if self._tar is None:
+            path = self.folder / f"{self.part}-{len(self.shards):06d}.tar"
+            self._tar = tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT)
+            self._rows: list[tuple[int, int, int, str]] = []
+            self.shards.append(path)
+        offset = self._member(f"{key}.{packed.extension}", packed.content)
+        self._rows.append((offset, len(packed.content), packed.label, key))
+        self._member(f"{key}.cls", str(packed.label).encode())
+
+    def _member(self, name: str, content: bytes) -> int:
+        """Append a file; returns where its content begins."""
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._tar.addfile(info, io.BytesIO(content))
+        self._tar.members = []  # or tarfile keeps them all
+        blocks = -(-len(content) // tarfile.BLOCKSIZE)
+        return self._tar.offset - blocks * tarfile.BLOCKSIZE
+
+    def close(self) -> None:
+        """Finish the shard under way."""
+        if self._tar is not None:
+            self._tar.close()
+            self._tar = None
+            ShardIndex.of(self._rows).write(self.shards[-1])
+            self.lengths.append(len(self._rows))
+
+    def abandon(self) -> None:
+        """Close the file under way, whole or not."""
+        if self._tar is not None:
+            with contextlib.suppress(OSError):
+                self._tar.fileobj.close()
+
+    def info(self) -> dict[str, Any]:
+        """The part's entry in ``_info.json``, as timm and webdataset's users know it."""
+        return {
+            "name": SPLITS[self.part],
+            "num_samples": sum(self.lengths),
+            "filenames": [path.name for path in self.shards],
+            "shard_lengths": self.lengths,
+        }
+
+
+def write_part(writer: ShardWriter, packed: Iterator[Packed], on_bad_image: str) -> list[str]:
+    """Write all of a part; returns the pictures that were left out.
+
+    Raises DataError at the first such picture, unless ``on_bad_image`` is skip.
+    """
+    bad = []
+    for number, sample in enumerate(packed):
+        if sample.problem and on_bad_image == "error":
+            raise DataError(
+                f"{sample.problem} (mend or remove the file, or add --on-bad-image skip)"
+            )
+        if sample.problem:
+            bad.append(sample.problem)
+        else:
+            writer.add(f"{number:09d}", sample)
+    writer.close()
+    if not writer.shards:
+        raise DataError(f"no picture of the {writer.part} part could be read")
+    return bad
+
+
+def pack(
+    config: Config, folder: Path, *, shard_size: float, side: int | None, quality: int
+) -> None:
+    """Write the shards of ``config``'s data set to ``folder``, which appears when it is whole."""
+    reading.new_folder(folder)
+    parts = reading.parts(config)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{partial} is there: another pack is at work, or was killed; then remove it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+    try:
+        writers = []
+        for name, dataset in parts.items():
+            work = functools.partial(pack_picture, dataset, side=side, quality=quality)
+            writers.append(ShardWriter(partial, name, shard_size))
+            packed = reading.in_threads(work, range(len(dataset)), f"pack {name}")
+            for line in write_part(writers[-1], packed, config.data.on_bad_image):
+                print(f"left out: {line}")
+        info = {
+            "splits": {SPLITS[w.part]: w.info() for w in writers},
+            "classes": list(parts["train"].classes),
+        }
+        (partial / "_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(_what_helps(error, partial, writers)) from None
+    finally:
+        for writer in writers:
+            writer.abandon()
+        shutil.rmtree(partial, ignore_errors=True)
+    for writer in writers:
+        size = sum((folder / path.name).stat().st_size for path in writer.shards)
+        print(
+            f"{writer.part}: {sum(writer.lengths)} pictures in {len(writer.shards)} shards, "
+            f"{size / 2**20:.1f} MiB"
+        )
+    print(f"next: python main.py --data-set wds/{folder.name} --data-path {folder}")
+
+
+def _what_helps(error: OSError, partial: Path, writers: Sequence[ShardWriter]) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"the shards can't be written: {error.strerror or error}"
+    size = sum(f.stat().st_size for f in partial.iterdir()) / 2**20
+    done = sum(sum(writer.lengths) for writer in writers)
+    return (
+        f"no space left for the shards after {size:.0f} MiB ({done} pictures in whole shards): "
+        "free space, choose an --output-dir on another disk, or make the pictures smaller with "
+        "--short-side; what was written is removed"
+    )
+
+
+def _carry_out(arguments: argparse.Namespace) -> None:
+    config = arguments.config
+    if not config.run.output_dir:
+        raise UserError("--output-dir: say where the shards are to go")
+    if arguments.shard_size <= 0:
+        raise UserError("--shard-size: must be above 0")
+    if arguments.short_side is not None and arguments.short_side < 1:
+        raise UserError("--short-side: must be at least 1")
+    if not 1 <= arguments.quality <= 100:
+        raise UserError("--quality: must be 1 to 100")
+    pack(
+        config,
+        Path(config.run.output_dir).expanduser(),
+        shard_size=arguments.shard_size * 2**20,
+        side=arguments.short_side,
+        quality=arguments.quality,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = command.run_parser("data pack", __doc__)
+    arguments.add_argument(
+        "--shard-size", type=float, default=256, metavar="MIB", help="of a shard (default: 256)"
+    )
+    arguments.add_argument(
+        "--short-side", type=int, metavar="PIXELS", help="make larger pictures smaller, as JPEG"
+    )
+    arguments.add_argument(
+        "--quality", type=int, default=95, help="of those JPEG files, 1 to 100 (default: 95)"
+    )
+    return command.run(_carry_out, arguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
