@@ -125,9 +125,9 @@ def build_data(config: Config, processes: utils.Processes) -> Data:
                               f"which {options.data_set} doesn't give: leave it out")  # fmt: skip
         sampler = BalancedSampler(train.targets, seed=seed, **world)
     elif augment.repeated_aug and not config.run.overfit_batches:
-        sampler = RASampler(len(train), seed=seed, **world)
+        sampler = RASampler(len(train), seed=seed, groups=train.source.groups, **world)
     else:
-        sampler = ShuffleSampler(len(train), seed=seed, **world)
+        sampler = ShuffleSampler(len(train), seed=seed, groups=train.source.groups, **world)
     train_loader = datasets.build_loader(
         train,
         sampler,

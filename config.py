@@ -140,7 +140,9 @@ class ModelOptions:
 class DataOptions:
     """Data"""
 
-    data_path: str = option("", "folder (or CSV file) of the data set")
+    data_path: str = option(
+        "", "folder (or CSV file) of the data set; of wds/ also an https, s3, gs … address"
+    )
     data_set: str = option(
         "IMNET",
         "IMNET (folders train/ and val/, one subfolder a class), CIFAR10, CIFAR100 (or CIFAR), "
@@ -182,6 +184,13 @@ class DataOptions:
         low=0,
     )
     pin_mem: bool = option(True, "pinned host memory for faster copies to CUDA")
+    shard_cache: str = option(
+        "", "folder for copies of remote shards (default: in the system's temporary folder)",
+        transient=True,
+    )  # fmt: skip
+    shard_cache_gb: float = option(
+        50, "10⁹ bytes that copies of remote shards may take; those longest unused go", above=0
+    )
     cache: Literal["auto", "none", "ram", "device"] = option(
         "auto",
         "keep decoded pictures in host memory or on the device (auto: small pictures of one size); "

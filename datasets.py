@@ -25,8 +25,9 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from augment import EvalTransform, Preprocessing, TrainTransform
 from batch_augment import BatchAugment, Plan
 from errors import DataError, OptionError
+from remote import RemoteFolder, is_remote
 from samplers import NUM_REPEATS, SampleKey
 from utils import derive_seed, process_runs, seed_host
 
@@ -189,6 +191,9 @@ class Source:
 
     classes: list[str]
     targets: np.ndarray | None
+    groups: np.ndarray | None = (
+        None  # (N,) int64: number of the file where a picture is one of many
+    )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -682,7 +687,9 @@ def _digits(is_train: bool, data: "DataOptions", seed: int) -> Source:
 
 
 class ShardSource(Source):
-    """Local tar shards in webdataset's form, with random access by an index of each.
+    """Tar shards in webdataset's form, with random access by an index of each.
+
+    Remote ones are fetched whole when a picture of theirs is first needed.
 
     The index is read where ``tools.data pack`` left one, else made from the tar's headers.
 
@@ -691,14 +698,28 @@ class ShardSource(Source):
     ``_info.json`` lists them as ``classes``.
     """
 
-    def __init__(self, shards: Sequence[Path], classes: list[str] | None = None) -> None:
+    MOST_OPEN = 64  # files of a process
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        classes: list[str] | None = None,
+        remote: RemoteFolder | None = None,
+    ) -> None:
         self.shards = list(shards)
-        tables = [ShardIndex.read(shard) or ShardIndex.scan(shard) for shard in self.shards]
+        self.remote = remote
+        self._files: dict[int, IO[bytes]] = {}  # the one used last comes last
+        if remote is None:
+            tables = [ShardIndex.read(shard) or ShardIndex.scan(shard) for shard in self.shards]
+        else:
+            tables = _fetch_indices(remote, self.shards)
+        self.sizes = [table.shard_bytes for table in tables]
         if not any(len(table.targets) for table in tables):
             raise DataError(f"no samples in {_list([str(s) for s in self.shards])}")
         numbers = np.repeat(np.arange(len(tables)), [len(table.targets) for table in tables])
         places = np.concatenate([table.places for table in tables])
         self.entries = np.column_stack([numbers, places])  # (N, 3): shard, offset, size
+        self.groups = numbers
         self.targets = np.concatenate([table.targets for table in tables])
         self.keys = np.concatenate([table.keys for table in tables])
         self.classes = classes or [str(label) for label in range(self.targets.max() + 1)]
@@ -709,11 +730,29 @@ class ShardSource(Source):
                 f"{len(self.classes)} classes of the training part"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
     def open(self, index: int) -> io.BytesIO:
         shard, offset, size = self.entries[index].tolist()
-        with open(self.shards[shard], "rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
+        # Loader processes that were forked share a file's place, so none may rely on it.
+        return io.BytesIO(os.pread(self._file(shard).fileno(), size, offset))
+
+    def _file(self, shard: int) -> IO[bytes]:
+        file = self._files.pop(shard, None)
+        if file is None:
+            path = self.shards[shard]
+            if self.remote is not None:
+                name = path.relative_to(self.remote.folder).as_posix()
+                path = self.remote.fetch(name, self.sizes[shard])
+            file = open(path, "rb")  # noqa: SIM115 (it stays open)
+            if hasattr(os, "posix_fadvise"):
+                # Others of this file come soon: let the system read it from front to back.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        self._files[shard] = file
+        if len(self._files) > self.MOST_OPEN:
+            self._files.pop(next(iter(self._files))).close()
+        return file
 
     def sample_id(self, index: int) -> str:
         return f"{self.shards[self.entries[index, 0]]}:{os.fsdecode(self.keys[index])}"
@@ -725,13 +764,15 @@ class ShardIndex(NamedTuple):
     places: np.ndarray  # (N, 2) int64: offset and size in bytes
     targets: np.ndarray  # (N,) int64
     keys: np.ndarray  # (N,) bytes: names without extension
+    shard_bytes: int
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, str]]) -> "ShardIndex":
+    def of(cls, rows: Sequence[tuple[int, int, int, str]], shard_bytes: int) -> "ShardIndex":
         """The index of rows of offset, size, label and key."""
         places = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
         targets = np.array([row[2] for row in rows], dtype=np.int64)
-        return cls(places, targets, np.array([os.fsencode(row[3]) for row in rows], np.bytes_))
+        keys = np.array([os.fsencode(row[3]) for row in rows], np.bytes_)
+        return cls(places, targets, keys, shard_bytes)
 
     @classmethod
     def scan(cls, shard: Path) -> "ShardIndex":
@@ -743,16 +784,20 @@ class ShardIndex(NamedTuple):
                 raise DataError(f"{shard}: sample {key} has no picture")
             label = _shard_label(shard, key, members)
             rows.append((picture.offset_data, picture.size, label, key))
-        return cls.of(rows)
+        return cls.of(rows, shard.stat().st_size)
 
     @classmethod
-    def read(cls, shard: Path) -> "ShardIndex | None":
-        """The index beside ``shard``; None if there is none for a shard of its name and size."""
+    def read(cls, shard: Path, *, there: bool = True) -> "ShardIndex | None":
+        """The index beside ``shard``; None if there is none for a shard of its name and size.
+
+        ``there``: the shard is a file already, whose size can be compared.
+        """
         path = cls.path(shard)
         try:
             with np.load(path, allow_pickle=False) as saved:
-                if saved["shard"] == shard.name and saved["bytes"] == shard.stat().st_size:
-                    return cls(*(saved[name] for name in cls._fields))
+                size = int(saved["shard_bytes"])
+                if saved["shard"] == shard.name and (not there or size == shard.stat().st_size):
+                    return cls(*(saved[name] for name in cls._fields[:3]), size)
             reason = "is of another shard"
         except FileNotFoundError:
             return None
@@ -763,7 +808,7 @@ class ShardIndex(NamedTuple):
 
     def write(self, shard: Path) -> None:
         """Put the index beside ``shard``, which must be whole."""
-        np.savez(self.path(shard), shard=shard.name, bytes=shard.stat().st_size, **self._asdict())
+        np.savez(self.path(shard), shard=shard.name, **self._asdict())
 
     @staticmethod
     def path(shard: Path) -> Path:
@@ -814,9 +859,50 @@ def _shard_label(shard: Path, key: str, members: dict[str, _Member]) -> int:
         ) from None
 
 
+def _fetch_indices(remote: RemoteFolder, shards: Sequence[Path]) -> list[ShardIndex]:
+    """The indices of remote shards, which can't be scanned without fetching them all."""
+
+    def fetch(shard: Path) -> ShardIndex:
+        name = ShardIndex.path(shard).relative_to(remote.folder).as_posix()
+        try:
+            remote.fetch(name)
+        except OSError as error:
+            raise DataError(f"{error}; python -m tools.data pack writes the index") from None
+        index = ShardIndex.read(shard, there=False)
+        if index is None:
+            ShardIndex.path(shard).unlink(missing_ok=True)
+            raise DataError(f"{remote.address}/{name} is not the index of its shard")
+        return index
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(fetch, shards))
+
+
+def _remote_shards(is_train: bool, data: "DataOptions") -> Source:
+    """The shards of ``_info.json`` at an address."""
+    remote = RemoteFolder(data.data_path, data.shard_cache, int(data.shard_cache_gb * 1e9))
+    try:
+        # It may have changed since: small enough to be fetched each time.
+        remote.path("_info.json").unlink(missing_ok=True)
+        info = _read_json(remote.fetch("_info.json"))
+    except OSError as error:
+        raise OptionError("data_path", f"{error}; python -m tools.data pack writes it") from None
+    names = ("train", "training") if is_train else _VAL_NAMES
+    known = info.get("splits", {})
+    files = next((known[s]["filenames"] for s in names if s in known), None)
+    if not files:
+        raise OptionError("data_path", f"{remote.address}/_info.json has no split {names[0]}")
+    classes = info.get("classes")
+    if classes is None and not is_train:
+        classes = _remote_shards(True, data).classes
+    return ShardSource([remote.path(file) for file in files], classes, remote)
+
+
 def _webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
     """Shards of a split: those of ``_info.json``, or ``*train*.tar`` and ``*val*.tar``."""
     _no_split_wanted(data, "a sharded set")
+    if is_remote(data.data_path):
+        return _remote_shards(is_train, data)
     root = _root(data)
     train = _shards(root, ("train", "training"))
     if not train:

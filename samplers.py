@@ -9,6 +9,8 @@ from torch.utils.data import Sampler
 
 from utils import derive_seed
 
+LANES = 64
+WINDOW = 2
 NUM_REPEATS = 3  # copies of a picture in repeated augmentation
 
 
@@ -28,9 +30,16 @@ class EpochSampler(Sampler[SampleKey]):
     """
 
     def __init__(
-        self, num_samples: int, *, num_replicas: int = 1, rank: int = 0, seed: int = 0
+        self,
+        num_samples: int,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        groups: np.ndarray | None = None,
     ) -> None:
         self.num_samples = num_samples
+        self.groups = groups
         self.num_replicas = num_replicas
         self.rank = rank
         self.seed = seed
@@ -45,6 +54,12 @@ class EpochSampler(Sampler[SampleKey]):
     def order(self, epoch: int) -> torch.Tensor:
         """The data set indices of the epoch, (num_samples,) int64."""
         raise NotImplementedError
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        """All pictures in random order; those of a group (a shard) not far from each other."""
+        if self.groups is None:
+            return torch.randperm(self.num_samples, generator=self.generator(epoch))
+        return by_groups(self.groups, self.generator(epoch))
 
     def generator(self, epoch: int) -> torch.Generator:
         """The generator that ``order`` draws from."""
@@ -64,11 +79,32 @@ class EpochSampler(Sampler[SampleKey]):
             yield SampleKey(index, self.epoch, position)
 
 
+def by_groups(groups: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+    """A random order of all pictures, (N,) int64, that reads groups (shards) one after another.
+
+    The groups are dealt out in random order to LANES lanes; a lane goes through its groups WINDOW
+    at a time, shuffled, and the order takes from the lanes in turn. So a batch comes from many
+    shards, a few are in use at any time, and where the number of processes divides that of the
+    lanes, each process reads shards of its own.
+    """
+    count = int(groups.max()) + 1
+    lanes = min(LANES, count)
+    turn = torch.empty(count, dtype=torch.int64)
+    turn[torch.randperm(count, generator=generator)] = torch.arange(count)
+    shuffle = torch.rand(len(groups), generator=generator, dtype=torch.float64).numpy()
+    mine = turn.numpy()[groups]
+    lane, window = mine % lanes, mine // lanes // WINDOW
+    order = np.lexsort((shuffle, window, lane))  # lane by lane
+    lengths = np.bincount(lane, minlength=lanes)
+    within = np.arange(len(groups)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return torch.from_numpy(order[np.lexsort((lane[order], within))])
+
+
 class ShuffleSampler(EpochSampler):
     """Every picture once, in a new order each epoch."""
 
     def order(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.num_samples, generator=self.generator(epoch))
+        return self.permutation(epoch)
 
 
 class RASampler(EpochSampler):
@@ -84,7 +120,7 @@ class RASampler(EpochSampler):
         self.num_repeats = num_repeats
 
     def order(self, epoch: int) -> torch.Tensor:
-        permutation = torch.randperm(self.num_samples, generator=self.generator(epoch))
+        permutation = self.permutation(epoch)
         return permutation.repeat_interleave(self.num_repeats)[: self.num_samples]
 
 

@@ -17,7 +17,7 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")}
 ROWS = (
     {"errors"},
     {"config"},
-    {"utils", "cait_models"},
+    {"utils", "cait_models", "remote"},
     {"parallel", "rendezvous"},
     {"checkpoint", "samplers", "augment", "batch_ops", "models", "optim", "loggers", "lock"},
     {"batch_augment", "losses", "state"},

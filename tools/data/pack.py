@@ -123,7 +123,8 @@ class ShardWriter:
         if self._tar is not None:
             self._tar.close()
             self._tar = None
-            ShardIndex.of(self._rows).write(self.shards[-1])
+            shard = self.shards[-1]
+            ShardIndex.of(self._rows, shard.stat().st_size).write(shard)
             self.lengths.append(len(self._rows))
 
     def abandon(self) -> None:
