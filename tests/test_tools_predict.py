@@ -11,7 +11,7 @@ from after_training import make_pictures, train
 from PIL import Image
 
 from inference import load_for_inference
-from tools import predict
+from tools import predict, trained
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_bad_pictures_are_named_and_passed_over(checkpoint, pictures, capsys, tm
     code, out, err = ask(
         capsys, checkpoint, broken, good, missing, "--format", "json", "--batch-size", "1"
     )
-    assert code == predict.SOME_UNREADABLE
+    assert code == trained.SOME_UNREADABLE
     assert [a["file"] for a in json.loads(out)] == [str(good)]
     assert "\x1b" not in err and "\\x1b[31m.png: not a picture that Pillow can read" in err
     assert f"{missing}: No such file or directory" in err
@@ -110,7 +110,7 @@ def test_bad_pictures_are_named_and_passed_over(checkpoint, pictures, capsys, tm
 
 def test_nothing_readable_is_still_json(checkpoint, tmp_path, capsys):
     code, out, _ = ask(capsys, checkpoint, tmp_path / "missing.png", "--format", "json")
-    assert code == predict.SOME_UNREADABLE and json.loads(out) == []
+    assert code == trained.SOME_UNREADABLE and json.loads(out) == []
 
 
 @pytest.mark.parametrize(

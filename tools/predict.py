@@ -18,8 +18,6 @@ from datasets import BadPictureError
 from inference import Classifier
 from tools import command, trained
 
-SOME_UNREADABLE = 4
-
 
 class Prediction(NamedTuple):
     """The answer to one picture, the likeliest class first."""
@@ -156,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
     WRITERS[arguments.format](shown, sys.stdout)
     if bad:
         print(f"{len(bad)} of {len(paths)} pictures could not be read", file=sys.stderr)
-    return SOME_UNREADABLE if bad else 0
+    return trained.SOME_UNREADABLE if bad else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -356,7 +356,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     model = trained.open_model(arguments)
-    loader = trained.validation(arguments, model)
+    loader = trained.loader(arguments, model)
     answers = judge(model.classifier, loader, model.device, flip=arguments.flip)
     beside = Path(arguments.model).parent
     folder = arguments.output or beside / "report"

@@ -22,6 +22,8 @@ from build import build_val_loader
 from errors import DataError, OptionError, UserError
 from inference import Classifier
 
+SOME_UNREADABLE = 4  # exit code: done, but for pictures that could not be read
+
 
 class Trained(NamedTuple):
     """A model that is open, and where it came from."""
@@ -78,26 +80,44 @@ def open_model(arguments: argparse.Namespace) -> Trained:
     return Trained(classifier, content, device)
 
 
+def on_device(classifier: Classifier, content: dict[str, Any], device: str) -> Trained:
+    """A model that is in memory, on the device that was asked for."""
+    where = utils.pick_device(device)
+    classifier.model.to(where)
+    return Trained(classifier, content, where)
+
+
 # --- a data set -----------------------------------------------------------------------------------
 
 
-def validation(arguments: argparse.Namespace, trained: Trained) -> datasets.Loader:
+def loader(
+    arguments: argparse.Namespace, trained: Trained, *, training: bool = False
+) -> datasets.Loader:
     """Batches of the run's validation part, or of the one that was asked for instead.
 
-    Pictures that can't be read are left out and named in ``Batch.bad``. Raises OptionError for data
-    that can't be had, DataError for other classes than the model's.
+    ``training``: of the training part, in order and without augmentation. Pictures that can't be
+    read are left out and named in ``Batch.bad``. Raises OptionError for data that can't be had,
+    DataError for other classes than the model's.
     """
     options = _options(arguments, trained.content)
     names = trained.classifier.class_names
-    val = datasets.build_dataset(False, options.data, None, seed=options.run.seed, classes=names)
-    if list(val.classes) != names:
+    dataset = datasets.build_dataset(
+        training, options.data, None, seed=options.run.seed, classes=None if training else names
+    )
+    # In order and whole, as for an evaluation.
+    dataset.is_train = False
+    if list(dataset.classes) != names:
         raise DataError(
-            f"the {len(val.classes)} classes of {options.data.data_path or options.data.data_set} "
-            f"({', '.join(val.classes[:3])} …) are not the model's {len(names)} "
-            f"({', '.join(names[:3])} …): name other pictures with --data-path"
+            f"the {len(dataset.classes)} classes of "
+            f"{options.data.data_path or options.data.data_set} ({_some(dataset.classes)}) are not "
+            f"the model's {len(names)} ({_some(names)}): name other pictures with --data-path"
         )
-    val.transform = trained.classifier.transform
-    return build_val_loader(options, val, utils.Processes())
+    dataset.transform = trained.classifier.transform
+    return build_val_loader(options, dataset, utils.Processes())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _options(arguments: argparse.Namespace, content: dict[str, Any]) -> config.Config:
