@@ -1,6 +1,7 @@
 """What the tests of the tools share: tiny trained checkpoints and the pictures they learnt."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ import main
 COLORS = {"amber": (200, 150, 30), "blue": (40, 60, 200), "crimson": (190, 30, 60)}
 
 
-def make_pictures(root: Path, *, training: int = 8, validation: int = 6) -> Path:
-    """Three classes that differ in colour, 20×18 pixels."""
+def make_pictures(
+    root: Path,
+    *,
+    training: int = 8,
+    validation: int = 6,
+    colors: Mapping[str, tuple[int, int, int]] = COLORS,
+) -> Path:
+    """Classes that differ in colour, 20×18 pixels."""
     rng = np.random.default_rng(0)
     for part, count in (("train", training), ("val", validation)):
-        for name, color in COLORS.items():
+        for name, color in colors.items():
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 noise = rng.integers(-60, 60, (18, 20, 3))
