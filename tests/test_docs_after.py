@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from after_training import make_pictures, train
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("docs/judge.md", "docs/export.md")
@@ -56,6 +57,16 @@ def test_commands_are_those_of_the_page(page):
     wanted = {"docs/judge.md": 6, "docs/export.md": 3}
     assert len(tools) == wanted[page]
     assert all((ROOT / tool.replace(".", "/")).with_suffix(".py").is_file() for tool in tools)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_of_the_pages_works(place, page):
+    with contextlib.chdir(place):
+        assert run("python -m tools.export output/pets/best.pth --output deploy") == 0
+        for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+            names = {"picture": Image.new("RGB", (20, 20))}
+            exec(block, names)
+            assert names.get("heat", names.get("logits")).shape in ((16, 16), (1, 2))
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])

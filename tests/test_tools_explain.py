@@ -1,5 +1,7 @@
 """tools.explain: attention and Grad-CAM against computations of their own, and what lights up."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import timm
@@ -252,6 +254,29 @@ def test_auto_is_attention_unless_a_class_is_asked_for():
     grad_cam = explain.heatmap(model, image, 1, method="grad-cam")
     torch.testing.assert_close(explain.heatmap(model, image, 1), grad_cam)
     assert not torch.allclose(rollout, grad_cam, atol=0.05)
+
+
+@pytest.mark.parametrize("index", [None, 1])
+def test_other_threads_do_not_disturb(index):
+    model = classifier(deit())
+    images = [torch.randn(3, SIDE, SIDE) for _ in range(12)]
+    alone = [explain.heatmap(model, image, index) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda image: explain.heatmap(model, image, index), images))
+    for left, right in zip(alone, together, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_pooled_patches_are_asked_where_they_are_what_is_read():
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=1, embed_dim=16,
+        num_heads=2, class_token=False, global_pool="avg",
+    ).eval()  # fmt: skip
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), explain.recorded([model.blocks[0].attn]) as weights:
+        model(image)
+    given = explain.attention_map(model, image, last=True)
+    torch.testing.assert_close(given.flatten(), weights[0].mean(1)[0].mean(0))
 
 
 def test_what_cannot_be_explained_says_so():

@@ -123,6 +123,14 @@ def test_inputs_that_name_nothing_are_an_error(checkpoint, tmp_path, capsys, giv
     assert err == f"error: {tmp_path / given}: {reason}\n"
 
 
+def test_answers_that_are_not_finite_are_an_error(checkpoint, pictures, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content["model"]["head.bias"][1] = float("nan")
+    torch.save(content, tmp_path / "nan.pth")
+    code, _, err = ask(capsys, tmp_path / "nan.pth", pictures / "val")
+    assert code == 2 and err.startswith("error: the model's answers are not finite")
+
+
 def test_weights_alone_are_an_error(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save({"head.weight": torch.zeros(2, 2)}, path)

@@ -176,7 +176,7 @@ CASES = {
     "flat": (curves([2.303, 2.302, 2.303, 2.3], [2.3] * 4), ["flat"]),
     "overfitting": (curves(DECAY, [*DECAY[:10], *(0.5 + 0.02 * e for e in range(20))]),
                     ["overfitting"]),
-    "underfitting": (curves(SLOW, SLOW), ["underfitting", "unfinished"]),
+    "underfitting": (curves(SLOW, SLOW), ["underfitting"]),
     "mixed but learning": (curves(SLOW, DECAY), []),
     "unfinished": (curves(DECAY[:4], DECAY[:4]), ["unfinished"]),
 }  # fmt: skip

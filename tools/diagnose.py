@@ -23,7 +23,7 @@ RISE = 1.5  # a training loss this many times its best before is exploding
 FLAT = 0.02  # share of its first value that a training loss must lose to be learning
 OVERFIT = 0.05  # share by which the test loss may rise over its best
 UNDERFIT = 0.7  # share of the first training loss that a run which learnt something is below
-STILL_FALLING = 0.02  # share of the test loss that the last quarter of the epochs took off
+STILL_FALLING = 0.05  # share of the test loss that the last quarter of the epochs took off
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ speaks for one class.
 
 import argparse
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ SELF_ATTENTION = (Attention, TimmAttention)
 def heatmap(
     classifier: Classifier, tensor: Tensor, class_index: int | None = None, method: str = "auto"
 ) -> Tensor:
-    """Where the model looks on a picture.
+    """Where the model looks on a picture. Other threads may use the model meanwhile.
 
     Args:
         classifier: as of ``inference.load_for_inference``, of a checkpoint.
@@ -94,10 +95,15 @@ def attention_map(model: nn.Module, images: Tensor, *, last: bool = False) -> Te
     else:
         prefix = model.num_prefix_tokens
     flow = averages[-1] if last else rollout(averages)
-    # The tokens that the heads read: class and distillation, or all patches where these are pooled.
-    read = min(prefix, 2) if hasattr(model, "head_dist") else min(prefix, 1)
-    asked = flow[: read or None].mean(0)[prefix:]
+    asked = flow[_read_by_heads(model, prefix)].mean(0)[prefix:]
     return asked.unflatten(0, _grid(model, len(asked)))
+
+
+def _read_by_heads(model: nn.Module, prefix: int) -> slice:
+    """The tokens that the answer is made of: class and distillation, or the patches' mean."""
+    if getattr(model, "global_pool", "token") != "token":
+        return slice(prefix, None)
+    return slice(0, 2 if hasattr(model, "head_dist") else 1)
 
 
 def rollout(layers: Sequence[Tensor]) -> Tensor:
@@ -140,9 +146,12 @@ def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     The fused attention keeps its weights to itself: they are computed again from its input.
     """
     weights: list[Tensor] = []
+    caller = threading.get_ident()
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        weights.append(_attention(layer, inputs[0]))
+        # A server's other threads may be using the same model.
+        if threading.get_ident() == caller:
+            weights.append(_attention(layer, inputs[0]))
 
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
@@ -180,8 +189,11 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
     """
     tokens = _attention_layers(model)
     kept: list[Tensor] = []
+    caller = threading.get_ident()
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: object = None) -> None:
+        if threading.get_ident() != caller:
+            return
         found = inputs[0] if tokens else _as_feature_map(output)
         if found is not None:
             kept[:] = [found]

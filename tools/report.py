@@ -68,32 +68,32 @@ def judge(
 ) -> Answers:
     """Ask ``classifier`` about all pictures of ``loader``. Raises DataError if none is readable."""
     parts, targets, indices, bad = [], [], [], []
-    in_model, timed = 0.0, 0
+    in_model = 0.0
     start = time.perf_counter()
     for batch in command.progress(loader, "batches", total=len(loader)):
         bad += batch.bad
         if not len(batch.targets):
             continue
+        images = batch.images.to(device)
+        if not parts:
+            # What is set up once isn't timed.
+            trained.probabilities(classifier.model, images, flip=flip)
         asked = time.perf_counter()
         # The answers come to the host, so the device has done its work.
-        answers = trained.probabilities(classifier.model, batch.images.to(device), flip=flip).cpu()
-        # The first batch pays for what is set up once.
-        if parts or len(loader) == 1:
-            in_model += time.perf_counter() - asked
-            timed += len(batch.targets)
-        parts.append(answers)
+        parts.append(trained.probabilities(classifier.model, images, flip=flip).cpu())
+        in_model += time.perf_counter() - asked
         targets.append(batch.targets)
         indices.append(batch.indices)
     if not parts:
         raise DataError("no picture could be read" + (f": {bad[0]}" if bad else ""))
-    seconds = time.perf_counter() - start
+    seconds, count = time.perf_counter() - start, sum(map(len, parts))
     return Answers(
         torch.cat(parts).numpy(),
         torch.cat(targets).numpy(),
         torch.cat(indices).numpy(),
         bad,
-        sum(map(len, parts)) / seconds,
-        timed / in_model,
+        count / seconds,
+        count / in_model,
     )
 
 

@@ -199,10 +199,17 @@ def _column_of_paths(path: Path) -> list[str]:
 
 @torch.no_grad()
 def probabilities(model: nn.Module, images: Tensor, *, flip: bool = False) -> Tensor:
-    """(B, 3, H, W) pictures to (B, C) float32; ``flip`` takes the mean with the mirrored ones'."""
+    """(B, 3, H, W) pictures to (B, C) float32; ``flip`` takes the mean with the mirrored ones'.
+
+    Raises UserError where the model's answers are not finite.
+    """
     answers = F.softmax(model(images).float(), dim=1)
     if flip:
         answers = (answers + F.softmax(model(images.flip(3)).float(), dim=1)) / 2
+    if not torch.isfinite(answers).all():
+        raise UserError(
+            "the model's answers are not finite: python -m tools.inspect MODEL names bad weights"
+        )
     return answers
 
 
