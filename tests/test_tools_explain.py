@@ -178,6 +178,29 @@ def test_many_networks_have_a_feature_map(name):
     assert heat.shape == (64, 64) and heat.min() >= 0 and heat.max() <= 1
 
 
+class Permute(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+def test_channels_may_come_last():
+    convolution, head = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 3)
+    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    first = nn.Sequential(convolution, nn.ReLU(), pooling, head)
+    unpermute = nn.Sequential(nn.Flatten(1, 2), nn.Unflatten(1, (1, 16)))
+    last = nn.Sequential(convolution, Permute(), nn.ReLU(), unpermute, Mean(), head)
+    image = torch.randn(1, 3, SIDE, SIDE)
+    torch.testing.assert_close(first(image), last(image))
+    for index in range(3):
+        given = explain.grad_cam(last, image, index)
+        torch.testing.assert_close(given, explain.grad_cam(first, image, index))
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((1, 2))
+
+
 def test_frozen_models_can_be_explained():
     model = models.build_model("simple_cnn", 3, input_size=32).requires_grad_(False)
     heat = explain.heatmap(classifier(model), torch.randn(3, 32, 32))

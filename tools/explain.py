@@ -194,9 +194,10 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: object = None) -> None:
         if threading.get_ident() != caller:
             return
-        found = inputs[0] if tokens else _as_feature_map(output)
-        if found is not None:
-            kept[:] = [found]
+        if tokens:
+            kept[:] = inputs[:1]
+        elif _is_feature_map(output):
+            kept[:] = [output]
 
     if tokens:
         hooks = [tokens[-1].register_forward_pre_hook(keep)]
@@ -219,20 +220,18 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
     return (weights * features).sum(0).relu()
 
 
-def _as_feature_map(output: object) -> Tensor | None:
-    """``output`` if it is a map (1, C, h, w) or (1, h, w, C) of more than one place."""
+def _is_feature_map(output: object) -> bool:
+    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; pictures are square."""
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.requires_grad:
-        return None
+        return False
     _, first, second, third = output.shape
-    if second == third > 1:
-        return output
-    return output.movedim(3, 1) if first == second > 1 else None
+    return second == third > 1 or first == second > 1
 
 
 def _channels_first(x: Tensor, model: nn.Module) -> Tensor:
     """A feature map or tokens of one picture as (C, rows, columns)."""
     if x.ndim == 4:
-        return x[0]
+        return x[0] if x.shape[2] == x.shape[3] else x[0].permute(2, 0, 1)
     prefix = getattr(model, "num_prefix_tokens", 1)
     patches = x[0, prefix:]
     return patches.T.unflatten(1, _grid(model, len(patches)))
