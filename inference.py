@@ -56,7 +56,7 @@ def load_for_inference(
 def read_content(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds; an exported safetensors file looks like one with less in it."""
     content = checkpoint.load_file(path)
-    if Path(str(path)).suffix != ".safetensors":
+    if Path(str(path)).suffix != ".safetensors" or "://" in str(path):
         return content
     from safetensors import safe_open
 

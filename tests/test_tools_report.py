@@ -63,6 +63,8 @@ def test_figures_are_those_of_the_pictures(written, checkpoint, pictures):
     content = json.loads((written / "report.json").read_text())
     assert content["pictures"] == 18 and content["top5"] is None
     assert content["top1"] == pytest.approx(np.mean(predictions == targets))
+    last = diagnose.records_of(checkpoint.parent)[-1]
+    assert content["log_loss"] == pytest.approx(last["test_loss"], abs=1e-5)
     matrix = np.zeros((3, 3), dtype=int)
     for true, said in zip(targets, predictions, strict=True):
         matrix[true, said] += 1

@@ -144,8 +144,7 @@ def figures(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
             metrics.top_k_accuracy_score(targets, answers.probabilities, k=5, labels=labels)
         )
     present = support > 0
-    shares = answers.probabilities.astype(np.float64)
-    shares /= shares.sum(1, keepdims=True)
+    of_truth = answers.probabilities[np.arange(len(targets)), targets].astype(np.float64)
     return {
         "pictures": len(targets),
         "unreadable": answers.bad,
@@ -153,7 +152,7 @@ def figures(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
         "top5": top5,
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1[present].mean()),
-        "log_loss": float(metrics.log_loss(targets, shares, labels=labels)),
+        "log_loss": float(-np.log(of_truth.clip(min=np.finfo(np.float32).tiny)).mean()),
         "calibration": calibration(answers),
         "images_per_second": answers.images_per_second,
         "model_images_per_second": answers.model_images_per_second,
