@@ -136,6 +136,9 @@ def test_the_page_needs_no_other_file(written):
         json.loads((written / "report.json").read_text())["mistakes"]
     )
     assert text.count("data:image/svg+xml") == 2
+    assert text.count('<figure style="max-width: 150px"><img width="112"') == text.count(
+        "image/png"
+    )
     assert (written / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
