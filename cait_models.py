@@ -162,7 +162,7 @@ def talking_heads_attention(
 
 def _mix_heads(x: Tensor, proj: nn.Linear) -> Tensor:
     """``proj`` over the heads of (B, heads, N, N): one matrix product, nothing is permuted."""
-    weight = proj.weight.expand(len(x), -1, -1)  # (B, heads, heads)
+    weight = proj.weight.expand(x.shape[0], -1, -1)  # (B, heads, heads)
     return torch.baddbmm(proj.bias.view(1, -1, 1), weight, x.flatten(2)).view_as(x)
 
 
@@ -360,7 +360,7 @@ class CaiT(nn.Module):
         """(B, C, H, W) pictures -> (B, 1 + N, D) normalised tokens, the class token first."""
         x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
-        cls_token = self.cls_token.expand(len(x), -1, -1)
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.blocks_token_only:
             cls_token = block(x, cls_token)
         return self.norm(torch.cat((cls_token, x), dim=1))

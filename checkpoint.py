@@ -74,9 +74,13 @@ def load_file(source: str | Path, *, scattered: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file as load_safetensors
 
-        return load_safetensors(path)
+        try:
+            return load_safetensors(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"checkpoint {path} can't be read: {error}") from None
     _check_archive(path)
     try:
         # DeiT's own checkpoints hold their options as a Namespace, which carries data only.

@@ -1,5 +1,6 @@
 """The one way in for trained models: evaluation, prediction, export and serving all start here."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import models
 from augment import Preprocessing
 from config import AugmentOptions
 from datasets import build_transform
-from errors import CheckpointError
+from errors import CheckpointError, UserError
 
 
 class Classifier(NamedTuple):
@@ -30,10 +31,10 @@ class Classifier(NamedTuple):
 def load_for_inference(
     path: str | Path, *, device: torch.device | str = "cpu", ema: bool = False
 ) -> Classifier:
-    """The model of a checkpoint that this project wrote, ready to answer.
+    """The model of a checkpoint or of an exported ``.onnx`` or ``.safetensors`` file.
 
     Args:
-        path: file or https URL.
+        path: file or, of a checkpoint, https URL.
         device: where the model is to be.
         ema: take the moving average of the weights.
 
@@ -41,11 +42,93 @@ def load_for_inference(
         CheckpointError: the file can't be read, or holds weights alone, or no average.
     """
     try:
-        return from_content(checkpoint.load_file(path), device=device, ema=ema)
+        if Path(str(path)).suffix == ".onnx":
+            if ema:
+                raise CheckpointError("an ONNX file holds one set of weights: leave --ema out")
+            return _from_onnx(Path(path).expanduser(), torch.device(device))
+        return from_content(read_content(path), device=device, ema=ema)
     except CheckpointError as error:
         if str(path) in str(error):
             raise
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_content(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds; an exported safetensors file looks like one with less in it."""
+    content = checkpoint.load_file(path)
+    if Path(str(path)).suffix != ".safetensors" or "://" in str(path):
+        return content
+    from safetensors import safe_open
+
+    with safe_open(Path(path).expanduser(), "pt") as file:
+        metadata = file.metadata() or {}
+    return {"model": content, **described(metadata)} if "preprocessing" in metadata else content
+
+
+def describe(content: Mapping[str, Any]) -> dict[str, str]:
+    """What exported files carry beside the weights: text by name, each value as JSON."""
+    described = {
+        "config": {"model": content["config"]["model"]},
+        "class_names": list(content["class_names"]),
+        "preprocessing": content["preprocessing"],
+    }
+    return {name: json.dumps(value) for name, value in described.items()}
+
+
+def described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of :func:`describe`. Raises CheckpointError for a file of another origin."""
+    try:
+        return {name: json.loads(metadata[name]) for name in _DESCRIBED}
+    except (KeyError, json.JSONDecodeError):
+        raise CheckpointError(
+            "the file doesn't carry class names and preprocessing: export it with "
+            "python -m tools.export"
+        ) from None
+
+
+_DESCRIBED = ("config", "class_names", "preprocessing")
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a module: (B, 3, H, W) pictures to (B, C) logits on the same device.
+
+    Raises CheckpointError for a file that isn't ONNX, UserError without onnxruntime.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs onnxruntime ({error}): pip install -r requirements-tools.txt"
+            ) from None
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        cuda = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+        available = onnxruntime.get_available_providers()
+        providers = [p for p in (*cuda, "CPUExecutionProvider") if p in available]
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers)
+        except Exception as error:  # onnxruntime raises types of its own for each kind of damage
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} can't be read as ONNX: {reason}") from None
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+
+    def forward(self, images: Tensor) -> Tensor:
+        feed = {self.session.get_inputs()[0].name: images.detach().cpu().numpy()}
+        return torch.from_numpy(self.session.run(None, feed)[0]).to(images.device)
+
+
+def _from_onnx(path: Path, device: torch.device) -> Classifier:
+    model = OnnxModel(path, device).eval()
+    content = described(model.metadata)
+    preprocessing = Preprocessing.from_dict(content["preprocessing"])
+    transform = build_transform(False, preprocessing, AugmentOptions())
+    return Classifier(model, transform, content["class_names"])
 
 
 def from_content(
@@ -60,7 +143,7 @@ def from_content(
     Another ``preprocessing`` than the checkpoint's may ask for another input size: position
     embeddings are then interpolated.
     """
-    missing = [k for k in ("config", "class_names", "preprocessing") if k not in content]
+    missing = [k for k in _DESCRIBED if k not in content]
     if missing:
         raise CheckpointError(
             f"the checkpoint holds no {', '.join(missing)}, it is not a training checkpoint of "
@@ -70,7 +153,10 @@ def from_content(
     trained = Preprocessing.from_dict(content["preprocessing"])
     preprocessing = preprocessing or trained
     model = models.build_model(
-        options["model"], len(class_names), input_size=preprocessing.input_size
+        options["model"],
+        len(class_names),
+        input_size=preprocessing.input_size,
+        required=("input_size",),
     )
     weights = checkpoint.weights_of(content, ema=ema)
     if preprocessing.input_size != trained.input_size:

@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) pictures -> (B, num_prefix_tokens + N, D) normalised tokens."""
         x = self.patch_embed(x)
-        x = torch.cat((self.prefix_tokens().expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((self.prefix_tokens().expand(x.shape[0], -1, -1), x), dim=1)
         x = self.pos_drop(x + self.pos_embed)
         return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
 

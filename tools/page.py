@@ -56,7 +56,9 @@ class Page:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         size = f' width="{width}"' if width else ""
-        self._figure(buffer.getvalue(), "image/png", caption, size)
+        # A caption is at least readable below a small picture, and no wider than a large one.
+        style = f' style="max-width: {max(width, 150)}px"' if width else ""
+        self._figure(buffer.getvalue(), "image/png", caption, size, style)
 
     def chart(self, figure: "Figure", caption: str = "") -> None:
         """A matplotlib figure (SVG, so that it stays sharp)."""
@@ -64,12 +66,14 @@ class Page:
         figure.savefig(buffer, format="svg", bbox_inches="tight")
         self._figure(buffer.getvalue(), "image/svg+xml", caption, ' class="chart"')
 
-    def _figure(self, content: bytes, kind: str, caption: str, attributes: str) -> None:
+    def _figure(
+        self, content: bytes, kind: str, caption: str, attributes: str, style: str = ""
+    ) -> None:
         data = base64.b64encode(content).decode()
         label = html.escape(caption, quote=True)
         below = f"<figcaption>{label}</figcaption>" if caption else ""
         self._parts.append(
-            f'<figure><img{attributes} alt="{label}" src="data:{kind};base64,{data}">'
+            f'<figure{style}><img{attributes} alt="{label}" src="data:{kind};base64,{data}">'
             f"{below}</figure>"
         )
 

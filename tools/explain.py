@@ -1,0 +1,331 @@
+"""Show where a model looks: attention of DeiT and CaiT, Grad-CAM of any model, over the picture.
+
+Attention tells which patches the answer is read from, whatever the class. Grad-CAM tells what
+speaks for one class.
+"""
+
+import argparse
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models.vision_transformer import Attention as TimmAttention
+from torch import Tensor, nn
+
+import datasets
+from cait_models import Class_Attention
+from errors import OptionError, UserError
+from inference import Classifier
+from models import Attention
+from tools import command, trained
+from tools.page import Page
+
+METHODS = ("auto", "rollout", "last", "grad-cam")
+SELF_ATTENTION = (Attention, TimmAttention)
+
+
+def heatmap(
+    classifier: Classifier, tensor: Tensor, class_index: int | None = None, method: str = "auto"
+) -> Tensor:
+    """Where the model looks on a picture. Other threads may use the model meanwhile.
+
+    Args:
+        classifier: as of ``inference.load_for_inference``, of a checkpoint.
+        tensor: the picture as ``classifier.transform`` makes it, (3, H, W).
+        class_index: the class in question, None for the likeliest.
+        method: "rollout" follows attention through all layers, "last" takes the last layer's,
+            "grad-cam" weighs the last feature map by its gradients. "auto" is Grad-CAM where a
+            class is asked for, which attention doesn't tell, or the model has none; else rollout.
+
+    Returns:
+        (H, W) float32 in 0..1 on the CPU, 0 everywhere where nothing stands out.
+
+    Raises:
+        UserError: the model can't be explained in this way.
+    """
+    model = classifier.model
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UserError("only a checkpoint can be explained: an ONNX file hides what is inside")
+    if method == "auto":
+        attends = class_index is None and bool(_attention_layers(model))
+        method = "rollout" if attends else "grad-cam"
+    images = tensor[None].to(parameter.device)
+    if method == "grad-cam":
+        grid = grad_cam(model, images, class_index)
+    else:
+        grid = attention_map(model, images, last=method == "last")
+    size = tuple(tensor.shape[-2:])
+    grid = F.interpolate(grid[None, None].float(), size, mode="bilinear", align_corners=False)
+    return _scaled(grid[0, 0]).cpu()
+
+
+def _scaled(grid: Tensor) -> Tensor:
+    """From the least to the greatest value as 0..1."""
+    low, high = grid.min(), grid.max()
+    return (grid - low) / (high - low) if high - low > 1e-12 else torch.zeros_like(grid)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attention_map(model: nn.Module, images: Tensor, *, last: bool = False) -> Tensor:
+    """Attention from the answer to the patches of one picture (1, 3, H, W): (rows, columns).
+
+    Rollout (arXiv:2005.00928) multiplies the layers' attention, half of each being the identity for
+    the residual connection. In CaiT only the class-attention layers are followed, as in its paper.
+    """
+    layers = _attention_layers(model)
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no attention that can be followed: --method grad-cam"
+        )
+    with torch.no_grad(), recorded(layers) as weights:
+        model(images)
+    averages = [layer.mean(1)[0] for layer in weights]  # heads
+    if isinstance(layers[0], Class_Attention):
+        averages = [_with_silent_patches(row) for row in averages]
+        prefix = 1
+    else:
+        prefix = model.num_prefix_tokens
+    flow = averages[-1] if last else rollout(averages)
+    asked = flow[_read_by_heads(model, prefix)].mean(0)[prefix:]
+    return asked.unflatten(0, _grid(model, len(asked)))
+
+
+def _read_by_heads(model: nn.Module, prefix: int) -> slice:
+    """The tokens that the answer is made of: class and distillation, or the patches' mean."""
+    if getattr(model, "global_pool", "token") != "token":
+        return slice(prefix, None)
+    return slice(0, 2 if hasattr(model, "head_dist") else 1)
+
+
+def rollout(layers: Sequence[Tensor]) -> Tensor:
+    """(N, N) attention of each layer, heads averaged, to that of the last on the first's input."""
+    identity = torch.eye(len(layers[0]), dtype=layers[0].dtype, device=layers[0].device)
+    flow = identity
+    for attention in layers:
+        mixed = (attention + identity) / 2
+        flow = mixed / mixed.sum(-1, keepdim=True) @ flow
+    return flow
+
+
+def _with_silent_patches(row: Tensor) -> Tensor:
+    """(1, N) class attention as (N, N): in these layers the patches stay what they are."""
+    square = torch.eye(row.shape[1], dtype=row.dtype, device=row.device)
+    square[:1] = row
+    return square
+
+
+def _attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers between the patches and the answer, in order; class attention where there is."""
+    layers = [m for m in model.modules() if isinstance(m, Class_Attention)]
+    if layers or not hasattr(model, "num_prefix_tokens"):
+        return layers
+    return [m for m in model.modules() if isinstance(m, SELF_ATTENTION)]
+
+
+def _grid(model: nn.Module, count: int) -> tuple[int, int]:
+    embed = getattr(model, "patch_embed", None)
+    rows, columns = getattr(embed, "grid_size", None) or (0, 0)
+    if rows * columns != count:
+        raise UserError(f"{count} tokens of {type(model).__name__} are no grid of patches")
+    return rows, columns
+
+
+@contextmanager
+def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list that gets each layer's attention, (B, heads, queries, N), as the model runs.
+
+    The fused attention keeps its weights to itself: they are computed again from its input.
+    """
+    weights: list[Tensor] = []
+    caller = threading.get_ident()
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # A server's other threads may be using the same model.
+        if threading.get_ident() == caller:
+            weights.append(_attention(layer, inputs[0]))
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        yield weights
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention(layer: nn.Module, x: Tensor) -> Tensor:
+    """(B, N, D) tokens to (B, heads, queries, N) weights, as the layer computes them."""
+    if isinstance(layer, Class_Attention):
+        q, k = (
+            y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+            for y in (layer.q(x[:, :1]), layer.k(x))
+        )
+    else:
+        qkv = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if isinstance(layer, TimmAttention):
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+# --- Grad-CAM -------------------------------------------------------------------------------------
+
+
+def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -> Tensor:
+    """What speaks for a class on one picture (1, 3, H, W): (rows, columns), not negative.
+
+    Grad-CAM (arXiv:1610.02391): ReLU(Σₖ αₖ Aₖ), where A is the last feature map before pooling and
+    αₖ the mean gradient of the class's logit on its k-th channel. Of a transformer A are the
+    patches that go into the last attention, and each has its own gradient for αₖ (HiResCAM,
+    arXiv:2011.08891): the class token reads few of them, a mean would blame all.
+    """
+    tokens = _attention_layers(model)
+    kept: list[Tensor] = []
+    caller = threading.get_ident()
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: object = None) -> None:
+        if threading.get_ident() != caller:
+            return
+        if tokens:
+            kept[:] = inputs[:1]
+        elif _is_feature_map(output):
+            kept[:] = [output]
+
+    if tokens:
+        hooks = [tokens[-1].register_forward_pre_hook(keep)]
+    else:
+        inner = [m for m in model.modules() if m is not model]
+        hooks = [m.register_forward_hook(keep) for m in inner]
+    try:
+        with torch.enable_grad():
+            # Frozen weights must not end the graph before the feature map.
+            logits = model(images.detach().clone().requires_grad_(True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not kept:
+        raise UserError(f"{type(model).__name__} has no feature map that Grad-CAM could look at")
+    index = int(logits[0].argmax()) if class_index is None else class_index
+    [gradient] = torch.autograd.grad(logits[0, index], kept[0])
+    features, gradient = (_channels_first(x.detach(), model) for x in (kept[0], gradient))
+    weights = gradient if tokens else gradient.mean((1, 2), keepdim=True)
+    return (weights * features).sum(0).relu()
+
+
+def _is_feature_map(output: object) -> bool:
+    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; pictures are square."""
+    if not isinstance(output, Tensor) or output.ndim != 4 or not output.requires_grad:
+        return False
+    _, first, second, third = output.shape
+    return second == third > 1 or first == second > 1
+
+
+def _channels_first(x: Tensor, model: nn.Module) -> Tensor:
+    """A feature map or tokens of one picture as (C, rows, columns)."""
+    if x.ndim == 4:
+        return x[0] if x.shape[2] == x.shape[3] else x[0].permute(2, 0, 1)
+    prefix = getattr(model, "num_prefix_tokens", 1)
+    patches = x[0, prefix:]
+    return patches.T.unflatten(1, _grid(model, len(patches)))
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
+    """``image`` with (H, W) heat in 0..1 over it, of the image's size."""
+    from matplotlib import colormaps
+
+    colors = Image.fromarray((colormaps["jet"](heat.numpy())[..., :3] * 255).astype(np.uint8))
+    mask = Image.fromarray((heat.numpy() * 160).astype(np.uint8))
+    size = image.size
+    colors, mask = (x.resize(size, Image.Resampling.BILINEAR) for x in (colors, mask))
+    return Image.composite(colors, image, mask)
+
+
+def seen(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The part of a picture that the model sees: a normalised (3, H, W) tensor back as RGB."""
+    pixels = tensor * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = command.parser("explain", __doc__)
+    trained.add_model_arguments(parser)
+    parser.add_argument(
+        "inputs", nargs="+", help="pictures, folders, quoted patterns, CSV files, or -"
+    )
+    parser.add_argument("--method", choices=METHODS, default="auto")
+    parser.add_argument("--class", dest="name", help="the class in question (default: likeliest)")
+    parser.add_argument("--output", type=Path, default=Path("explanations"), help="folder")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    model = trained.open_model(arguments)
+    classifier = model.classifier
+    index = None
+    if arguments.name is not None:
+        if arguments.name not in classifier.class_names:
+            raise OptionError("class", f"the model knows no class {arguments.name!r}")
+        index = classifier.class_names.index(arguments.name)
+    paths = trained.find_pictures(arguments.inputs)
+    page = Page(f"What {arguments.model} looks at")
+    unreadable = 0
+    for number, path in enumerate(command.progress(paths, "pictures", total=len(paths))):
+        try:
+            tensor = trained.decoded(path, classifier)
+        except datasets.BadPictureError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        heat = heatmap(classifier, tensor, index, arguments.method)
+        picture = seen(tensor, *_normalisation(model))
+        # Small inputs are drawn large enough to be looked at.
+        picture = picture.resize(
+            [max(224, side) for side in picture.size], Image.Resampling.NEAREST
+        )
+        drawn = overlay(picture, heat)
+        answer = trained.probabilities(classifier.model, tensor[None].to(model.device))[0]
+        shown = int(answer.argmax()) if index is None else index
+        caption = f"{Path(path).name}: {classifier.class_names[shown]} {100 * answer[shown]:.1f} %"
+        _save(drawn, arguments.output / f"{number:04d}-{Path(path).stem}.png")
+        page.picture(picture, caption, width=224)
+        page.picture(drawn, caption, width=224)
+    page.write(arguments.output / "explain.html")
+    print(f"explanations: {arguments.output / 'explain.html'}")
+    return trained.SOME_UNREADABLE if unreadable else 0
+
+
+def _normalisation(model: trained.Trained) -> tuple[Sequence[float], Sequence[float]]:
+    preprocessing = model.content["preprocessing"]
+    return preprocessing["mean"], preprocessing["std"]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command.run(_run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Write a trained model for use elsewhere: ONNX, TorchScript, torch.export, safetensors, int8 ONNX.
+
+Class names and preprocessing travel in each file. Each file is opened again and compared with the
+model on the run's validation pictures.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import inference
+from errors import UserError
+from tools import command, trained
+
+TOLERANCE = 1e-4  # largest difference of a logit, for formats that keep every digit
+INPUT, OUTPUT = "images", "logits"
+QUANTISED = ("Conv", "Gemm", "MatMul")
+_TIMED = 32  # pictures at a time when speed is measured
+_RUNS = 5
+
+
+class Pictures(NamedTuple):
+    """What exports are compared on."""
+
+    images: Tensor
+    """(N, 3, H, W) as the model takes them."""
+    targets: Tensor | None
+    """(N,), None for noise."""
+
+
+class Row(NamedTuple):
+    """How a file does beside the model it was made of."""
+
+    format: str
+    file: str
+    size: int
+    """Bytes."""
+    milliseconds: float
+    """A picture, in batches."""
+    difference: float
+    """Largest difference of a logit from the model's."""
+    accuracy: float | None
+    """Top-1, share of 1; None without labels."""
+
+
+# --- formats --------------------------------------------------------------------------------------
+# Each writes the CPU model (in evaluation mode) of square pictures, whose number may vary.
+
+Metadata = Mapping[str, str]
+
+
+def to_onnx(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
+    """ONNX with the metadata as ``metadata_props``; the number of pictures is free."""
+    onnx = command.require("onnx")
+    command.require("onnxscript")
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(
+        model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False,
+        input_names=[INPUT], output_names=[OUTPUT],
+    )  # fmt: skip
+    _save_onnx(onnx, program.model_proto, path, metadata)
+
+
+def to_torchscript(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
+    """TorchScript with the metadata as ``_extra_files``."""
+    traced = torch.jit.trace(model, example, check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files=dict(metadata))
+
+
+def to_program(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
+    """A program of ``torch.export`` with the metadata as ``extra_files``."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    torch.export.save(program, path, extra_files=dict(metadata))
+
+
+def to_safetensors(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
+    """The weights as safetensors, with the metadata in its header."""
+    weights = {k: v.contiguous().clone() for k, v in model.state_dict().items()}
+    command.require("safetensors.torch").save_file(weights, path, metadata=dict(metadata))
+
+
+def to_int8_dynamic(source: Path, path: Path, metadata: Metadata, pictures: Pictures) -> None:
+    """ONNX with int8 weights of linear layers; activations are quantised as they come."""
+    quantization = command.require("onnxruntime.quantization", "onnxruntime")
+    quantization.quantize_dynamic(
+        source, path, op_types_to_quantize=["Gemm", "MatMul"], per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+    )  # fmt: skip
+    onnx = command.require("onnx")
+    _save_onnx(onnx, onnx.load(path), path, metadata)
+
+
+def to_int8_static(source: Path, path: Path, metadata: Metadata, pictures: Pictures) -> None:
+    """ONNX with int8 weights and activations, whose ranges are those on the pictures."""
+    if pictures.targets is None:
+        raise UserError("int8-static needs pictures to find its ranges: add --data-path")
+    quantization = command.require("onnxruntime.quantization", "onnxruntime")
+
+    class Calibration(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(pictures.images.split(_TIMED))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch.numpy()}
+
+    quantization.quantize_static(
+        source, path, Calibration(), op_types_to_quantize=list(QUANTISED), per_channel=True,
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+    )  # fmt: skip
+    onnx = command.require("onnx")
+    _save_onnx(onnx, onnx.load(path), path, metadata)
+
+
+def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: Metadata) -> None:
+    onnx.helper.set_model_props(proto, dict(metadata))
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+
+
+WRITERS = {
+    "onnx": to_onnx,
+    "torchscript": to_torchscript,
+    "program": to_program,
+    "safetensors": to_safetensors,
+}
+INT8 = {"int8-dynamic": to_int8_dynamic, "int8-static": to_int8_static}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "torchscript": ".torchscript",
+    "program": ".pt2",
+    "safetensors": ".safetensors",
+    "int8-dynamic": ".int8-dynamic.onnx",
+    "int8-static": ".int8-static.onnx",
+}
+
+
+# --- opening and comparing ------------------------------------------------------------------------
+
+
+def opened(path: Path) -> Callable[[Tensor], Tensor]:
+    """The model in an exported file, on the CPU."""
+    if path.suffix == ".torchscript":
+        return torch.jit.load(str(path), map_location="cpu")
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    return inference.load_for_inference(path).model
+
+
+@torch.no_grad()
+def compare(
+    format: str, path: Path, model: Callable[[Tensor], Tensor], pictures: Pictures, wanted: Tensor
+) -> Row:
+    """``model``, from the file ``path``, beside the ``wanted`` (N, C) logits."""
+    logits = answers(model, pictures.images)
+    accuracy = None
+    if pictures.targets is not None:
+        accuracy = float((logits.argmax(1) == pictures.targets).float().mean())
+    difference = float((logits - wanted).abs().max())
+    return Row(
+        format, str(path), path.stat().st_size, _milliseconds(model, pictures.images[:_TIMED]),
+        difference, accuracy,
+    )  # fmt: skip
+
+
+def _milliseconds(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """A picture, in the fastest of several runs; the model has run before."""
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        model(images)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * min(seconds) / len(images)
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def export(
+    model: nn.Module,
+    metadata: Metadata,
+    stem: Path,
+    formats: Sequence[str],
+    pictures: Pictures,
+    wanted: Tensor,
+) -> Iterator[Row]:
+    """Write ``stem`` with each format's suffix, one after the other, each compared.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        metadata: as of ``inference.describe``.
+        stem: path without suffix.
+        formats: keys of SUFFIXES.
+        pictures: to compare on, and to find the int8 ranges.
+        wanted: (N, C), the model's logits for them.
+
+    Raises:
+        UserError: the model can't be written so, or what was written answers differently.
+    """
+    # Exporters change flags of the model.
+    model = copy.deepcopy(model).requires_grad_(False)
+    # One picture would be taken for a fixed number of them.
+    example = pictures.images[:1].expand(2, -1, -1, -1).contiguous()
+    with tempfile.TemporaryDirectory() as scratch:
+        floating = Path(scratch) / "float.onnx"
+        for format in formats:
+            path = stem.with_name(stem.name + SUFFIXES[format])
+            with _explained(format, path), _quiet():
+                if format in WRITERS:
+                    WRITERS[format](model, example, path, metadata)
+                else:
+                    if not floating.exists():
+                        to_onnx(model, example, floating, metadata)
+                    INT8[format](floating, path, metadata, pictures)
+                written = opened(path)
+            row = compare(format, path, written, pictures, wanted)
+            scale = max(1.0, float(wanted.abs().max()))
+            if format in WRITERS and not row.difference <= TOLERANCE * scale:
+                path.unlink()
+                raise UserError(f"{path} would answer otherwise, by {row.difference:.1e}: removed")
+            yield row
+
+
+@torch.no_grad()
+def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """(N, C) logits, in batches."""
+    return torch.cat([model(chunk) for chunk in images.split(_TIMED)])
+
+
+@contextmanager
+def _explained(format: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    except Exception as error:  # the exporters raise types of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"this model can't be exported as {format}: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of shapes they look at, and tell each of their steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = command.parser("export", __doc__)
+    trained.add_model_arguments(parser)
+    parser.add_argument("--format", nargs="+", choices=SUFFIXES, default=["onnx"], dest="formats")
+    parser.add_argument("--output", type=Path, help="folder (default: export beside the model)")
+    parser.add_argument(
+        "--pictures", type=trained.positive, default=256, help="how many to compare on"
+    )
+    trained.add_data_arguments(parser)
+    parser.set_defaults(device="cpu")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.model.endswith(".onnx"):
+        raise UserError(f"{arguments.model} is an export already: name the checkpoint")
+    model = trained.open_model(arguments)
+    model.classifier.model.cpu()
+    pictures = _pictures(arguments, model)
+    source = Path(arguments.model)
+    folder = arguments.output or source.parent / "export"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+    metadata = inference.describe(model.content)
+    bare = model.classifier.model
+    wanted = answers(bare, pictures.images)
+    print(f"{'format':<14}{'MiB':>8}{'ms/picture':>12}{'difference':>12}{'top-1':>9}  file")
+    print(_shown(compare("checkpoint", source, bare, pictures, wanted)))
+    stem = folder / source.stem
+    for row in export(bare, metadata, stem, arguments.formats, pictures, wanted):
+        print(_shown(row), flush=True)
+
+
+def _pictures(arguments: argparse.Namespace, model: trained.Trained) -> Pictures:
+    """The first pictures of each stretch of the validation part; noise where that isn't here."""
+    try:
+        loader = trained.loader(arguments, model)
+    except UserError as error:
+        if arguments.data_path or arguments.data_set:
+            raise
+        print(f"note: compared on noise, for the run's pictures are not here ({error})")
+        side = model.content["preprocessing"]["input_size"]
+        generator = torch.Generator().manual_seed(0)
+        return Pictures(torch.randn(_TIMED, 3, side, side, generator=generator), None)
+    count = len(loader.dataset)
+    # Spread over the set, which is in order of the classes.
+    chosen = np.linspace(0, count - 1, min(arguments.pictures, count)).astype(int)
+    samples = [loader.dataset[int(i)] for i in command.progress(chosen, "pictures")]
+    good = [sample for sample in samples if sample.image is not None]
+    if not good:
+        raise UserError(f"no picture could be read: {samples[0].bad[0]}")
+    return Pictures(
+        torch.stack([sample.image for sample in good]),
+        torch.tensor([sample.target for sample in good]),
+    )
+
+
+def _shown(row: Row) -> str:
+    accuracy = "-" if row.accuracy is None else f"{100 * row.accuracy:.2f} %"
+    return (
+        f"{row.format:<14}{row.size / 2**20:>8.2f}{row.milliseconds:>12.2f}"
+        f"{row.difference:>12.1e}{accuracy:>9}  {row.file}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command.run(_run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Name what is on pictures: the likeliest classes and how sure the model is.
+
+Exit code 4 says that some pictures could not be read; standard error names them.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from datasets import BadPictureError
+from inference import Classifier
+from tools import command, trained
+
+
+class Prediction(NamedTuple):
+    """The answer to one picture, the likeliest class first."""
+
+    file: str
+    classes: list[str]
+    confidences: list[float]
+
+
+def predict(
+    classifier: Classifier,
+    paths: Sequence[str],
+    *,
+    device: torch.device,
+    topk: int = 5,
+    batch_size: int = 64,
+    flip: bool = False,
+    unreadable: Callable[[str, str], None] = lambda path, reason: None,
+) -> Iterator[Prediction]:
+    """Answers in the order of ``paths``, batch by batch.
+
+    Args:
+        classifier: model, transform and class names.
+        paths: picture files.
+        device: where the model is.
+        topk: classes in an answer, at most as many as there are.
+        batch_size: pictures at a time.
+        flip: take the mean with the answer to the mirrored picture.
+        unreadable: called with the path and the reason for a picture that is left out.
+    """
+    topk = min(topk, len(classifier.class_names))
+
+    def read(path: str) -> Tensor | str:
+        try:
+            return trained.decoded(path, classifier)
+        except BadPictureError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for chunk in trained.chunks(paths, batch_size):
+            good: list[tuple[str, Tensor]] = []
+            for path, result in zip(chunk, pool.map(read, chunk), strict=True):
+                if isinstance(result, str):
+                    unreadable(path, result)
+                else:
+                    good.append((path, result))
+            if not good:
+                continue
+            images = torch.stack([image for _, image in good]).to(device)
+            likeliest = trained.probabilities(classifier.model, images, flip=flip).topk(topk)
+            answers = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+            for (path, _), (confidences, indices) in zip(good, answers, strict=True):
+                yield Prediction(path, [classifier.class_names[i] for i in indices], confidences)
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def write_table(predictions: Iterable[Prediction], out: TextIO) -> None:
+    """A line a picture: path, then each class with its confidence."""
+    for file, classes, confidences in predictions:
+        answers = zip(classes, confidences, strict=True)
+        shown = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answers)
+        print(f"{_printable(file)}  {shown}", file=out, flush=True)
+
+
+def write_json(predictions: Iterable[Prediction], out: TextIO) -> None:
+    """One array, an object a picture, written as the answers come."""
+    separator = "["
+    for file, classes, confidences in predictions:
+        answers = [
+            {"class": name, "confidence": share}
+            for name, share in zip(classes, confidences, strict=True)
+        ]
+        out.write(f"{separator}\n{json.dumps({'file': file, 'predictions': answers})}")
+        separator = ","
+    out.write("[]\n" if separator == "[" else "\n]\n")
+
+
+def write_csv(predictions: Iterable[Prediction], out: TextIO) -> None:
+    """Columns file, rank (from 1), class, confidence; a row an answer."""
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("file", "rank", "class", "confidence"))
+    for file, classes, confidences in predictions:
+        for rank, (name, share) in enumerate(zip(classes, confidences, strict=True), start=1):
+            writer.writerow((file, rank, name, f"{share:.6f}"))
+
+
+def _printable(name: str) -> str:
+    # A file name may hold anything, line ends and a terminal's commands too.
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
+
+
+WRITERS = {"table": write_table, "json": write_json, "csv": write_csv}
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = command.parser("predict", __doc__)
+    trained.add_model_arguments(parser)
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        help="pictures, folders, quoted patterns, CSV files, or - for a path a line",
+    )
+    parser.add_argument("--topk", type=trained.positive, default=5, help="classes in an answer")
+    parser.add_argument("--format", choices=WRITERS, default="table")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
+    trained.add_batch_size(parser)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    model = trained.open_model(arguments)
+    paths = trained.find_pictures(arguments.inputs)
+    bad = []
+
+    def unreadable(path: str, reason: str) -> None:
+        bad.append(path)
+        print(f"{_printable(path)}: {reason}", file=sys.stderr)
+
+    predictions = predict(
+        model.classifier,
+        paths,
+        device=model.device,
+        topk=arguments.topk,
+        batch_size=arguments.batch_size,
+        flip=arguments.flip,
+        unreadable=unreadable,
+    )
+    shown = command.progress(predictions, "pictures", total=len(paths))
+    WRITERS[arguments.format](shown, sys.stdout)
+    if bad:
+        print(f"{len(bad)} of {len(paths)} pictures could not be read", file=sys.stderr)
+    return trained.SOME_UNREADABLE if bad else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command.run(_run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
