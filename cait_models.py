@@ -16,6 +16,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import talking_heads
+
 # --- shared with DeiT ---------------------------------------------------------------------------
 
 
@@ -149,21 +151,14 @@ def register(
 def talking_heads_attention(
     q: Tensor, k: Tensor, v: Tensor, proj_l: nn.Linear, proj_w: nn.Linear, dropout_p: float = 0.0
 ) -> Tensor:
-    """Attention whose heads are mixed linearly before and after the softmax.
+    """Attention whose heads are mixed by ``proj_l`` before and by ``proj_w`` after the softmax.
 
-    "Talking-Heads Attention" (Shazeer et al. 2020, arXiv:2003.02436). ``q``, ``k`` and ``v`` are
-    (B, heads, N, d), so is the result; ``proj_l`` mixes the scores, ``proj_w`` the weights (with a
-    bias: rows of the mixed weights needn't sum to one).
+    ``q``, ``k`` and ``v`` are (B, heads, N, d), so is the result. How it is computed is the
+    business of ``talking_heads``.
     """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-    weights = _mix_heads(_mix_heads(scores, proj_l).softmax(dim=-1), proj_w)
-    return F.dropout(weights, dropout_p) @ v
-
-
-def _mix_heads(x: Tensor, proj: nn.Linear) -> Tensor:
-    """``proj`` over the heads of (B, heads, N, N): one matrix product, nothing is permuted."""
-    weight = proj.weight.expand(len(x), -1, -1)  # (B, heads, heads)
-    return torch.baddbmm(proj.bias.view(1, -1, 1), weight, x.flatten(2)).view_as(x)
+    mixing = (proj_l.weight, proj_l.bias, proj_w.weight, proj_w.bias)
+    scale = q.shape[-1] ** -0.5
+    return talking_heads.talking_heads_attention(q, k, v, *mixing, scale, dropout_p)
 
 
 class Attention_talking_head(nn.Module):

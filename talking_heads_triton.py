@@ -24,17 +24,26 @@ Nothing is added atomically. Gradients of queries come from programs that own qu
 keys and values from programs that own keys, those of the mixing weights as one partial sum a
 program, added up afterwards. Runs repeat bit for bit.
 
-Budget on an H100 (sm_90), heads 8, width 48 padded to 64, half precision, tiles of 16 x 16:
+Budget on an H100 (sm_90), 8 heads of width 48 padded to 64, half precision, tiles of 16 x 16; "by
+count" is the arithmetic, "compiled" what ``ptxas`` makes of it (tests/test_talking_heads.py holds
+the bounds). A multiprocessor has 65536 registers and 227 KiB of shared memory.
 
-- a tile is 16 x 16 x 16 = 4096 numbers, in fp32 16 registers of each of the 256 threads (8 warps);
-- an accumulator of outputs or gradients is 16 x 16 x 64 = 16384 numbers, 64 registers a thread;
-- forward: 1 accumulator and about 4 tiles, 64 + 64 = 128 registers;
-- queries: 1 accumulator, 2 partial sums of weights (16 x 16 x 16 each) and about 5 tiles,
-  64 + 32 + 80 = 176;
-- keys: 2 accumulators and about 5 tiles, 128 + 80 = 208, of at most 255;
-- an operand of 16 lanes x 16 rows x 64 is 32 KiB in half precision; with two of them in flight twice
-  (``num_stages=2``) 128 KiB of the 227 KiB of shared memory.
+- A tile is 16 lanes x 16 x 16 = 4096 numbers: in fp32, 16 registers for each of 256 threads.
+- An accumulator of outputs or gradients is 16 lanes x 16 x 64 = 16384 numbers: 64 registers.
+- An operand (16 lanes x 16 rows x 64) is 32 KiB of shared memory, 16 registers of 256 threads.
+- Forward: by count 1 accumulator, 3 operands and about 5 tiles, 64 + 48 + 80 = 192 registers of 256
+  threads. Compiled for 512 threads, where it is half of that plus addresses: 120, nothing spilled,
+  105 KiB.
+- Queries: 1 accumulator, 4 operands, 2 partial sums (16 x 16 x 16) and about 4 tiles in use at once,
+  64 + 64 + 32 + 64 = 224. Compiled for 256 threads: 255, 40 bytes spilled, 145 KiB.
+- Keys: 2 accumulators, 4 operands, some in shared memory, and about 3 tiles, 128 + 48 = 176 and
+  addresses. Compiled for 256 threads: 255, 112 bytes spilled, 147 KiB.
+
+One program fills a multiprocessor. In fp32 the operands would be twice as large, 300 to 430 KiB in
+all: there is no fp32 on CUDA, only in the interpreter, where tests want its precision.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -43,11 +52,10 @@ from torch import Tensor
 
 LANES = 16
 BLOCK = 16
-HEADS = (4, 6, 8, 16)
-MAX_DIM = 64
-WARPS = 8
-STAGES = 2
-INTERPRETED = triton.knobs.runtime.interpret
+# (num_warps, num_stages). More warps hide more latency; 16 leave a thread 128 registers, enough for
+# the forward kernel alone. Fixed rather than tuned when first used: a run's arithmetic must repeat.
+FORWARD = (16, 2)
+BACKWARD = (8, 2)
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -83,26 +91,26 @@ def _mixing(base, heads, HEADS: tl.constexpr, LANES: tl.constexpr, OPERAND: tl.c
 
 
 @triton.jit
-def _products(x, y, PRECISION: tl.constexpr):
+def _products(x, y):
     """Products of rows, (LANES, X, D) and (LANES, Y, D) -> pairs (X, Y, LANES)."""
-    return tl.permute(tl.dot(x, tl.permute(y, (0, 2, 1)), input_precision=PRECISION), (1, 2, 0))
+    return tl.permute(tl.dot(x, tl.permute(y, (0, 2, 1))), (1, 2, 0))
 
 
 @triton.jit
-def _mix(x, weight, BLOCK: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr):
+def _mix(x, weight, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Pairs (BLOCK, BLOCK, lane in) times (lane in, lane out)."""
     x = tl.reshape(x.to(weight.dtype), (BLOCK * BLOCK, LANES))
-    mixed = tl.dot(x, weight, input_precision=PRECISION)
+    mixed = tl.dot(x, weight)
     return tl.reshape(mixed, (BLOCK, BLOCK, LANES))
 
 
 @triton.jit
-def _outer(x, y, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def _outer(x, y, OPERAND: tl.constexpr):
     """For each row of pairs the sum over keys of lane x lane: (BLOCK, LANES, LANES).
 
     Rows are added up by the caller at its very end: until then each warp keeps its own.
     """
-    return tl.dot(tl.permute(x.to(OPERAND), (0, 2, 1)), y.to(OPERAND), input_precision=PRECISION)
+    return tl.dot(tl.permute(x.to(OPERAND), (0, 2, 1)), y.to(OPERAND))
 
 
 @triton.jit
@@ -129,7 +137,7 @@ def forward_kernel(
     qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on,
     scale, heads, n, dim,
     HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Owns queries. Writes the output and the log-sum-exp (B, heads, n) of the mixed logits."""
     batch, head, rows = _place(n, HEADS, LANES, BLOCK)
@@ -145,7 +153,7 @@ def forward_kernel(
     total = tl.zeros((BLOCK, LANES), tl.float32)
     for start in range(0, n, BLOCK):
         y = _load(k, kh, kn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        logits = _mix(_products(q, y, PRECISION) * scale, pre_t, BLOCK, LANES, PRECISION)
+        logits = _mix(_products(q, y) * scale, pre_t, BLOCK, LANES)
         inside = start + tl.arange(0, BLOCK)[None, :, None] < n
         logits = tl.where(inside, logits, float("-inf"))
         higher = tl.maximum(high, tl.max(logits, 1))
@@ -156,13 +164,13 @@ def forward_kernel(
     result = tl.zeros((LANES, BLOCK, DIM), tl.float32)
     for start in range(0, n, BLOCK):
         y = _load(k, kh, kn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        logits = _mix(_products(q, y, PRECISION) * scale, pre_t, BLOCK, LANES, PRECISION)
+        logits = _mix(_products(q, y) * scale, pre_t, BLOCK, LANES)
         inside = start + tl.arange(0, BLOCK)[None, :, None] < n
         weights = tl.where(inside, tl.exp(logits - norm[:, None, :]), 0.0)
         # Keys beyond the last get the bias too, but their values are zero.
-        weights = _mix(weights, post_t, BLOCK, LANES, PRECISION) + shift
+        weights = _mix(weights, post_t, BLOCK, LANES) + shift
         y = _load(v, vh, vn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        result = tl.dot(_by_lane(weights, OPERAND), y, result, input_precision=PRECISION)
+        result = tl.dot(_by_lane(weights, OPERAND), y, result)
 
     _store(out + batch * ob, oh, on, head, rows, heads, n, dim, result, DIM)
     pairs = tl.trans(rows)
@@ -176,7 +184,7 @@ def queries_kernel(
     qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
     scale, heads, n, dim,
     HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Owns queries. Writes their gradient, the row sums ``delta`` of the softmax's backward pass
     (B, heads, n) and this program's part of the weights' gradients (LANES, LANES)."""
@@ -197,11 +205,11 @@ def queries_kernel(
     sums = tl.zeros((BLOCK, LANES), tl.float32)
     for start in range(0, n, BLOCK):
         y = _load(k, kh, kn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        logits = _mix(_products(q, y, PRECISION) * scale, pre_t, BLOCK, LANES, PRECISION)
+        logits = _mix(_products(q, y) * scale, pre_t, BLOCK, LANES)
         inside = start + tl.arange(0, BLOCK)[None, :, None] < n
         weights = tl.where(inside, tl.exp(logits - norm), 0.0)
         y = _load(v, vh, vn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        dweights = _mix(_products(g, y, PRECISION), w_post, BLOCK, LANES, PRECISION)
+        dweights = _mix(_products(g, y), w_post, BLOCK, LANES)
         sums += tl.sum(weights * dweights, 1)
     tl.store(delta + place, sums, owned)
 
@@ -210,18 +218,18 @@ def queries_kernel(
     post_sum = tl.zeros((BLOCK, LANES, LANES), tl.float32)
     for start in range(0, n, BLOCK):
         y = _load(v, vh, vn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        dmixed = _products(g, y, PRECISION)
-        dweights = _mix(dmixed, w_post, BLOCK, LANES, PRECISION)
+        dmixed = _products(g, y)
+        dweights = _mix(dmixed, w_post, BLOCK, LANES)
         y = _load(k, kh, kn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        scores = _products(q, y, PRECISION) * scale
-        logits = _mix(scores, pre_t, BLOCK, LANES, PRECISION)
+        scores = _products(q, y) * scale
+        logits = _mix(scores, pre_t, BLOCK, LANES)
         inside = start + tl.arange(0, BLOCK)[None, :, None] < n
         weights = tl.where(inside, tl.exp(logits - norm), 0.0)
         dlogits = weights * (dweights - sums[:, None, :])
-        post_sum += _outer(dmixed, weights, OPERAND, PRECISION)
-        pre_sum += _outer(dlogits, scores, OPERAND, PRECISION)
-        dscores = _mix(dlogits, w_pre, BLOCK, LANES, PRECISION)
-        result = tl.dot(_by_lane(dscores, OPERAND), y, result, input_precision=PRECISION)
+        post_sum += _outer(dmixed, weights, OPERAND)
+        pre_sum += _outer(dlogits, scores, OPERAND)
+        dscores = _mix(dlogits, w_pre, BLOCK, LANES)
+        result = tl.dot(_by_lane(dscores, OPERAND), y, result)
 
     _store(dq + batch * ob, oh, on, head, rows, heads, n, dim, result * scale, DIM)
     lane = tl.arange(0, LANES)
@@ -236,7 +244,7 @@ def keys_kernel(
     qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, ob, oh, on,
     scale, heads, n, dim,
     HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Owns keys and values: writes their gradients. Pairs are (key, query) here, so that they are
     the left operand of the products as they come."""
@@ -263,14 +271,14 @@ def keys_kernel(
         sums = tl.load(delta + place, owned, 0.0)[None, :, :]
         x = _load(q, qh, qn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
         g = _load(grad, gh, gn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
-        logits = _mix(_products(k, x, PRECISION) * scale, pre_t, BLOCK, LANES, PRECISION)
+        logits = _mix(_products(k, x) * scale, pre_t, BLOCK, LANES)
         weights = tl.exp(logits - norm)
-        mixed = _mix(weights, post_t, BLOCK, LANES, PRECISION) + shift
-        value_sum = tl.dot(_by_lane(mixed, OPERAND), g, value_sum, input_precision=PRECISION)
-        dweights = _mix(_products(v, g, PRECISION), w_post, BLOCK, LANES, PRECISION)
+        mixed = _mix(weights, post_t, BLOCK, LANES) + shift
+        value_sum = tl.dot(_by_lane(mixed, OPERAND), g, value_sum)
+        dweights = _mix(_products(v, g), w_post, BLOCK, LANES)
         dlogits = weights * (dweights - sums)
-        dscores = _mix(dlogits, w_pre, BLOCK, LANES, PRECISION)
-        key_sum = tl.dot(_by_lane(dscores, OPERAND), x, key_sum, input_precision=PRECISION)
+        dscores = _mix(dlogits, w_pre, BLOCK, LANES)
+        key_sum = tl.dot(_by_lane(dscores, OPERAND), x, key_sum)
 
     _store(dk + batch * ob, oh, on, head, rows, heads, n, dim, key_sum * scale, DIM)
     _store(dv + batch * ob, oh, on, head, rows, heads, n, dim, value_sum, DIM)
@@ -279,21 +287,19 @@ def keys_kernel(
 # --- launching ----------------------------------------------------------------------------------
 
 
-def _constants(q: Tensor) -> dict:
-    heads, dim = q.shape[1], q.shape[3]
+def _constants(q: Tensor, launch: tuple[int, int]) -> dict[str, Any]:
+    heads, width = q.shape[1], q.shape[3]
     operand = _OPERANDS[q.dtype]
-    if INTERPRETED and operand is tl.bfloat16:
+    if triton.knobs.runtime.interpret and operand is tl.bfloat16:
         operand = tl.float32  # NumPy, which the interpreter computes with, has no bfloat16
     return {
         "HEADS": triton.next_power_of_2(heads),
-        "DIM": max(triton.next_power_of_2(dim), 16),
+        "DIM": max(triton.next_power_of_2(width), 16),
         "LANES": LANES,
         "BLOCK": BLOCK,
         "OPERAND": operand,
-        # Three TF32 products make an fp32 one; a single TF32 product keeps 10 bits.
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "num_warps": WARPS,
-        "num_stages": STAGES,
+        "num_warps": launch[0],
+        "num_stages": launch[1],
     }
 
 
@@ -325,7 +331,7 @@ def forward(
     forward_kernel[(_programs(q),)](
         q, k, v, w_pre.contiguous(), w_post.contiguous(), b_post.contiguous(), out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        scale, *q.shape[1:], **_constants(q),
+        scale, *q.shape[1:], **_constants(q, FORWARD),
     )  # fmt: skip
     return out, lse
 
@@ -339,7 +345,7 @@ def backward(
     w_pre, w_post = w_pre.contiguous(), w_post.contiguous()
     dq, dk, dv = _token_major(q), _token_major(q), _token_major(q)
     delta = torch.empty_like(lse)
-    programs, constants = _programs(q), _constants(q)
+    programs, constants = _programs(q), _constants(q, BACKWARD)
     parts = lse.new_empty(2, programs, LANES, LANES)
     strides = [s for x in (q, k, v, grad, dq) for s in x.stride()[:3]]
     sizes = (scale, *q.shape[1:])
