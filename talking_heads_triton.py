@@ -34,7 +34,7 @@ the bounds). A multiprocessor has 65536 registers and 227 KiB of shared memory.
 - Forward: by count 1 accumulator, 3 operands and about 5 tiles, 64 + 48 + 80 = 192 registers of 256
   threads. Compiled for 512 threads, where it is half of that plus addresses: 120, nothing spilled,
   105 KiB.
-- Queries: 1 accumulator, 4 operands, 2 partial sums (16 x 16 x 16) and about 4 tiles in use at once,
+- Queries: 1 accumulator, 4 operands, 2 partial sums (16 x 16 x 16) and about 4 tiles at once,
   64 + 64 + 32 + 64 = 224. Compiled for 256 threads: 255, 40 bytes spilled, 145 KiB.
 - Keys: 2 accumulators, 4 operands, some in shared memory, and about 3 tiles, 128 + 48 = 176 and
   addresses. Compiled for 256 threads: 255, 112 bytes spilled, 147 KiB.
@@ -328,11 +328,12 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = _token_major(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    forward_kernel[(_programs(q),)](
-        q, k, v, w_pre.contiguous(), w_post.contiguous(), b_post.contiguous(), out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        scale, *q.shape[1:], **_constants(q, FORWARD),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever it is given
+        forward_kernel[(_programs(q),)](
+            q, k, v, w_pre.contiguous(), w_post.contiguous(), b_post.contiguous(), out, lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            scale, *q.shape[1:], **_constants(q, FORWARD),
+        )  # fmt: skip
     return out, lse
 
 
@@ -349,14 +350,15 @@ def backward(
     parts = lse.new_empty(2, programs, LANES, LANES)
     strides = [s for x in (q, k, v, grad, dq) for s in x.stride()[:3]]
     sizes = (scale, *q.shape[1:])
-    queries_kernel[(programs,)](
-        q, k, v, grad, w_pre, w_post, lse, delta, dq, parts[0], parts[1], *strides, *sizes,
-        **constants,
-    )  # fmt: skip
-    keys_kernel[(programs,)](
-        q, k, v, grad, w_pre, w_post, b_post.contiguous(), lse, delta, dk, dv, *strides, *sizes,
-        **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        queries_kernel[(programs,)](
+            q, k, v, grad, w_pre, w_post, lse, delta, dq, parts[0], parts[1], *strides, *sizes,
+            **constants,
+        )  # fmt: skip
+        keys_kernel[(programs,)](
+            q, k, v, grad, w_pre, w_post, b_post.contiguous(), lse, delta, dk, dv, *strides,
+            *sizes, **constants,
+        )  # fmt: skip
     dw_pre, dw_post = _diagonal_blocks(parts.sum(1), q.shape[1])
     # The bias gives every key of a row the same weight, so its gradient is that of the sums.
     sums = grad.sum(2, dtype=torch.float32) * v.sum(2, dtype=torch.float32)

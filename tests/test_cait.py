@@ -148,7 +148,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     assert runs == [False, True, True]  # the second time in the backward pass
     for name, gradient in gradients[0].items():
-        assert gradient.abs().sum() > 0, name
+        # The softmax cancels a bias that is the same for all keys.
+        assert gradient.abs().sum() > 0 or name.endswith("proj_l.bias"), name
         torch.testing.assert_close(gradient, gradients[1][name])
 
 

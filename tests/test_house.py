@@ -16,8 +16,9 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")}
 # From the leaves up: a file imports only from rows above its own.
 ROWS = (
     {"errors"},
-    {"config"},
-    {"utils", "cait_models"},
+    {"config", "talking_heads_triton"},
+    {"utils", "talking_heads"},
+    {"cait_models"},
     {"parallel", "rendezvous"},
     {"checkpoint", "samplers", "augment", "models", "optim", "loggers", "lock"},
     {"datasets", "losses", "state"},
