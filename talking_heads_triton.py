@@ -359,15 +359,15 @@ def backward(
             q, k, v, grad, w_pre, w_post, b_post.contiguous(), lse, delta, dk, dv, *strides,
             *sizes, **constants,
         )  # fmt: skip
-    dw_pre, dw_post = _diagonal_blocks(parts.sum(1), q.shape[1])
+    dw_pre, dw_post = (_diagonal_blocks(part.sum(0), q.shape[1]) for part in parts)
     # The bias gives every key of a row the same weight, so its gradient is that of the sums.
     sums = grad.sum(2, dtype=torch.float32) * v.sum(2, dtype=torch.float32)
     return dq, dk, dv, dw_pre.to(w_pre), dw_post.to(w_post), sums.sum((0, 2)).to(b_post)
 
 
 def _diagonal_blocks(x: Tensor, heads: int) -> Tensor:
-    """(2, LANES, LANES) -> (2, heads, heads): the blocks on the diagonal, added up."""
+    """(LANES, LANES) -> (heads, heads): the blocks on the diagonal, added up."""
     padded = triton.next_power_of_2(heads)
     groups = LANES // padded
-    blocks = x.view(2, groups, padded, groups, padded)
-    return torch.einsum("wgogi->woi", blocks)[:, :heads, :heads]
+    blocks = torch.einsum("gogi->oi", x.view(groups, padded, groups, padded))
+    return blocks[:heads, :heads].contiguous()
