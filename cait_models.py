@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import talking_heads
@@ -227,6 +228,40 @@ class Class_Attention(nn.Module):
 # --- blocks and the network ---------------------------------------------------------------------
 
 
+class _GeluLinear(torch.autograd.Function):
+    """Linear of GELU that keeps GELU's input alone and computes its output anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        # Under autocast the product was in half precision, the weight isn't.
+        hidden = F.gelu(x).to(grad.dtype)
+        dhidden = (grad @ weight.to(grad.dtype)).to(x.dtype)
+        dweight = grad.flatten(0, -2).t() @ hidden.flatten(0, -2)
+        dbias = grad.flatten(0, -2).sum(0)
+        dx = torch.ops.aten.gelu_backward(dhidden, x)
+        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+class LeanMlp(Mlp):
+    """The same MLP; training keeps little more than half as much of it for the backward pass.
+
+    Once attention keeps no (N, N) tensors, the two (B, N, 4D) ones of the MLP are the largest.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.drop1.p > 0 and self.training
+        if dropped or not self.training or talking_heads.exporting():
+            return super().forward(x)
+        return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
+
+
 class LayerScale_Block(nn.Module):
     """Talking-heads attention and MLP, each scaled by a learnt vector (LayerScale, section 2.1)."""
 
@@ -247,7 +282,7 @@ class LayerScale_Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = self.attention(dim, num_heads, qkv_bias, attn_drop, drop)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = LeanMlp(dim, int(dim * mlp_ratio), drop)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values))
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

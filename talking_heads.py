@@ -4,7 +4,7 @@
 before and after the softmax. Written down plainly that makes five tensors (B, heads, N, N), most
 of them kept for the backward pass. ``choose_path`` picks one of
 
-- ``plain``: that formula, with autograd. Attention dropout, exporting and second derivatives need
+- ``plain``: that formula, with autograd. Attention dropout, export and second derivatives need
   it.
 - ``lean``: keeps q, k and v alone and computes the rest anew in the backward pass, a few pictures
   at a time in buffers that are used again. Any device with PyTorch's own operations, any dtype.
@@ -60,8 +60,8 @@ def choose_path(q: Tensor, dropout_p: float = 0.0) -> Path:
     On CUDA fused where that is possible, else lean; on a CPU lean, which is the faster one too; on
     other devices plain. Raises OptionError if the requested path is impossible, and why.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or q.device.type == "meta":
-        return "plain"  # who reads the graph knows PyTorch's operations alone
+    if exporting() or q.device.type == "meta":
+        return "plain"
     if _requested != "auto":
         refusal = None if _requested == "plain" else _refusal(_requested, q, dropout_p)
         if refusal:
@@ -74,6 +74,11 @@ def choose_path(q: Tensor, dropout_p: float = 0.0) -> Path:
     if q.device.type in BUFFER_BYTES and _refusal("lean", q, dropout_p) is None:
         return "lean"
     return "plain"
+
+
+def exporting() -> bool:
+    """Whether a graph is recorded for others, who know PyTorch's own operators alone."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _refusal(path: Path, q: Tensor, dropout_p: float) -> str | None:
