@@ -167,7 +167,8 @@ def forward_kernel(
         logits = _mix(_products(q, y) * scale, pre_t, BLOCK, LANES)
         inside = start + tl.arange(0, BLOCK)[None, :, None] < n
         weights = tl.where(inside, tl.exp(logits - norm[:, None, :]), 0.0)
-        # Keys beyond the last get the bias too, but their values are zero.
+        # Keys beyond the last get the bias too, but their values are zero. Without the mask they
+        # could be infinite, and infinity times zero is not zero.
         weights = _mix(weights, post_t, BLOCK, LANES) + shift
         y = _load(v, vh, vn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
         result = tl.dot(_by_lane(weights, OPERAND), y, result)
@@ -260,6 +261,7 @@ def keys_kernel(
     grad += batch * gb
     step = tl.arange(0, BLOCK)[None, :]
 
+    inside = tl.trans(rows)[:, None, :] < n
     key_sum = tl.zeros((LANES, BLOCK, DIM), tl.float32)
     value_sum = tl.zeros((LANES, BLOCK, DIM), tl.float32)
     for start in range(0, n, BLOCK):
@@ -272,7 +274,9 @@ def keys_kernel(
         x = _load(q, qh, qn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
         g = _load(grad, gh, gn, head, start + step, heads, n, dim, LANES, BLOCK, DIM, OPERAND)
         logits = _mix(_products(k, x) * scale, pre_t, BLOCK, LANES)
-        weights = tl.exp(logits - norm)
+        # A key beyond the last would be infinite where all logits are low, and mixing multiplies it
+        # by zero for the lanes of its neighbour.
+        weights = tl.where(inside, tl.exp(logits - norm), 0.0)
         mixed = _mix(weights, post_t, BLOCK, LANES) + shift
         value_sum = tl.dot(_by_lane(mixed, OPERAND), g, value_sum)
         dweights = _mix(_products(v, g), w_post, BLOCK, LANES)

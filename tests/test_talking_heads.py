@@ -141,6 +141,20 @@ def test_large_logits_do_not_overflow():
         assert all(g.isfinite().all() for g in torch.autograd.grad(result.sum(), values))
 
 
+@pytest.mark.parametrize(("heads", "n"), [(4, 20), (8, 20), (16, 20)])
+def test_low_logits_leave_nothing_infinite(heads, n):
+    """exp(0 - logsumexp), for the places beyond the last key, is too large for any dtype."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    q, k, v, w_pre, *rest = inputs(1, heads, n, 16, dtype, DEVICE)
+    with torch.no_grad():
+        q.abs_()
+        k.abs_().neg_()
+        w_pre.copy_(10 * torch.eye(heads))
+    # Logits of -300 round at 2e-5, or in half precision at 1.
+    values = (q, k, v, w_pre, *rest)
+    check("fused", values, 1e-3 if dtype == torch.float32 else 2.0, scale=3.0)
+
+
 def test_frozen_mixing_gets_no_gradient():
     values = inputs(1, 4, 6, 3)
     frozen = [x.detach() for x in values[3:]]
