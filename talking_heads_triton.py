@@ -24,20 +24,19 @@ Nothing is added atomically. Gradients of queries come from programs that own qu
 keys and values from programs that own keys, those of the mixing weights as one partial sum a
 program, added up afterwards. Runs repeat bit for bit.
 
-Budget on an H100 (sm_90), 8 heads of width 48 padded to 64, half precision, tiles of 16 x 16; "by
-count" is the arithmetic, "compiled" what ``ptxas`` makes of it (tests/test_talking_heads.py holds
-the bounds). A multiprocessor has 65536 registers and 227 KiB of shared memory.
+Budget on an H100 (sm_90), 8 heads of width 48 padded to 64, half precision, tiles of 16 x 16. "By
+count" is the arithmetic, "compiled" what ``ptxas`` makes of it (tests/test_talking_heads.py
+compiles them and checks the shared memory). There are 65536 registers and 227 KiB of shared memory.
 
 - A tile is 16 lanes x 16 x 16 = 4096 numbers: in fp32, 16 registers for each of 256 threads.
 - An accumulator of outputs or gradients is 16 lanes x 16 x 64 = 16384 numbers: 64 registers.
-- An operand (16 lanes x 16 rows x 64) is 32 KiB of shared memory, 16 registers of 256 threads.
-- Forward: by count 1 accumulator, 3 operands and about 5 tiles, 64 + 48 + 80 = 192 registers of 256
-  threads. Compiled for 512 threads, where it is half of that plus addresses: 120, nothing spilled,
-  105 KiB.
-- Queries: 1 accumulator, 4 operands, 2 partial sums (16 x 16 x 16) and about 4 tiles at once,
+- An operand of that shape is 32 KiB in half precision: in shared memory, or 32 registers.
+- Forward: by count 1 accumulator, the queries and about 5 tiles, 64 + 32 + 80 = 176 of 256 threads.
+  Compiled for 512 threads, half of that plus addresses: 120, nothing spilled, 105 KiB.
+- Queries: 1 accumulator, 2 operands, 2 partial sums (16 x 16 x 16) and about 4 tiles,
   64 + 64 + 32 + 64 = 224. Compiled for 256 threads: 255, 40 bytes spilled, 145 KiB.
-- Keys: 2 accumulators, 4 operands, some in shared memory, and about 3 tiles, 128 + 48 = 176 and
-  addresses. Compiled for 256 threads: 255, 112 bytes spilled, 147 KiB.
+- Keys: 2 accumulators, 2 operands and about 3 tiles, 128 + 64 + 48 = 240. Compiled for 256 threads:
+  255, 128 bytes spilled, 147 KiB.
 
 One program fills a multiprocessor. In fp32 the operands would be twice as large, 300 to 430 KiB in
 all: there is no fp32 on CUDA, only in the interpreter, where tests want its precision.
