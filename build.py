@@ -19,9 +19,11 @@ import losses
 import models
 import optim
 import parallel
+import talking_heads
 import utils
 from augment import EvalTransform, Preprocessing
 from batch_augment import BatchAugment, Normalise, supports
+from cait_models import Attention_talking_head
 from config import Config
 from errors import OptionError
 from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
@@ -221,6 +223,7 @@ def build_model(
         grad_checkpointing=options.grad_checkpointing,
         required=config.explicit(),
     )
+    choose_talking_heads(model, options.talking_heads)
     started_from = resumed or {}
     if options.finetune and resumed is None:
         started_from = checkpoint.load_file(options.finetune)
@@ -238,6 +241,13 @@ def build_model(
         # A model that is to be sharded may be too large for one device.
         model.to(device, memory_format=layout)
     return model, _preprocessing(config, model, started_from)
+
+
+def choose_talking_heads(model: nn.Module, choice: talking_heads.Choice) -> None:
+    """Compute CaiT's attention as ``--talking-heads`` says. Raises OptionError without any."""
+    if choice != "auto" and not any(isinstance(m, Attention_talking_head) for m in model.modules()):
+        raise OptionError("talking_heads", "the model has no talking heads: leave it out")
+    talking_heads.set_path(choice)
 
 
 def _preprocessing(config: Config, model: nn.Module, started_from: dict[str, Any]) -> Preprocessing:

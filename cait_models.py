@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+import talking_heads
 
 # --- shared with DeiT ---------------------------------------------------------------------------
 
@@ -149,21 +152,14 @@ def register(
 def talking_heads_attention(
     q: Tensor, k: Tensor, v: Tensor, proj_l: nn.Linear, proj_w: nn.Linear, dropout_p: float = 0.0
 ) -> Tensor:
-    """Attention whose heads are mixed linearly before and after the softmax.
+    """Attention whose heads are mixed by ``proj_l`` before and by ``proj_w`` after the softmax.
 
-    "Talking-Heads Attention" (Shazeer et al. 2020, arXiv:2003.02436). ``q``, ``k`` and ``v`` are
-    (B, heads, N, d), so is the result; ``proj_l`` mixes the scores, ``proj_w`` the weights (with a
-    bias: rows of the mixed weights needn't sum to one).
+    ``q``, ``k`` and ``v`` are (B, heads, N, d), so is the result. How it is computed is the
+    business of ``talking_heads``.
     """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-    weights = _mix_heads(_mix_heads(scores, proj_l).softmax(dim=-1), proj_w)
-    return F.dropout(weights, dropout_p) @ v
-
-
-def _mix_heads(x: Tensor, proj: nn.Linear) -> Tensor:
-    """``proj`` over the heads of (B, heads, N, N): one matrix product, nothing is permuted."""
-    weight = proj.weight.expand(x.shape[0], -1, -1)  # (B, heads, heads)
-    return torch.baddbmm(proj.bias.view(1, -1, 1), weight, x.flatten(2)).view_as(x)
+    mixing = (proj_l.weight, proj_l.bias, proj_w.weight, proj_w.bias)
+    scale = q.shape[-1] ** -0.5
+    return talking_heads.talking_heads_attention(q, k, v, *mixing, scale, dropout_p)
 
 
 class Attention_talking_head(nn.Module):
@@ -232,6 +228,40 @@ class Class_Attention(nn.Module):
 # --- blocks and the network ---------------------------------------------------------------------
 
 
+class _GeluLinear(torch.autograd.Function):
+    """Linear of GELU that keeps GELU's input alone and computes its output anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        # Under autocast the product was in half precision, the weight isn't.
+        hidden = F.gelu(x).to(grad.dtype)
+        dhidden = (grad @ weight.to(grad.dtype)).to(x.dtype)
+        dweight = grad.flatten(0, -2).t() @ hidden.flatten(0, -2)
+        dbias = grad.flatten(0, -2).sum(0)
+        dx = torch.ops.aten.gelu_backward(dhidden, x)
+        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+class LeanMlp(Mlp):
+    """The same MLP; training keeps little more than half as much of it for the backward pass.
+
+    Once attention keeps no (N, N) tensors, the two (B, N, 4D) ones of the MLP are the largest.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.drop1.p > 0 and self.training
+        if dropped or not self.training or talking_heads.exporting():
+            return super().forward(x)
+        return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
+
+
 class LayerScale_Block(nn.Module):
     """Talking-heads attention and MLP, each scaled by a learnt vector (LayerScale, section 2.1)."""
 
@@ -252,7 +282,7 @@ class LayerScale_Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = self.attention(dim, num_heads, qkv_bias, attn_drop, drop)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = LeanMlp(dim, int(dim * mlp_ratio), drop)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values))
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -134,6 +134,12 @@ class ModelOptions:
         "default",
         "torch.compile: reduce-overhead and max-autotune record CUDA graphs, for small models",
     )
+    talking_heads: Literal["auto", "plain", "lean", "fused"] = option(
+        "auto",
+        "CaiT: how attention is computed, with the same result: fused in a Triton kernel (A100, "
+        "H100, H200, half precision), lean (recomputed in the backward pass), plain, or the best "
+        "of these that is possible",
+    )
 
 
 @dataclass(frozen=True)
@@ -910,6 +916,12 @@ def _conflicts(c: Config) -> Iterator[tuple[bool, str, str]]:
         loss.bce_loss and loss.loss not in ("auto", "bce"),
         "bce_loss",
         f"contradicts --loss {loss.loss}: leave one out",
+    )
+    yield (
+        c.model.talking_heads == "fused"
+        and (c.optim.amp == "off" or c.optim.rollback_fp32_steps > 0),
+        "talking_heads",
+        "fused is for half precision: leave out --amp off and --rollback-fp32-steps",
     )
     yield (
         loss.cosub and loss.loss not in ("auto", "bce"),

@@ -1,5 +1,6 @@
 """What all tests share: the repository on the path, one thread a process, quiet libraries."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter; it looks once, when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

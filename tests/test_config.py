@@ -406,6 +406,7 @@ CONFLICTS = [
     ("accum_steps", "--batch-size auto --accum-steps 2"),
     ("bce_loss", "--bce-loss"),
     ("bce_loss", "--bce-loss --smoothing 0 --loss ce"),
+    ("talking_heads", "--talking-heads fused --amp off"),
     ("cosub", "--cosub --loss focal"),
     ("cosub", "--cosub --distillation-type hard --teacher-path t.pth"),
     ("distillation_type", "--distillation-type soft"),

@@ -16,8 +16,9 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")}
 # From the leaves up: a file imports only from rows above its own.
 ROWS = (
     {"errors"},
-    {"config"},
-    {"utils", "cait_models", "remote"},
+    {"config", "talking_heads_triton"},
+    {"utils", "talking_heads", "remote"},
+    {"cait_models"},
     {"parallel", "rendezvous"},
     {"checkpoint", "samplers", "augment", "batch_ops", "models", "optim", "loggers", "lock"},
     {"batch_augment", "losses", "state"},
