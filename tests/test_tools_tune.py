@@ -223,8 +223,11 @@ def test_grid_tries_every_point_once(stand_in, tmp_path):
     space = write_space(
         tmp_path, weight_decay={"low": 0.0, "high": 0.2, "step": 0.1}, lr=[1e-4, 1e-3]
     )
-    assert search(tmp_path, space, "--sampler", "grid", "--pruner", "none", "--jobs", "2") == 0
-    points = {(round(t.params["weight_decay"], 6), t.params["lr"]) for t in trials(tmp_path)}
+    more = ("--sampler", "grid", "--pruner", "none", "--jobs", "2")
+    assert search(tmp_path, space, "--trials", "4", *more) == 0
+    assert search(tmp_path, space, *more) == 0
+    done = [t for t in trials(tmp_path) if t.state.name == "COMPLETE"]
+    points = {(round(t.params["weight_decay"], 6), t.params["lr"]) for t in done}
     assert points == {(d, lr) for d in (0.0, 0.1, 0.2) for lr in ("0.0001", "0.001")}
     assert len(trials(tmp_path)) == 6
 
