@@ -105,6 +105,17 @@ def test_no_suggestion_from_noise():
             lr_find.suggest(rates, losses)
 
 
+def test_a_trial_goes_on_from_epoch_to_epoch_and_stops_at_its_update():
+    given = config.load([*SMALL, "--batch-size", "256"])
+    with single_process(given) as (processes, device):
+        trial = Trial(given, processes, device)
+        for updates in (7, 2):
+            trial.train(updates)
+    progress = trial.state.progress
+    assert trial.data.steps == 5 and progress.update == 9
+    assert (progress.epoch, progress.step, progress.samples) == (1, 4, 4 * 256)
+
+
 def test_range_test_uses_the_rates_and_stops_where_the_loss_is_lost():
     with single_process(config.load([*SMALL, "--log-interval", "1"])) as (processes, device):
         trial = Trial(config.load([*SMALL, "--log-interval", "1"]), processes, device)

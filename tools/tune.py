@@ -190,8 +190,8 @@ class Study:
         axes: Sequence[Axis],
         folder: Path,
         *,
-        sampler: Any,
         pruner: Any,
+        seed: int,
         grid: bool,
     ) -> None:
         optuna = command.require("optuna")
@@ -201,6 +201,7 @@ class Study:
         self.config = config
         self.axes = axes
         self.folder = folder
+        self.seed = seed
         self.points = list(_points(axes)) if grid else None
         self.metric = config.save.best_metric
         self.lower = self.metric.endswith("loss")
@@ -217,7 +218,6 @@ class Study:
                     engine_kwargs={"connect_args": {"timeout": 60}},
                 ),
                 direction="minimize" if self.lower else "maximize",
-                sampler=sampler,
                 pruner=pruner,
                 load_if_exists=True,
             )
@@ -275,6 +275,12 @@ class Study:
             print(f"trial {frozen.number}: left by a process that is gone, marked as failed")
         return count
 
+    def _sampler(self, number: int) -> Any:
+        """What proposes trial ``number``; of two processes neither draws what the other does."""
+        seed = (self.seed + 1_000_003 * number) % 2**32
+        # Trials that run at the same time are told not to try the same.
+        return self.optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
     def trial_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:04d}"
 
@@ -292,6 +298,7 @@ class Study:
             waiting = self.study.get_trials(deepcopy=False, states=[self.states.WAITING])
             if self.points is not None and not waiting:
                 return None
+            self.study.sampler = self._sampler(len(self.study.get_trials(deepcopy=False)))
             trial = self.study.ask()
             values = {axis.name: axis.draw(trial) for axis in self.axes}
             folder = self._owner_folder(trial.number)
@@ -605,9 +612,8 @@ def tune(arguments: argparse.Namespace) -> int:
         config,
         axes,
         folder,
-        # Trials that run at the same time are told not to try the same.
-        sampler=optuna.samplers.TPESampler(seed=arguments.study_seed, constant_liar=True),
         pruner=_pruner(optuna, arguments, config.run.epochs),
+        seed=arguments.study_seed,
         grid=arguments.sampler == "grid",
     )
     code = search(study, arguments.trials, arguments.jobs, arguments.devices)
