@@ -114,6 +114,8 @@ RESUME_CASES = {
     ),
     "bf16, lamb, clip": ("--amp", "bf16", "--opt", "lamb", "--clip-grad", "1", "--resplit"),
     "fp16 scaler": ("--amp", "fp16", "--ThreeAugment", "--mixup-mode", "elem"),
+    "augmented one by one": ("--augment-on", "cpu"),
+    "without a cache": ("--cache", "none", "--train-interpolation", "random"),
     "cosub, multistep": (
         *("--cosub", "--smoothing", "0", "--sched", "multistep", "--decay-milestones", "1", "2"),
     ),
