@@ -89,15 +89,32 @@ def by_groups(groups: np.ndarray, generator: torch.Generator) -> torch.Tensor:
     """
     count = int(groups.max()) + 1
     lanes = min(LANES, count)
-    turn = torch.empty(count, dtype=torch.int64)
-    turn[torch.randperm(count, generator=generator)] = torch.arange(count)
-    shuffle = torch.rand(len(groups), generator=generator, dtype=torch.float64).numpy()
-    mine = turn.numpy()[groups]
-    lane, window = mine % lanes, mine // lanes // WINDOW
-    order = np.lexsort((shuffle, window, lane))  # lane by lane
-    lengths = np.bincount(lane, minlength=lanes)
-    within = np.arange(len(groups)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return torch.from_numpy(order[np.lexsort((lane[order], within))])
+    members = np.argsort(groups, kind="stable")
+    ends = np.cumsum(np.bincount(groups, minlength=count))
+    parts = np.split(members, ends[:-1])
+    turns = torch.randperm(count, generator=generator).numpy()
+    sequences = []
+    for lane in range(lanes):
+        mine, windows = turns[lane::lanes], []
+        for start in range(0, len(mine), WINDOW):
+            window = np.concatenate([parts[group] for group in mine[start : start + WINDOW]])
+            windows.append(window[torch.randperm(len(window), generator=generator).numpy()])
+        sequences.append(np.concatenate(windows))
+    return torch.from_numpy(_in_turn(sequences))
+
+
+def _in_turn(sequences: list[np.ndarray]) -> np.ndarray:
+    """One element of each sequence, then the next of each; the longer ones go on alone."""
+    lengths = [len(sequence) for sequence in sequences]
+    places = np.arange(max(lengths))
+    there = sum((places < length).astype(np.int64) for length in lengths)
+    # Where the next sequence's element of each place goes.
+    slot = np.cumsum(there) - there
+    result = np.empty(sum(lengths), dtype=np.int64)
+    for sequence in sequences:
+        result[slot[: len(sequence)]] = sequence
+        slot[: len(sequence)] += 1
+    return result
 
 
 class ShuffleSampler(EpochSampler):
