@@ -1,5 +1,6 @@
 """What all tests share: the repository on the path, one thread a process, quiet libraries."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,16 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it looks once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_messages():
+    """A run's messages go to standard output; those of the next test don't."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
