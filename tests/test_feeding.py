@@ -2,11 +2,13 @@
 
 import io
 import re
+import shlex
 import types
 
 import numpy as np
 import pytest
 import torch
+from after_training import make_pictures
 from PIL import Image
 
 import build
@@ -16,6 +18,8 @@ import models
 import utils
 from config import load
 from datasets import BadPictureError, decode, decode_tensor, most_workers
+from tools.benchmark import ROOT
+from tools.data import __main__ as packing
 
 TINY = ("--data-set", "DIGITS", "--model", "deit_nano_patch4_32", "--input-size", "8")
 TINY += ("--device", "cpu", "--epochs", "1", "--warmup-epochs", "0", "--no-tensorboard")
@@ -253,3 +257,31 @@ def test_arrays_are_decoded_without_a_copy_in_between():
     array = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     assert torch.equal(decode_tensor(array).permute(1, 2, 0), torch.from_numpy(array))
     assert decode_tensor(array[..., 0]).shape == (3, 4, 4)
+
+
+# --- pages and options --------------------------------------------------------------------------
+
+
+def test_commands_of_the_page(tmp_path, monkeypatch):
+    make_pictures(tmp_path / "pets")
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+                for line in block.strip().splitlines()]  # fmt: skip
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    assert packing.main(commands[0][3:]) == 0
+    assert commands[0][:3] == ["python", "-m", "tools.data"]
+    tiny = [*TINY[2:], "--batch-size", "4", "--output-dir", "run", "--num-workers", "0"]
+    assert commands[1][:2] == ["python", "main.py"]
+    assert main.main([*commands[1][2:], *tiny]) == 0
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile_mode_reaches_the_compiler(mode, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda module, **how: asked.append(how) or module)
+    module = torch.nn.Identity()
+    assert build.compiled(load([*TINY, "--compile", "--compile-mode", mode]), module) is module
+    assert asked == [{"mode": mode}]
+    build.compiled(load([*TINY]), module)
+    assert len(asked) == 1
