@@ -208,14 +208,15 @@ def test_policy_draws_from_timms_distribution(name):
             assert stats.ks_2samp(values[kind], mine).pvalue > LEVEL, KINDS[kind]
 
 
-def test_random_resized_crop_draws_from_timms_distribution():
-    theirs = RandomResizedCropAndInterpolation(64)
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 2.0)])
+def test_random_resized_crop_draws_from_timms_distribution(ratio):
+    theirs = RandomResizedCropAndInterpolation(64, ratio=ratio)
     image = Image.new("RGB", (100, 75))
     seed_all(0)
     expected = np.array(
         [theirs.get_params(image, theirs.scale, theirs.ratio) for _ in range(SAMPLES)]
     )
-    ours = augment()
+    ours = augment(replace(PLAIN, ratio=ratio))
     draws = [ours._draws(0, 0, np.array([p]), 23) for p in range(SAMPLES)]
     found = np.array([ours._rectangle(d, 75, 100) for d in draws])
     for column in range(4):
@@ -253,7 +254,10 @@ def test_erased_boxes_hold_normal_noise_of_their_own():
     result = ours(grey, ours.plan(0, np.arange(40)))
     noise = result[result != plain]
     assert stats.kstest(noise[:20000].numpy(), "norm").pvalue > LEVEL
-    assert not torch.equal(result[0], result[1])
+    # Where two boxes overlap, each has noise of its own.
+    both = (result[:-1] != plain[:-1]) & (result[1:] != plain[1:])
+    assert both.sum() > 1000
+    assert (result[:-1] != result[1:])[both].float().mean() > 0.99
     rand = augment(replace(options, remode="rand"))
     result = rand(grey, rand.plan(0, np.arange(40)))
     changed = [set(r[0][r[0] != p[0]].tolist()) for r, p in zip(result, plain, strict=True)]
