@@ -933,20 +933,6 @@ def test_print_config_names_origins(pictures, tmp_path, capsys):
     assert re.search(r"^batch_size: 64 +# default$", shown, re.M)
 
 
-def test_the_plugins_of_the_guide_train(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    assert len(blocks) == 2
-    for number, block in enumerate(blocks):
-        (tmp_path / f"guide{number}.py").write_text(block)
-    plugins = [str(tmp_path / f"guide{number}.py") for number in range(2)]
-    options = ("--model", "my_model", "--data-set", "stripes", "--input-size", "16")
-    argv = arguments(tmp_path, tmp_path / "run", *options, *PLAIN, "--plugin", *plugins)
-    assert main.main(argv) == 0
-    # The printed command names the plugins; without them the model is unknown.
-    best = str(tmp_path / "run" / "best.pth")
-    assert main.main(["--eval", "--resume", best, "--plugin", *plugins]) == 0
-
-
 def test_plugin_brings_model_and_data_set(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import numpy as np, timm\n"
