@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,8 @@ import torch
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -173,47 +173,54 @@ class Door:
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in PATHS else "other"
+        body = _Body(scope, receive, self.service.limits.body)
         status, start = 500, time.perf_counter()
 
-        async def counted_send(message: Message) -> None:
+        async def watched_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                await body.drop_rest()
             await send(message)
 
         try:
-            await self.app(scope, self._limited(scope, receive), counted_send)
+            await self.app(scope, body.receive, watched_send)
         finally:
             measures = self.service.measures
             measures.requests.labels(path, status).inc()
             measures.seconds.labels(path).observe(time.perf_counter() - start)
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        limit, received = self.service.limits.body, 0
-        announced = int(dict(scope["headers"]).get(b"content-length", 0))
 
-        async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            # What is announced is refused at once; what isn't, when it has come.
-            if max(announced, received) > limit:
-                if message.get("more_body"):
-                    await _drop_rest(receive)
-                raise HTTPException(413, f"the body is larger than {limit:,} bytes")
-            return message
+class _Body:
+    """A request's body, counted as it comes."""
 
-        return limited_receive
+    def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
+        headers = dict(scope["headers"])
+        self.limit, self.received = limit, 0
+        self.announced = int(headers.get(b"content-length", 0))
+        self.ended = not self.announced and b"transfer-encoding" not in headers
+        self._receive = receive
 
+    async def receive(self) -> Message:
+        """As ASGI's. Raises HTTPException (413) for a body that is too large."""
+        message = await self._next()
+        # What is announced is refused at once; what isn't, when it has come.
+        if max(self.announced, self.received) > self.limit:
+            raise HTTPException(413, f"the body is larger than {self.limit:,} bytes")
+        return message
 
-async def _drop_rest(receive: Receive) -> None:
-    """Read the rest of a refused body for a moment: a client that still sends hears no answer."""
-    try:
-        async with asyncio.timeout(LINGER):
-            while (await receive()).get("more_body"):
-                pass
-    except TimeoutError:
-        pass
+    async def drop_rest(self) -> None:
+        """Read what is left, for a moment: a client that is still sending hears no answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while not self.ended:
+                    await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self.received += len(message.get("body", b""))
+        self.ended = not message.get("more_body", False)
+        return message
 
 
 async def _files(request: Request, limits: Limits) -> list[tuple[str | None, bytes]]:

@@ -25,7 +25,7 @@ class Measures:
             "serve_requests", "Requests answered", ("path", "status"), registry=registry
         )
         self.seconds = Histogram(
-            "serve_request_seconds", "From the request's first byte to the answer's last", ("path",),
+            "serve_request_seconds", "From the request to the end of its answer", ("path",),
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.refused = Counter(
