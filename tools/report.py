@@ -128,15 +128,19 @@ def figures(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         targets, predictions, labels=labels, zero_division=0
     )
+    predicted = np.bincount(predictions, minlength=len(labels))
     per_class = [
         {
             "class": name,
             "pictures": int(n),
+            "predicted": int(m),
             "precision": float(p),
             "recall": float(r),
             "f1": float(f),
         }
-        for name, n, p, r, f in zip(class_names, support, precision, recall, f1, strict=True)
+        for name, n, m, p, r, f in zip(
+            class_names, support, predicted, precision, recall, f1, strict=True
+        )
     ]
     top5 = None
     if len(labels) > 5:
@@ -315,7 +319,7 @@ def _page(content: dict[str, Any], chart: "Figure", dataset: datasets.ImageDatas
     page.chart(reliability_chart(content["calibration"]))
     page.heading("Classes")
     page.table(
-        ("class", "pictures", "precision", "recall", "F1"),
+        ("class", "pictures", "answers", "precision", "recall", "F1"),
         [tuple(row.values()) for row in content["per_class"]],
     )
     return page

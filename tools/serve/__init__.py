@@ -1,0 +1,1 @@
+"""A trained model as an HTTP service: ``python -m tools.serve``, docs/serve.md."""

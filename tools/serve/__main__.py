@@ -1,0 +1,150 @@
+"""Serve a trained model over HTTP: POST /predict, GET /health, /metrics, /docs, and a page to try.
+
+    python -m tools.serve output/pets/best.pth
+    curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/predict
+
+Only this machine is answered unless --host says otherwise. docs/serve.md has the limits and what
+the metrics mean.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from errors import OptionError
+from tools import command, trained
+
+DRAIN = 30  # seconds that requests in hand get when the service is told to end
+PACKAGES = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "python_multipart": "python-multipart",
+    "prometheus_client": "prometheus-client",
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = command.parser("serve", __doc__)
+    trained.add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
+    number = trained.positive
+    batching = parser.add_argument_group("batching")
+    batching.add_argument("--max-batch", type=number, default=16, help="pictures at a time")
+    batching.add_argument(
+        "--max-wait-ms", type=float, default=5.0, help="a picture waits for others, at most"
+    )
+    batching.add_argument("--decoders", type=number, help="decoding threads (default: one a core)")
+    batching.add_argument(
+        "--threads", type=number, help="the model's threads (default: one a core)"
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-body-mib", type=float, default=16.0, help="of a request")
+    limits.add_argument("--max-megapixels", type=float, default=50.0, help="of a picture")
+    limits.add_argument("--max-pictures", type=number, default=32, help="in a request")
+    limits.add_argument("--max-pending", type=number, default=256, help="pictures in hand")
+    limits.add_argument("--timeout", type=float, default=10.0, help="seconds for a request")
+    drift = parser.add_argument_group("drift")
+    drift.add_argument("--reference", type=Path, help="report.json of tools.report")
+    drift.add_argument("--window", type=number, default=500, help="answers that are looked at")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    for module, package in PACKAGES.items():
+        command.require(module, package)
+    _check(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Strangers' pictures make Pillow warn; what matters is refused.
+    warnings.filterwarnings("ignore", module="PIL")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(arguments.threads or cores or 1)
+    # The packages that are optional are there by now.
+    from tools.serve import app, drift
+
+    model = trained.open_model(arguments)
+    watch = None
+    if arguments.reference:
+        reference = drift.Reference.read(arguments.reference, model.classifier.class_names)
+        watch = drift.Watch(reference, arguments.window)
+    listener = _listen(arguments.host, arguments.port)
+    service = app.Service(
+        model,
+        Path(arguments.model).name,
+        limits=app.Limits(
+            body=int(arguments.max_body_mib * 2**20),
+            pixels=int(arguments.max_megapixels * 1e6),
+            pictures=arguments.max_pictures,
+            pending=arguments.max_pending,
+            seconds=arguments.timeout,
+        ),
+        batching=app.Batching(
+            max_batch=arguments.max_batch,
+            max_wait=arguments.max_wait_ms / 1000,
+            decoders=arguments.decoders or cores or 1,
+        ),
+        watch=watch,
+    )
+    _serve(app.build_app(service), listener)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("max_body_mib", "max_megapixels", "timeout"):
+        if not getattr(arguments, name) > 0:
+            raise OptionError(name, "is not above zero")
+    if not arguments.max_wait_ms >= 0:
+        raise OptionError("max_wait_ms", "is below zero")
+    if arguments.max_pictures > arguments.max_pending:
+        raise OptionError(
+            "max_pictures", f"a request of {arguments.max_pictures} never fits in --max-pending "
+            f"{arguments.max_pending}"
+        )  # fmt: skip
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; says where. Raises OptionError for an address that can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError("port", f"{host}:{port} can't be listened on ({reason})") from None
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listener.getsockname()[1]}/", flush=True)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            "warning: whoever reaches this port can use the model: docs/serve.md", file=sys.stderr
+        )
+    return listener
+
+
+def _serve(app: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN,
+    )
+    # uvicorn drains, then sends itself the signal again: being told to end is no failure.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    uvicorn.Server(config).run([listener])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command.run(_run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
