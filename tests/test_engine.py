@@ -55,7 +55,7 @@ def make_state(opt="adamw", ema=True):
     optimizer = build_optimizer(model, OptimOptions(opt=opt), lr=1e-3)
     schedule = Schedule(ScheduleOptions(), lr=1e-3, epochs=10, updates_per_epoch=20)
     average = ModelEma(model, 0.9) if ema else None
-    return TrainState(model, optimizer, schedule, None, average, lambda m: m, Progress(20))
+    return TrainState(model, optimizer, schedule, None, average, lambda m: m, Progress())
 
 
 def batches(count, augment=None, size=6):
@@ -143,6 +143,14 @@ def test_reports_leave_the_warm_up_out(monkeypatch):
         assert report.utilisation == pytest.approx(6 * 100 * 1.5 / 6000)
         assert report.memory > 1 << 20
     assert state.warm
+    # A resumed session has no report of its first update, but the same warm-up to leave out.
+    state.warm, state.progress = False, Progress(update=1)
+    reports.clear()
+    engine.train_one_epoch(
+        state, CrossEntropy(), slow(), options(), steps=20, report=reports.append
+    )  # fmt: skip
+    assert [r.step_seconds for r in reports] == [4.0, 4.0, 4.0]
+    assert not any(r.warm_up for r in reports)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -154,7 +162,7 @@ def test_no_synchronisation_on_cuda():
     state.ema.module.to(device)
     state = TrainState(
         state.model, build_optimizer(state.model, OptimOptions(), lr=1e-3), state.schedule, None,
-        ModelEma(state.model, 0.9), lambda m: m, Progress(20),
+        ModelEma(state.model, 0.9), lambda m: m, Progress(),
     )  # fmt: skip
     loader = list(batches(20, chosen.prepare))
     run = lambda some, steps: engine.train_one_epoch(  # noqa: E731
