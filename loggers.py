@@ -112,7 +112,7 @@ class RunLogger:
             parts.append(f"first step {report.step_seconds:.1f} s")
         else:
             parts += [
-                f"{report.images_per_second:.0f} img/s",
+                f"{report.images_per_second:.{0 if report.images_per_second >= 10 else 1}f} img/s",
                 f"data wait {report.data_wait:.0%}",
                 f"step {1000 * report.step_seconds:.0f} ms",
             ]

@@ -59,7 +59,7 @@ def test_log_lines_say_what_bounds_the_run(tmp_path, capsys):
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch 1 [")]
     assert re.search(r"first step \d+\.\d s  \d+\.\d GiB$", lines[0])
     for line in lines[1:]:
-        assert re.search(r"\d+ img/s  data wait \d+%  step \d+ ms  \d+\.\d GiB$", line)
+        assert re.search(r"[\d.]+ img/s  data wait \d+%  step \d+ ms  \d+\.\d GiB$", line)
 
 
 def test_pictures_way_is_introduced(tmp_path, capsys):
