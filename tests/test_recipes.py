@@ -107,7 +107,7 @@ FINE = {
     "batch": 64, "repeated_aug": False, "smoothing": 0.1, "sched": "cosine",
 }  # fmt: skip
 # The worked example: teacher and students differ by model, pictures and teacher alone.
-FMNIST = {"input_size": 28, "plugin": ["examples/fashion.py"], "opt": "muon", "mixup": 0.0}
+FMNIST = {"input_size": 28, "plugin": ["examples/fashion.py"], "opt": "muon"}
 
 FIGURES = {
     "deit_tiny": DEIT | {"model": "deit_tiny_patch16_224"},
@@ -174,7 +174,7 @@ FIGURES = {
     },
     # Layer-wise decay of BEiT and MAE for base and smaller models: 0.65 to 0.75.
     "finetune_layerwise": FINE | {"layer_decay": 0.75, "freeze": [], "lr": 5e-4, "epochs": 50},
-    "fmnist_teacher": FMNIST | {"model": "micro_resnet", "data_set": "FMNIST"},
+    "fmnist_teacher": FMNIST | {"model": "micro_resnet", "data_set": "FMNIST", "epochs": 1},
     "fmnist_student": FMNIST | {"model": "micro_deit_distilled", "distillation_type": "none"},
     "fmnist_student_distilled": FMNIST | {
         "model": "micro_deit_distilled", "distillation_type": "hard",
