@@ -1,5 +1,6 @@
 """What the tests of the pages share: their code blocks, and running their commands on tiny ones."""
 
+import gzip
 import re
 import shlex
 from pathlib import Path
@@ -43,8 +44,6 @@ def shrink(command: str, *tiny: str) -> list[str]:
 
 def write_idx(folder: Path, part: str, count: int) -> None:
     """``count`` random pictures of ten classes in the files of MNIST's kind, gzipped."""
-    import gzip
-
     rng = np.random.default_rng(0)
     arrays = {
         "images-idx3": rng.integers(0, 255, (count, 28, 28), dtype=np.uint8),

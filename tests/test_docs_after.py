@@ -11,15 +11,10 @@ from pathlib import Path
 
 import pytest
 from after_training import make_pictures, train
+from pages import ROOT, blocks, commands
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("docs/judge.md", "docs/export.md")
-
-
-def commands(page: str) -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
-    return [line for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,7 @@ def test_commands_are_those_of_the_page(page):
 def test_python_of_the_pages_works(place, page):
     with contextlib.chdir(place):
         assert run("python -m tools.export output/pets/best.pth --output deploy") == 0
-        for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+        for block in blocks(page, "python"):
             names = {"picture": Image.new("RGB", (20, 20))}
             exec(block, names)
             assert names.get("heat", names.get("logits")).shape in ((16, 16), (1, 2))

@@ -10,6 +10,7 @@ from PIL import Image
 import checkpoint
 import main
 import models
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 SIBLINGS = {
@@ -20,6 +21,8 @@ SIBLINGS = {
     "deit3_base_patch16_224": "deit3_small_patch16_224",
     "cait_S24_224": "cait_XXS24_224",
     "cait_S24": "cait_XXS24",
+    # Of patches that don't fit 32 pixels.
+    "micro_deit_distilled": "deit_nano_distilled_patch4_32",
 }
 
 
@@ -65,6 +68,7 @@ def test_recipe_takes_two_steps(pictures, teacher, tmp_path, monkeypatch, recipe
         "--log-interval",
         "1",
     ]
+    utils.import_plugins(asked.run.plugin)
     name = models.resolve_name(asked.model.model)
     argv += ["--model", SIBLINGS.get(name, name)]
     if asked.loss.distillation_type != "none":
