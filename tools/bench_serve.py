@@ -194,7 +194,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if model in arguments.models
         ]
     content = {
-        "command": "python -m tools.bench_serve",
+        "command": " ".join(("python -m tools.bench_serve", *arguments.given)),
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
         "surroundings": surroundings(torch.device(arguments.device)),
@@ -212,7 +212,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 1 where a request was answered wrongly."""
-    return command.run(_run, get_parser(), argv)
+    parser = get_parser()
+    parser.set_defaults(given=sys.argv[1:] if argv is None else list(argv))
+    return command.run(_run, parser, argv)
 
 
 if __name__ == "__main__":

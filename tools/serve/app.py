@@ -37,6 +37,7 @@ PATHS = ("/", "/predict", "/health", "/metrics", "/docs", "/openapi.json")
 LINGER = 1.0  # seconds in which the rest of a refused body is read and dropped
 SHOWN_SIDE = 224  # pixels that an explanation has at least
 MOST_CLASSES = 1000  # in one answer
+MOST_FIELDS = 16  # of a form, beside its files; they are ignored
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Service:
         )
         # An explanation costs several answers: one at a time.
         self.explainer = ThreadPoolExecutor(1, "explain")
-        self.explaining = False
+        self.explaining = asyncio.Semaphore(1)
 
     def close(self) -> None:
         """Answer what is in hand, then end the threads."""
@@ -121,12 +122,9 @@ class Service:
     async def explained(self, answer: Answer, class_index: int | None) -> str:
         """The picture as the model sees it under its heat map, a PNG as a data URL.
 
-        Raises RefusedError: 503 while another one is being made, 422 where the model can't be
-        explained.
+        Raises RefusedError (422) where the model can't be explained.
         """
-        if self.explaining:
-            raise RefusedError(503, "another explanation is being made: try again in a second")
-        self.explaining = True
+        await self.explaining.acquire()
         task = asyncio.get_running_loop().run_in_executor(
             self.explainer, self._explain, answer.tensor, class_index
         )
@@ -138,8 +136,8 @@ class Service:
             raise RefusedError(422, str(error)) from None
 
     def _explained(self, task: asyncio.Future[str]) -> None:
-        self.explaining = False
-        task.exception()
+        self.explaining.release()
+        task.exception()  # or it would be told as never heard of, where the client is gone
 
     def _pend(self, count: int) -> None:
         self.pending += count
@@ -227,7 +225,7 @@ async def _files(request: Request, limits: Limits) -> list[tuple[str | None, byt
     """(name, content) of each picture in the body. Raises RefusedError and HTTPException."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        async with request.form(max_files=limits.pictures, max_fields=0) as form:
+        async with request.form(max_files=limits.pictures, max_fields=MOST_FIELDS) as form:
             parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
             found = [(part.filename, await part.read()) for part in parts]
     elif kind in ("", "application/octet-stream") or kind.startswith("image/"):

@@ -8,8 +8,13 @@ from torch import Tensor
 
 import datasets
 
-# Of these the header tells the size that is decoded.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+Image.init()
+# Of these the header tells the size that is decoded. AVIF came late to Pillow.
+FORMATS = [
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+    if name in Image.OPEN
+]
 
 
 class RefusedError(Exception):
