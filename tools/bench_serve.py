@@ -4,6 +4,9 @@ Clients over HTTP with real JPEG files, in turns with the same work in one proce
 transform in a pool of threads, then the model on a batch. Rates are medians in pictures a second.
 Then a long run in which every tenth request is malformed. The figures go to
 benchmarks/serve-DEVICE.json.
+
+On a busy machine whoever has more threads gets more of it: ``cpu_ratio``, the pictures for the same
+CPU time, tells more there than the rates.
 """
 
 import argparse
@@ -70,8 +73,8 @@ def untrained(name: str, size: int, folder: Path) -> Path:
 
 
 @contextmanager
-def served(checkpoint: Path, device: str) -> Iterator[str]:
-    """The URL of a service of ``checkpoint`` in another process, with its defaults."""
+def served(checkpoint: Path, device: str) -> Iterator[tuple[str, int]]:
+    """URL and process of a service of ``checkpoint``, with its defaults."""
     line = [sys.executable, "-m", "tools.serve", str(checkpoint)]
     line += ["--device", device, "--port", "0", "--timeout", "60"]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -80,10 +83,16 @@ def served(checkpoint: Path, device: str) -> Iterator[str]:
         url = process.stdout.readline().strip()
         if not url:
             raise UserError("the service did not start, see above")
-        yield url
+        yield url, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def cpu_seconds(process: int) -> float:
+    """Seconds of a core that a process has used; Linux."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(url: str, pictures: Path, clients: int, seconds: float, every: int = 0) -> dict[str, Any]:
@@ -106,14 +115,14 @@ class Bare:
         self.pool = ThreadPoolExecutor(torch.get_num_threads())
         self.batch = torch.stack([self._tensor(p) for p in (self.paths * BATCH)[:BATCH]])
 
-    def whole(self, seconds: float) -> float:
-        """Pictures a second from files to answers."""
+    def whole(self, seconds: float) -> tuple[float, int]:
+        """Pictures a second from files to answers, and how many they were."""
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
             chunk = [self.paths[(count + i) % len(self.paths)] for i in range(BATCH)]
             self._answer(torch.stack(list(self.pool.map(self._tensor, chunk))))
             count += BATCH
-        return count / (time.perf_counter() - start)
+        return count / (time.perf_counter() - start), count
 
     def forward(self, seconds: float) -> float:
         """Pictures a second of the model alone."""
@@ -140,18 +149,25 @@ def compare(
     )
     model = trained.open_model(opened)
     bare = Bare(model.classifier, paths, model.device)
-    rates: dict[str, list[float]] = {"ours": [], "theirs": [], "forward": [], "client_cores": []}
+    rates: dict[str, list[float]] = {"ours": [], "theirs": [], "forward": []}
+    rates |= {"client_cores": [], "cpu_ratio": []}
     pictures, load = paths[0].parent, [os.getloadavg()[0]]
-    with served(checkpoint, arguments.device) as url:
+    with served(checkpoint, arguments.device) as (url, process):
         for turn in command.progress(range(-1, arguments.repeats), name):
             seconds = arguments.seconds if turn >= 0 else 2.0
+            used = cpu_seconds(process)
             asked = ask(url, pictures, arguments.clients, seconds)
-            whole, forward = bare.whole(seconds), bare.forward(seconds / 2)
+            served_cpu = (cpu_seconds(process) - used) / asked["answered"]
+            used = time.process_time()
+            whole, count = bare.whole(seconds)
+            bare_cpu = (time.process_time() - used) / count
+            forward = bare.forward(seconds / 2)
             if turn < 0:
                 continue  # what is set up once isn't measured
             rates["ours"].append(asked["pictures_per_second"])
             rates["theirs"].append(whole)
             rates["forward"].append(forward)
+            rates["cpu_ratio"].append(bare_cpu / served_cpu)
             rates["client_cores"].append(asked["client_cores"])
         long = ask(url, pictures, arguments.clients, arguments.long, every=10)
     load.append(os.getloadavg()[0])
@@ -167,6 +183,7 @@ def compare(
         "repeats": arguments.repeats,
         "forward_only": medians["forward"],
         "share_of_forward_only": medians["ours"] / medians["forward"],
+        "cpu_ratio": medians["cpu_ratio"],
         "client_cores": medians["client_cores"],
         "load_average": load,
         "malformed_run": long,
@@ -174,7 +191,8 @@ def compare(
     print(
         f"{row['title']}: {row['ours']:.0f} against {row['theirs']:.0f} pictures/s, "
         f"{row['ratio']:.3f}× ({row['least']:.3f} to {row['most']:.3f}); model alone "
-        f"{row['forward_only']:.0f}; clients used {row['client_cores']:.2f} cores; "
+        f"{row['forward_only']:.0f}; for the same CPU time {row['cpu_ratio']:.2f}×; "
+        f"clients used {row['client_cores']:.2f} cores; "
         f"malformed run: {long['answered']} answered, failed {long['failed']}, "
         f"refused {long['refused']}", flush=True,
     )  # fmt: skip
