@@ -557,18 +557,25 @@ UNMEASURED = """
 """
 
 
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def report(folder: Path = FOLDER) -> str:
     """The text of BENCHMARKS.md."""
     parts, measured = [HEAD], set()
     for name, (_, title, other) in BENCHMARKS.items():
         for path in sorted(folder.glob(f"{name}-*.json")):
-            content = json.loads(path.read_text(encoding="utf-8"))
             measured.add(path.stem)
-            parts.append(_section(title, other, content))
+            parts.append(_section(title, other, _load(path)))
+    for path in sorted(folder.glob("serve-*.json")):
+        measured.add(path.stem)
+        title = "The service under 32 clients (`tools.bench_serve`)"
+        parts.append(_section(title, "the same work in one process", _load(path)))
     for path in sorted(folder.glob("attention-*.json")):
         measured.add(path.stem)
-        parts.append(_attention(json.loads(path.read_text(encoding="utf-8"))))
-    names = [n for n in (*BENCHMARKS, "attention") if f"{n}-cuda" not in measured]
+        parts.append(_attention(_load(path)))
+    names = [n for n in (*BENCHMARKS, "serve", "attention") if f"{n}-cuda" not in measured]
     if names:
         parts.append(UNMEASURED.format(names=", ".join(f"{n} on CUDA" for n in names)))
     return "\n".join(parts)
@@ -604,7 +611,8 @@ def _attention(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for r in results:
-        how = f"batch {r['batch_size']}, {r['amp']}{', compiled' if r['compile'] else ''}"
+        amp = "float32" if r["amp"] == "None" else r["amp"]
+        how = f"batch {r['batch_size']}, {amp}{', compiled' if r['compile'] else ''}"
         mine, theirs = (1000 * r["step_seconds"][name] for name in ("ours", "timm"))
         lines.append(
             f"| {r['model']} | {how}, {r['hardware']}, torch {r['versions']['torch']} | "
