@@ -316,6 +316,20 @@ def test_a_slow_body_and_a_slow_answer(checkpoint, monkeypatch):
         assert predict(port, png(9, 9))[0] == 200
 
 
+def test_a_client_that_goes_away_is_no_failure_of_the_service(checkpoint, caplog):
+    with running(checkpoint) as (service, port):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
+            until = time.monotonic() + 5
+            while not service.pending and time.monotonic() < until:
+                time.sleep(0.01)
+        while service.pending and time.monotonic() < until:
+            time.sleep(0.01)
+        assert service.pending == 0
+        assert metrics(port)["serve_requests_total", "/predict", "400"] == 1
+    assert "Traceback" not in caplog.text
+
+
 def test_a_full_queue_says_when_to_come_again(checkpoint, monkeypatch):
     few = app.Limits(pending=2, pictures=2)
     with running(checkpoint, few, max_batch=1) as (service, port):
