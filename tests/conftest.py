@@ -5,6 +5,10 @@ import os
 import sys
 from pathlib import Path
 
+# Processes that the tests start take it over: with another number of threads sums are rounded
+# differently. It is read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
