@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ATTEMPTS = 10  # tries at a rectangle that fits, as in timm and torchvision
 NOISE = 1 << 20  # numbers that random erasing fills in from
-# What a picture's numbers are for, each with so many of them at most.
+# What a picture's numbers are for: each has a stream of its own.
 CROP, FLIP, POLICY, JITTER, ERASE = range(5)
 
 

@@ -64,8 +64,11 @@ class Data:
         else:
             self.prepare = BatchAugment(preprocessing, config.augment, config.run.seed)
             self.train.transform = self.prepare
+        main = not dist.is_initialized() or dist.get_rank() == 0
         for name in ("train_loader", "val_loader"):
-            loader = cache.apply(config.data.cache, getattr(self, name), device=device)
+            loader = cache.apply(
+                config.data.cache, getattr(self, name), device=device, visible=main
+            )
             setattr(self, name, loader)
 
     def describe(self, device: torch.device) -> str:

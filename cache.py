@@ -7,7 +7,6 @@ cases the model sees the pixels it would have seen without a cache.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from datasets import (
     Loader,
     Source,
     Subset,
+    cores,
     decode,
     decode_tensor,
 )
@@ -179,9 +179,7 @@ def apply(
     """
     dataset = loader.dataset
     augment = dataset.transform if isinstance(dataset.transform, BatchAugment) else None
-    by_batch = augment is not None and augment.pads
-    if augment is None:
-        by_batch = not dataset.is_train
+    by_batch = augment.pads if augment else not dataset.is_train
     if where == "auto":
         where = "none"
         if by_batch and _is_small(dataset.source):
@@ -210,8 +208,7 @@ def apply(
         return CachedLoader(store, loader, augment, alter=there.type == device.type)
     if where == "device":
         raise OptionError("cache", "device needs pictures of one size: use ram")
-    if dataset.is_train or not by_batch:
-        dataset.source = MemorySource(dataset.source, pictures, targets)
+    dataset.source = MemorySource(dataset.source, pictures, targets)
     return loader
 
 
@@ -294,7 +291,7 @@ def _read_all(
     targets = np.zeros(len(dataset), dtype=np.int64)
     bad: dict[int, str] = {}
     bar = ProgressBar("cache", len(dataset), visible=visible)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, cores())) as pool:
         for index, (picture, target) in enumerate(pool.map(read, range(len(dataset)))):
             targets[index] = target
             if isinstance(picture, str):

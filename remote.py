@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -81,21 +80,13 @@ class RemoteFolder:
             os.utime(path)  # it was used now
         return path
 
-    def fetch_ahead(self, name: str, size: int | None = None) -> None:
-        """Begin to fetch ``name`` in the background; who needs it will see what goes wrong."""
-
-        def attempt() -> None:
-            with contextlib.suppress(OSError):
-                self.fetch(name, size)
-
-        threading.Thread(target=attempt, daemon=True).start()
-
     @staticmethod
     def _is_whole(path: Path, size: int | None) -> bool:
         try:
-            return size is None or path.stat().st_size == size if path.exists() else False
+            found = path.stat().st_size
         except OSError:
             return False
+        return size is None or found == size
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:

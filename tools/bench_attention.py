@@ -12,9 +12,7 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +31,8 @@ import talking_heads
 import utils
 from errors import OptionError
 from tools import command
+from tools.benchmark import FOLDER, processor
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 CLASSES = 1000
 Step = Callable[[], None]
 
@@ -124,12 +122,7 @@ def hardware(device: torch.device) -> str:
     """The name of the GPU, or of the CPU with the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if sys.platform == "linux":
-        text = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-        names = [x.partition(":")[2].strip() for x in text.splitlines() if "Model name" in x]
-    else:
-        names = [platform.processor()]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from datasets import (
     FileSource,
     ImageDataset,
     build_loader,
+    cores,
     decode_tensor,
 )
 from losses import CrossEntropy
@@ -95,11 +96,11 @@ def compare(title: str, ours: Contender, theirs: Contender, repeats: int, **more
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
     cuda = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if cuda else _processor()
+    hardware = torch.cuda.get_device_name(device) if cuda else processor()
     versions = {m.__name__: str(m.__version__) for m in (torch, torchvision, timm, np)}
     return {
         "hardware": hardware,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "pillow": Image.__version__,
@@ -107,7 +108,8 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
@@ -488,7 +490,7 @@ def _timm_epoch(config: Config, data: Any, device: torch.device) -> Contender:
 
 def scaling(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Pictures a second of 1, 2, … training processes, each with its own batch."""
-    most = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    most = torch.cuda.device_count() if device.type == "cuda" else cores()
     worlds = [w for w in (1, 2, 4, 8) if w <= most]
     model = "deit_small_patch16_224" if device.type == "cuda" else "deit_nano_patch4_32"
     rates: dict[int, list[float]] = {world: [] for world in worlds}
