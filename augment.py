@@ -308,18 +308,20 @@ class Mixer:
         device = images.device
         height, width = images.shape[-2:]
         # n is B, or 1 where one draw serves the whole batch.
-        y0, y1, x0, x1 = torch.from_numpy(boxes).to(device)[..., None].unbind(1)  # each (n, 1)
+        there = torch.from_numpy(boxes).to(device, non_blocking=True)
+        y0, y1, x0, x1 = there[..., None].unbind(1)  # each (n, 1)
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         in_rows = (rows >= y0) & (rows < y1)  # (n, H)
         in_columns = (columns >= x0) & (columns < x1)  # (n, W)
         boxed = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (n, 1, H, W)
-        blend = torch.from_numpy(np.where(cut, 1.0, lam)).to(device, images.dtype)
+        blend = torch.from_numpy(np.where(cut, 1.0, lam)).to(images.dtype)
+        blend = blend.to(device, non_blocking=True)
         weight = blend[:, None, None, None].expand(boxed.shape).masked_fill(boxed, 0.0)
         return torch.lerp(images.flip(0), images, weight)
 
     def _mix_targets(self, targets: torch.Tensor, lam: np.ndarray) -> torch.Tensor:
         hard = one_hot(targets, self.num_classes)
-        weight = torch.from_numpy(lam).to(targets.device, torch.float32)[:, None]
+        weight = torch.from_numpy(lam).float().to(targets.device, non_blocking=True)[:, None]
         return torch.lerp(hard.flip(0), hard, weight)
 
 

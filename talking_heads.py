@@ -78,7 +78,8 @@ def choose_path(q: Tensor, dropout_p: float = 0.0) -> Path:
 
 def exporting() -> bool:
     """Whether a graph is recorded for others, who know PyTorch's own operators alone."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not is_exporting(): up to torch 2.11 that is true inside torch.compile as well.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def _refusal(path: Path, q: Tensor, dropout_p: float) -> str | None:
@@ -150,8 +151,8 @@ def _plain(
 
 def _mix_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Linear over the heads of (B, heads, N, N): one matrix product, nothing is permuted."""
-    weight = weight.expand(x.shape[0], -1, -1)  # (B, heads, heads)
-    return torch.baddbmm(bias.view(1, -1, 1), weight, x.flatten(2)).view_as(x)
+    weight = weight.to(x.dtype).expand(x.shape[0], -1, -1)  # (B, heads, heads)
+    return torch.baddbmm(bias.to(x.dtype).view(1, -1, 1), weight, x.flatten(2)).view_as(x)
 
 
 # --- lean ---------------------------------------------------------------------------------------

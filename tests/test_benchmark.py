@@ -48,7 +48,7 @@ def test_small_pictures(folder):
     assert all(row["ratio"] > 1.5 for row in content["rows"])
     page = benchmark.report(folder)
     assert all(f"| {row['title']} |" in page for row in content["rows"])
-    assert "loader on CUDA" in page and "cache on CUDA" in page
+    assert "cache on CUDA" in page and "step on CUDA" in page
 
 
 def test_photographs(folder, tmp_path):

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,15 @@ DEIT = {
     "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "interpolation": "bicubic",
     "re_prob": 0.25, "re_mode": "pixel", "re_count": 1,
 }  # fmt: skip
+CUDA_BATCHES = {
+    "deit_small_patch16_224": 256,
+    "deit_base_patch16_224": 128,
+    "deit_tiny_patch16_224": 256,
+    "resnet50": 256,
+}
+CPU_BATCHES = {"deit_tiny_patch16_224": 8, "resnet50": 8}
 PLAIN = {"auto_augment": None, "color_jitter": None, "re_prob": 0.25, "re_mode": "pixel"}
+Rows = Iterator[dict[str, Any]]
 Contender = Callable[[], int]  # returns the pictures it has dealt with
 
 
@@ -168,7 +176,7 @@ def _options(name: str) -> AugmentOptions:
 # --- benchmarks ---------------------------------------------------------------------------------
 
 
-def loader(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def loader(arguments: argparse.Namespace, device: torch.device) -> Rows:
     """Photographs with the DeiT recipe: what a worker does, and all of it on one core."""
     torch.set_num_threads(1)
     preprocessing = Preprocessing(224, 0.875, "bicubic", MEAN, STD)
@@ -194,12 +202,9 @@ def loader(arguments: argparse.Namespace, device: torch.device) -> list[dict[str
             return len(paths)
 
         repeats = arguments.repeats
-        rows = [
-            compare("a worker's share, against timm's whole chain", share, theirs, repeats),
-            compare("all of it on one core, against timm's chain", everything, theirs, repeats),
-        ]
-        rows.append(_whole_loaders(paths, augment, arguments))
-    return rows
+        yield compare("a worker's share, against timm's whole chain", share, theirs, repeats)
+        yield compare("all of it on one core, against timm's chain", everything, theirs, repeats)
+        yield _whole_loaders(paths, augment, arguments)
 
 
 def _whole_loaders(
@@ -237,12 +242,11 @@ def _whole_loaders(
     return compare(title, run_ours, run_theirs, max(3, arguments.repeats // 2))
 
 
-def small(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def small(arguments: argparse.Namespace, device: torch.device) -> Rows:
     """32×32 pictures from memory, one core, against timm's loader in the same process."""
     torch.set_num_threads(1)
     images, labels = small_pictures()
     preprocessing = Preprocessing(32, 1.0, "bicubic", MEAN, STD)
-    rows = []
     for name, recipe, title in (
         ("plain", PLAIN, "crop, flip, normalise, erase"),
         ("DeiT", DEIT, "the same with RandAugment"),
@@ -278,8 +282,7 @@ def small(arguments: argparse.Namespace, device: torch.device) -> list[dict[str,
         def run_theirs(theirs: Any = theirs) -> int:
             return sum(len(batch) for batch, _ in theirs)
 
-        rows.append(compare(title, run_ours, run_theirs, arguments.repeats))
-    return rows
+        yield compare(title, run_ours, run_theirs, arguments.repeats)
 
 
 def _wait(device: torch.device) -> None:
@@ -347,26 +350,21 @@ class _Training:
         return run
 
 
-def step(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def step(arguments: argparse.Namespace, device: torch.device) -> Rows:
     """A training step of DeiT and ResNet: the engine's, and a plain loop over timm's model."""
     cuda = device.type == "cuda"
-    chosen = [("deit_tiny_patch16_224", "deit_tiny_patch16_224", 256 if cuda else 8)]
-    if cuda:
-        chosen += [
-            ("deit_small_patch16_224",) * 2 + (256,),
-            ("deit_base_patch16_224",) * 2 + (128,),
-        ]
-    chosen.append(("resnet50", "resnet50", 256 if cuda else 8))
+    batches = CUDA_BATCHES if cuda else CPU_BATCHES
+    names = arguments.models or list(batches)
     matmul = matmul_rate(device) if cuda else None
-    rows = []
     steps = 20 if cuda else 2
-    for ours, theirs, batch in chosen:
-        training = _Training(ours, 224, batch, device, compiled=cuda)
+    for name in names:
+        batch = batches.get(name, 128 if cuda else 8)
+        training = _Training(name, 224, batch, device, compiled=cuda)
         amp = torch.bfloat16 if cuda else None
-        other = timm.create_model(theirs, num_classes=1000).to(device)
+        other = timm.create_model(name, num_classes=1000).to(device)
         loop = training.plain_loop(torch.compile(other) if cuda else other, amp, read=False)
         row = compare(
-            f"{ours}, batch {batch}, {'compiled bf16' if cuda else 'float32'}, against timm's "
+            f"{name}, batch {batch}, {'compiled bf16' if cuda else 'float32'}, against timm's "
             "model in the same kind of loop",
             lambda training=training: training.run_ours(steps),
             lambda loop=loop: loop(steps),
@@ -374,22 +372,27 @@ def step(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, 
         )
         if matmul:
             macs = models.summarise(training.ours, 224).macs
+            row["matmul_flops"] = matmul
             row["share_of_matmul_rate"] = 6 * macs * row["ours"] / matmul
-            print(f"   {row['share_of_matmul_rate']:.0%} of the measured matmul rate")
-        rows.append(row)
+            print(f"   {row['share_of_matmul_rate']:.0%} of the measured {matmul / 1e12:.0f} "
+                  "TFLOP/s of a matrix product")  # fmt: skip
+        yield row
         if cuda:
+            del loop, other
+            torch.cuda.empty_cache()
             eager = training.plain_loop(
-                timm.create_model(theirs, num_classes=1000).to(device), torch.float16, read=True
+                timm.create_model(name, num_classes=1000).to(device), torch.float16, read=True
             )
-            rows.append(
-                compare(
-                    f"{ours}, batch {batch}, against an eager fp16 loop that reads each loss",
-                    lambda training=training: training.run_ours(steps),
-                    lambda eager=eager: eager(steps),
-                    arguments.repeats,
-                )
+            yield compare(
+                f"{name}, batch {batch}, against an eager fp16 loop that reads each loss",
+                lambda training=training: training.run_ours(steps),
+                lambda eager=eager: eager(steps),
+                arguments.repeats,
             )
-    return rows
+            del eager
+        del training
+        if cuda:
+            torch.cuda.empty_cache()
 
 
 def matmul_rate(device: torch.device, size: int = 8192) -> float:
@@ -405,7 +408,7 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
     return 20 * 2 * size**3 / (time.perf_counter() - start)
 
 
-def epoch(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def epoch(arguments: argparse.Namespace, device: torch.device) -> Rows:
     """An epoch over the bundled digits: ``configs/quickstart.yaml`` against timm's parts."""
     config: Config = load(["--config", str(ROOT / "configs/quickstart.yaml")])
     processes = utils.Processes()
@@ -429,8 +432,8 @@ def epoch(arguments: argparse.Namespace, device: torch.device) -> list[dict[str,
         _wait(device)
         return data.steps * config.data.batch_size
 
-    return [compare("an epoch of the quickstart, against timm's parts in a plain loop", ours,
-                    _timm_epoch(config, data, device), arguments.repeats)]  # fmt: skip
+    yield compare("an epoch of the quickstart, against timm's parts in a plain loop", ours,
+                  _timm_epoch(config, data, device), arguments.repeats)  # fmt: skip
 
 
 def _timm_epoch(config: Config, data: Any, device: torch.device) -> Contender:
@@ -488,7 +491,7 @@ def _timm_epoch(config: Config, data: Any, device: torch.device) -> Contender:
     return run
 
 
-def scaling(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def scaling(arguments: argparse.Namespace, device: torch.device) -> Rows:
     """Pictures a second of 1, 2, … training processes, each with its own batch."""
     most = torch.cuda.device_count() if device.type == "cuda" else cores()
     worlds = [w for w in (1, 2, 4, 8) if w <= most]
@@ -498,14 +501,13 @@ def scaling(arguments: argparse.Namespace, device: torch.device) -> list[dict[st
         for world in worlds:
             rates[world].append(_rate_of(world, model, device))
     alone = statistics.median(rates[1])
-    rows = []
     for world in worlds[1:]:
         rate = statistics.median(rates[world])
-        rows.append({"title": f"{world} processes, {model}, against one process × {world}",
-                     "ours": rate, "theirs": alone * world, "ratio": rate / (alone * world),
-                     "repeats": len(rates[world])})  # fmt: skip
-        print(f"{world} processes: {rate:.0f} pictures/s, {rows[-1]['ratio']:.0%} of {world} × one")
-    return rows
+        ratio = rate / (alone * world)
+        print(f"{world} processes: {rate:.0f} pictures/s, {ratio:.0%} of {world} × one")
+        yield {"title": f"{world} processes, {model}, against one process × {world}",
+               "ours": rate, "theirs": alone * world, "ratio": ratio,
+               "repeats": len(rates[world])}  # fmt: skip
 
 
 def _rate_of(world: int, model: str, device: torch.device) -> float:
@@ -554,8 +556,7 @@ table.
 UNMEASURED = """
 ## Not measured
 
-{names}: no CUDA device was at hand. `python -m tools.benchmark NAME` there writes the files, and
-`report` adds their rows.
+{names}. `.ci/gpu` runs the others and the CUDA tests on a machine with a card.
 """
 
 
@@ -577,7 +578,8 @@ def report(folder: Path = FOLDER) -> str:
     for path in sorted(folder.glob("attention-*.json")):
         measured.add(path.stem)
         parts.append(_attention(_load(path)))
-    names = [n for n in (*BENCHMARKS, "serve", "attention") if f"{n}-cuda" not in measured]
+    on_cuda = (*BENCHMARKS.keys() - {"loader"}, "serve", "attention")
+    names = sorted(n for n in on_cuda if f"{n}-cuda" not in measured)
     if names:
         parts.append(UNMEASURED.format(names=", ".join(f"{n} on CUDA" for n in names)))
     return "\n".join(parts)
@@ -630,17 +632,23 @@ def run(arguments: argparse.Namespace) -> int:
         (ROOT / "BENCHMARKS.md").write_text(report(), encoding="utf-8")
         print("wrote BENCHMARKS.md")
         return 0
-    device = utils.pick_device(arguments.device)
+    device = utils.pick_device("cpu" if arguments.name == "loader" else arguments.device)
     measure, _, _ = BENCHMARKS[arguments.name]
+    rows: list[dict[str, Any]] = []
     content = {
         "command": f"python -m tools.benchmark {arguments.name}",
         "date": time.strftime("%Y-%m-%d"),
-        "rows": measure(arguments, device),
+        "rows": rows,
         "surroundings": surroundings(device),
     }
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{arguments.name}-{device.type}.json"
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    folder = arguments.out or FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{arguments.name}-{device.type}.json"
+    for row in measure(arguments, device):
+        # After each row: a run that is cut short keeps what it has measured.
+        rows.append(row)
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
     print(f"wrote {path}")
     return 0
 
@@ -651,6 +659,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=[*BENCHMARKS, "report"])
     parser.add_argument("--device", default="auto", help="as of main.py (default: auto)")
     parser.add_argument("--repeats", type=int, default=9, help="turns (default: 9)")
+    parser.add_argument("--models", nargs="+", help="step: these alone")
+    parser.add_argument("--out", type=Path, help="folder of the figures (default: benchmarks)")
     parser.add_argument("--pictures", default="", help="loader: a folder of JPEG files")
     return command.run(run, parser, argv)
 

@@ -1,0 +1,117 @@
+"""Whole runs on a CUDA card: what can't be seen without one. Skipped where there is none."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import main
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    argv = ["--data-set", "DIGITS", "--model", "deit_nano_patch4_32", "--input-size", "16"]
+    argv += ["--device", "cuda", "--batch-size", "64", "--epochs", "2", "--warmup-epochs", "1"]
+    argv += ["--num-workers", "0", "--output-dir", str(folder), "--no-tensorboard"]
+    return [*argv, *more]
+
+
+def last_record(folder: Path) -> dict:
+    return json.loads((folder / "log.txt").read_text().splitlines()[-1])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_latest(folder)[1]["model"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--amp", "bf16"),
+        ("--amp", "fp16", "--clip-grad", "1"),
+        ("--amp", "off"),
+        ("--opt", "sgd", "--lr", "0.05"),
+        ("--opt", "lamb", "--accum-steps", "2"),
+        ("--opt", "lion", "--lr", "1e-4"),
+        ("--opt", "muon"),
+        ("--on-nonfinite", "skip", "--clip-grad", "0.1", "--clip-mode", "agc"),
+        ("--cosub", "--smoothing", "0"),
+        ("--ThreeAugment", "--mixup-mode", "elem"),
+        ("--augment-on", "cpu", "--num-workers", "2"),
+        ("--cache", "none", "--num-workers", "2"),
+        ("--cache", "device"),
+        ("--model", "resnet18_cifar", "--input-size", "32"),
+        ("--compile",),
+        ("--compile", "--compile-mode", "reduce-overhead"),
+        ("--grad-checkpointing",),
+        ("--batch-size", "auto", "--effective-batch", "256"),
+        ("--model-ema-force-cpu",),
+        ("--unfreeze-at", "1:*", "--freeze", "blocks.*"),
+    ],
+    ids=" ".join,
+)
+def test_run(tmp_path, more):
+    assert main.main(command(tmp_path, *more)) == 0
+    record = last_record(tmp_path)
+    assert record["epoch"] == 1
+    assert record["train_loss"] < 3.0
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_cait_fused(tmp_path):
+    argv = command(tmp_path, "--model", "cait_XXS24_224", "--input-size", "32")
+    assert main.main([*argv, "--talking-heads", "fused", "--epochs", "2"]) == 0
+    assert last_record(tmp_path)["train_loss"] < 3.0
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "main.py", *command(folder, *more)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # torch's deterministic algorithms ask for it.
+        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("--amp", "fp16", "--opt", "sgd", "--lr", "0.05")])
+def test_killed_and_resumed_is_bitwise_the_same(tmp_path, more):
+    options = ("--deterministic", "--epochs", "4", "--save-every-steps", "5", *more)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    untouched = start(whole, *options)
+    out, _ = untouched.communicate(timeout=120)
+    assert untouched.returncode == 0, out
+    run = start(parts, *options)
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        found = checkpoint.in_folder(parts)
+        if found and re.fullmatch(r"checkpoint-000[12]-\d+", found[0].stem):
+            break
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.communicate(timeout=30)
+    assert run.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    (parts / "run.lock").unlink(missing_ok=True)
+    again = start(parts, *options, "--resume", "auto")
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, out
+    expected, found = weights(whole), weights(parts)
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_out_of_memory_says_what_helps(tmp_path, capsys):
+    argv = command(tmp_path, "--model", "deit_base_patch16_224", "--input-size", "768")
+    argv += ["--batch-size", "1024", "--amp", "off", "--no-model-ema", "--aa", "none"]
+    assert main.main(argv) != 0
+    said = capsys.readouterr()
+    assert "out of memory on cuda" in said.out + said.err
+    assert "--batch-size 512 --accum-steps 2" in said.out + said.err
