@@ -4,162 +4,18 @@ with timm under the published names, and the few pieces it shares with DeiT (``m
 Names and shapes of the parameters are those of the published checkpoints.
 """
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
-import timm
-import timm.models
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
+from timm.models import cait as timm_cait
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-import talking_heads
-
-# --- shared with DeiT ---------------------------------------------------------------------------
-
-
-class PatchEmbed(nn.Module):
-    """Cuts a picture into square patches and projects each: (B, C, H, W) -> (B, N, D).
-
-    ``img_size`` (pixels) is one number or (height, width); ``grid_size`` is (rows, columns).
-    Raises ValueError if the patches don't tile the picture, or for pictures of another size.
-    """
-
-    def __init__(
-        self,
-        img_size: int | tuple[int, int],
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-    ) -> None:
-        super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"{height}×{width} pixels can't be cut into patches of {patch_size}: "
-                f"use multiples of {patch_size}"
-            )
-        self.img_size = (height, width)
-        self.grid_size = (height // patch_size, width // patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(
-                "the model was built for {}×{} pixels, the pictures have {}×{}".format(
-                    *self.img_size, *x.shape[-2:]
-                )
-            )
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between them, over the last dimension."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
-
-
-def classifier(num_features: int, num_classes: int) -> nn.Module:
-    """A linear layer, or the identity for no classes at all."""
-    return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
-
-
-def init_linear(module: nn.Module) -> None:
-    """DeiT's initialisation: linear layers truncated normal (deviation 0.02), their biases zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def run_blocks(blocks: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
-    """``x`` through all blocks; ``grad_checkpointing`` recomputes each in the backward pass."""
-    for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if grad_checkpointing else block(x)
-    return x
-
-
-def plain_cfg(size: int, classifier: str | tuple[str, ...] = "head") -> dict[str, Any]:
-    """timm's ``pretrained_cfg`` for a model nobody has published weights for."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": timm.data.IMAGENET_DEFAULT_MEAN,
-        "std": timm.data.IMAGENET_DEFAULT_STD,
-        "classifier": classifier,
-    }
-
-
-def register(
-    name: str,
-    build: Callable[..., nn.Module],
-    cfg: str | dict[str, Any],
-    **architecture: Any,
-) -> Callable[..., nn.Module]:
-    """Register ``build(**architecture)`` with timm as ``name``; keyword arguments given later win.
-
-    ``cfg`` is the model's ``pretrained_cfg``, or the name under which timm publishes weights for
-    the same architecture: then theirs is taken. The weights themselves come through
-    ``models.build_model``, which fits them to other sizes and class counts.
-    """
-
-    def entry(
-        pretrained: bool = False,
-        pretrained_cfg: str | None = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | None = None,
-        **kwargs: Any,
-    ) -> nn.Module:
-        if pretrained:
-            raise ValueError(f"use models.build_model({name!r}, ..., pretrained=True)")
-        model = build(**(architecture | kwargs))
-        if isinstance(cfg, str):
-            tagged = f"{cfg}.{pretrained_cfg}" if pretrained_cfg else cfg
-            model.pretrained_cfg = timm.get_pretrained_cfg(tagged).to_dict()
-        else:
-            model.pretrained_cfg = {"architecture": name} | cfg
-        model.pretrained_cfg |= pretrained_cfg_overlay or {}
-        return model
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__module__ = build.__module__
-    with warnings.catch_warnings():
-        # DeiT takes the place of timm's models of the same names on purpose.
-        warnings.filterwarnings("ignore", f"Overwriting {name} in registry")
-        return timm.models.register_model(entry)
-
-
-# --- attention ----------------------------------------------------------------------------------
-
-
-def talking_heads_attention(
-    q: Tensor, k: Tensor, v: Tensor, proj_l: nn.Linear, proj_w: nn.Linear, dropout_p: float = 0.0
-) -> Tensor:
-    """Attention whose heads are mixed by ``proj_l`` before and by ``proj_w`` after the softmax.
-
-    ``q``, ``k`` and ``v`` are (B, heads, N, d), so is the result. How it is computed is the
-    business of ``talking_heads``.
-    """
-    mixing = (proj_l.weight, proj_l.bias, proj_w.weight, proj_w.bias)
-    scale = q.shape[-1] ** -0.5
-    return talking_heads.talking_heads_attention(q, k, v, *mixing, scale, dropout_p)
+from architectures.layers import Mlp, PatchEmbed, classifier, init_linear, run_blocks
+from architectures.registry import ALIASES, register
+from architectures.talking_heads import exporting, talking_heads_attention
 
 
 class Attention_talking_head(nn.Module):
@@ -186,7 +42,8 @@ class Attention_talking_head(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, d)
         dropout_p = self.attn_drop if self.training else 0.0
-        x = talking_heads_attention(q, k, v, self.proj_l, self.proj_w, dropout_p)
+        mixing = (self.proj_l.weight, self.proj_l.bias, self.proj_w.weight, self.proj_w.bias)
+        x = talking_heads_attention(q, k, v, *mixing, q.shape[-1] ** -0.5, dropout_p)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -214,18 +71,13 @@ class Class_Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(
-                1, 2
-            )  # (B, tokens, D) -> (B, heads, tokens, d)
+        q, k, v = (  # (B, tokens, D) -> (B, heads, tokens, d)
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for y in (self.q(x[:, :1]), self.k(x), self.v(x))
         )
         dropout_p = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # (B, heads, 1, d)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-
-
-# --- blocks and the network ---------------------------------------------------------------------
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -257,7 +109,7 @@ class LeanMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = self.drop1.p > 0 and self.training
-        if dropped or not self.training or talking_heads.exporting():
+        if dropped or not self.training or exporting():
             return super().forward(x)
         return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
 
@@ -313,6 +165,8 @@ class CaiT(nn.Module):
     ``img_size`` is in pixels, one number or (height, width). Stochastic depth is the same in every
     block (paper, section 4.1), none in the class-attention blocks, nor any dropout.
     """
+
+    timm_module = timm_cait  # whose models have published weights, see TIMM_NAMES
 
     def __init__(
         self,
@@ -387,7 +241,7 @@ class CaiT(nn.Module):
         self.head.apply(init_linear)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) pictures -> (B, 1 + N, D) normalised tokens, the class token first."""
+        """(B, C, H, W) images -> (B, 1 + N, D) normalised tokens, the class token first."""
         x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
         x = run_blocks(self.blocks, x, self.grad_checkpointing)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
@@ -401,11 +255,9 @@ class CaiT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) pictures -> (B, classes) logits."""
+        """(B, C, H, W) images -> (B, classes) logits."""
         return self.forward_head(self.forward_features(x))
 
-
-# --- the published variants (paper, table 1) ----------------------------------------------------
 
 # timm's name of each: the one with the published weights.
 TIMM_NAMES = {
@@ -420,6 +272,9 @@ TIMM_NAMES = {
     "cait_M36": "cait_m36_384",
     "cait_M48": "cait_m48_448",
 }
+# Ours and timm's names lead to ours whatever their case.
+ALIASES |= {name.lower(): name for name in TIMM_NAMES}
+ALIASES |= {timm_name: name for name, timm_name in TIMM_NAMES.items()}
 
 
 def _cait(

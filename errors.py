@@ -1,5 +1,11 @@
-"""The errors a person can mend. ``main.py`` prints them as one line and leaves with their exit
-code; everything else is a bug and keeps its traceback."""
+"""Errors that a user can fix, and words for their messages.
+
+``main.py`` prints them as one line and exits with their exit code. Everything else is a bug and
+keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Callable, Collection, Sequence
 
 
 class UserError(Exception):
@@ -22,7 +28,7 @@ class OptionError(UserError):
 
 
 class DataError(UserError):
-    """A data set or a picture that can't be read; the message names the file."""
+    """A data set or an image that can't be read; the message names the file."""
 
 
 class CheckpointError(UserError):
@@ -30,7 +36,7 @@ class CheckpointError(UserError):
 
 
 class DivergedError(UserError):
-    """Training met a loss or gradient that is not finite and was told to stop."""
+    """Training met a loss or gradient that is not finite and ``--on-nonfinite`` stopped it."""
 
     exit_code = 3
 
@@ -45,3 +51,25 @@ class PeerError(UserError):
 
 class OutOfMemoryError(UserError):
     """The device or the host has too little memory; the message says what helps."""
+
+
+def did_you_mean(
+    name: str,
+    known: Collection[str],
+    *,
+    most: int = 1,
+    cutoff: float = 0.6,
+    otherwise: str = "",
+    shown: Callable[[str], str] = str,
+) -> str:
+    """``did you mean X or Y?``, the nearest of the ``known`` names; ``otherwise`` where none is.
+
+    ``shown`` turns a known name into what the message says, e.g. an option into its flag.
+    """
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(map(shown, near))}?" if near else otherwise
+
+
+def first_names(names: Sequence[object], most: int = 5) -> str:
+    """The first of many names for a message, ``a, b, c, …``."""
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")

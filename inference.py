@@ -1,4 +1,4 @@
-"""The one way in for trained models: evaluation, prediction, export and serving all start here."""
+"""Trained models: evaluation, prediction, export and serving all load them here."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,21 +9,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import checkpoint
 import models
-from augment import Preprocessing
+from architectures.weights import load_pretrained_weights
+from augmentation.transforms import Preprocessing, build_transform
+from checkpointing.files import load_checkpoint, weights_of
 from config import AugmentOptions
-from datasets import build_transform
 from errors import CheckpointError, UserError
 
 
 class Classifier(NamedTuple):
-    """A trained model and what is needed to ask it."""
+    """A trained model and what is needed to use it."""
 
     model: nn.Module
-    """(B, 3, H, W) normalised pictures to (B, C) logits; in evaluation mode."""
+    """(B, 3, H, W) normalised images to (B, C) logits; in evaluation mode."""
     transform: Callable[[Image.Image], Tensor]
-    """An RGB picture to (3, H, W), as in the evaluation of training."""
+    """An RGB image to (3, H, W), as in the evaluation of training."""
     class_names: list[str]
     """C names."""
 
@@ -55,30 +55,30 @@ def load_for_inference(
 
 def read_content(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds; an exported safetensors file looks like one with less in it."""
-    content = checkpoint.load_file(path)
+    content = load_checkpoint(path)
     if Path(str(path)).suffix != ".safetensors" or "://" in str(path):
         return content
     from safetensors import safe_open
 
     with safe_open(Path(path).expanduser(), "pt") as file:
         metadata = file.metadata() or {}
-    return {"model": content, **described(metadata)} if "preprocessing" in metadata else content
+    return {"model": content, **read_metadata(metadata)} if "preprocessing" in metadata else content
 
 
-def describe(content: Mapping[str, Any]) -> dict[str, str]:
+def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:
     """What exported files carry beside the weights: text by name, each value as JSON."""
-    described = {
+    values = {
         "config": {"model": content["config"]["model"]},
         "class_names": list(content["class_names"]),
         "preprocessing": content["preprocessing"],
     }
-    return {name: json.dumps(value) for name, value in described.items()}
+    return {name: json.dumps(value) for name, value in values.items()}
 
 
-def described(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The inverse of :func:`describe`. Raises CheckpointError for a file of another origin."""
+def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of :func:`metadata_of`. Raises CheckpointError for a file of another origin."""
     try:
-        return {name: json.loads(metadata[name]) for name in _DESCRIBED}
+        return {name: json.loads(metadata[name]) for name in _METADATA}
     except (KeyError, json.JSONDecodeError):
         raise CheckpointError(
             "the file doesn't carry class names and preprocessing: export it with "
@@ -86,11 +86,11 @@ def described(metadata: Mapping[str, str]) -> dict[str, Any]:
         ) from None
 
 
-_DESCRIBED = ("config", "class_names", "preprocessing")
+_METADATA = ("config", "class_names", "preprocessing")
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module: (B, 3, H, W) pictures to (B, C) logits on the same device.
+    """An ONNX file as a module: (B, 3, H, W) images to (B, C) logits on the same device.
 
     Raises CheckpointError for a file that isn't ONNX, UserError without onnxruntime.
     """
@@ -125,7 +125,7 @@ class OnnxModel(nn.Module):
 
 def _from_onnx(path: Path, device: torch.device) -> Classifier:
     model = OnnxModel(path, device).eval()
-    content = described(model.metadata)
+    content = read_metadata(model.metadata)
     preprocessing = Preprocessing.from_dict(content["preprocessing"])
     transform = build_transform(False, preprocessing, AugmentOptions())
     return Classifier(model, transform, content["class_names"])
@@ -143,7 +143,7 @@ def from_content(
     Another ``preprocessing`` than the checkpoint's may ask for another input size: position
     embeddings are then interpolated.
     """
-    missing = [k for k in _DESCRIBED if k not in content]
+    missing = [k for k in _METADATA if k not in content]
     if missing:
         raise CheckpointError(
             f"the checkpoint holds no {', '.join(missing)}, it is not a training checkpoint of "
@@ -158,9 +158,9 @@ def from_content(
         input_size=preprocessing.input_size,
         required=("input_size",),
     )
-    weights = checkpoint.weights_of(content, ema=ema)
+    weights = weights_of(content, ema=ema)
     if preprocessing.input_size != trained.input_size:
-        models.load_pretrained_weights(model, weights)
+        load_pretrained_weights(model, weights)
         weights = model.state_dict()
     try:
         model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""What a run says and draws: progress, ``log.txt``, TensorBoard, ``curves.png``.
+"""The logs of a run: progress, ``log.txt``, TensorBoard, ``curves.png``.
 
 Only the main process has a logger that does anything; the others hold one that is silent.
 """
@@ -8,18 +8,20 @@ import json
 import logging
 import math
 import os
-import sys
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.progress import ProgressBar
+from utils import written_whole
+
 if TYPE_CHECKING:
-    from engine import Evaluation, StepReport
+    from engine import StepReport
+    from optimization.counts import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,6 @@ class RunLogger:
 
             # Steps are updates done, so those of the checkpoint stay and later ones go.
             purge = update + 1 if update else None
-
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     # --- progress ---------------------------------------------------------------------------------
@@ -100,25 +101,10 @@ class RunLogger:
             self.bar = None
 
     def step(self, report: "StepReport") -> None:
-        """Say how training goes, every log interval."""
+        """Log a step, every log interval."""
         if self.folder is None:
             return
-        parts = [
-            f"loss {report.loss:.4f}",
-            f"lr {report.lr:.2e}",
-            f"grad {report.grad_norm:.2f}",
-        ]
-        if report.warm_up:
-            parts.append(f"first step {report.step_seconds:.1f} s")
-        else:
-            parts += [
-                f"{report.images_per_second:.{0 if report.images_per_second >= 10 else 1}f} img/s",
-                f"data wait {report.data_wait:.0%}",
-                f"step {1000 * report.step_seconds:.0f} ms",
-            ]
-        parts.append(f"{report.memory / 2**30:.1f} GiB")
-        if report.utilisation is not None and not report.warm_up:
-            parts.append(f"MFU {report.utilisation:.0%}")
+        parts = _step_parts(report)
         if self.bar is not None and self.bar.visible:
             self.bar.say(", ".join(parts))
             self.bar.to(report.step)
@@ -127,21 +113,7 @@ class RunLogger:
             place = f"epoch {report.epoch + 1} [{report.step:>{width}}/{report.steps}]"
             log.info("%s  %s", place, "  ".join(parts))
         if self.writer:
-            scalars = {
-                "step/loss": report.loss,
-                "step/lr": report.lr,
-                "step/grad_norm": report.grad_norm,
-                "step/memory_gib": report.memory / 2**30,
-            }
-            if not report.warm_up:
-                scalars |= {
-                    "step/images_per_second": report.images_per_second,
-                    "step/data_wait": report.data_wait,
-                    "step/seconds": report.step_seconds,
-                }
-                if report.utilisation is not None:
-                    scalars["step/mfu"] = report.utilisation
-            for name, value in scalars.items():
+            for name, value in _step_scalars(report).items():
                 self.writer.add_scalar(name, value, report.update)
 
     # --- epochs -----------------------------------------------------------------------------------
@@ -159,8 +131,9 @@ class RunLogger:
             self.incomplete = True
             log.warning(
                 "the log in %s can't be written: %s. Training goes on",
-                self.folder, error.strerror or error,
-            )  # fmt: skip
+                self.folder,
+                error.strerror or error,
+            )
         done = record["epoch"] + 1
         first = record["epoch"] == self.first_epoch
         if first or done % self.print_epoch == 0 or done == epochs:
@@ -200,8 +173,8 @@ class RunLogger:
 
     # --- extras -----------------------------------------------------------------------------------
 
-    def pictures(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-        """A grid of training pictures (B, 3, H, W) as the model sees them, in TensorBoard."""
+    def images(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+        """A grid of training images (B, 3, H, W) as the model sees them, in TensorBoard."""
         if self.writer:
             from torchvision.utils import make_grid
 
@@ -242,33 +215,41 @@ class RunLogger:
             self.writer.close()
 
 
-class ProgressBar:
-    """A bar of batches, drawn where standard output is a terminal; elsewhere nothing."""
+def _step_parts(report: "StepReport") -> list[str]:
+    """What a log line says of a step."""
+    parts = [f"loss {report.loss:.4f}", f"lr {report.lr:.2e}", f"grad {report.grad_norm:.2f}"]
+    if report.warm_up:
+        parts.append(f"first step {report.step_seconds:.1f} s")
+    else:
+        rate = report.images_per_second
+        parts += [
+            f"{rate:.{0 if rate >= 10 else 1}f} img/s",
+            f"data wait {report.data_wait:.0%}",
+            f"step {1000 * report.step_seconds:.0f} ms",
+        ]
+    parts.append(f"{report.memory / 2**30:.1f} GiB")
+    if report.utilisation is not None and not report.warm_up:
+        parts.append(f"MFU {report.utilisation:.0%}")
+    return parts
 
-    def __init__(self, title: str, total: int, initial: int = 0, *, visible: bool = True) -> None:
-        self.visible = visible and sys.stdout.isatty()
-        self._bar: Any = None
-        if self.visible:
-            from tqdm import tqdm
 
-            self._bar = tqdm(
-                desc=title, total=total, initial=initial, file=sys.stdout, leave=False,
-                dynamic_ncols=True, unit="batch",
-            )  # fmt: skip
-
-    def to(self, done: int) -> None:
-        """Move to ``done`` batches."""
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """Show ``text`` behind the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _step_scalars(report: "StepReport") -> dict[str, float]:
+    """What TensorBoard gets of a step."""
+    scalars = {
+        "step/loss": report.loss,
+        "step/lr": report.lr,
+        "step/grad_norm": report.grad_norm,
+        "step/memory_gib": report.memory / 2**30,
+    }
+    if not report.warm_up:
+        scalars |= {
+            "step/images_per_second": report.images_per_second,
+            "step/data_wait": report.data_wait,
+            "step/seconds": report.step_seconds,
+        }
+        if report.utilisation is not None:
+            scalars["step/mfu"] = report.utilisation
+    return scalars
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -292,30 +273,33 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(_json_line(r) for r in records), encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(_json_line(r) for r in records), encoding="utf-8")
+
+
+def write_or_warn(folder: Path, name: str, write: Callable[[Path], object]) -> None:
+    """``write`` the file ``name`` of a run's folder, which training can do without."""
+    try:
+        write(folder / name)
+    except OSError as error:
+        log.warning("%s can't be written to %s: %s", name, folder, error.strerror or error)
 
 
 def write_per_class(path: Path, class_names: Sequence[str], result: "Evaluation") -> None:
-    """Accuracy of each class as CSV: class, pictures, right, accuracy in %."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    """Accuracy of each class as CSV: class, images, correct, accuracy in %."""
+    counts, hits = result.count_per_class.tolist(), result.correct_per_class.tolist()
+    with (
+        written_whole(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
-        writer.writerow(("class", "pictures", "correct", "accuracy"))
-        rows = zip(
-            class_names,
-            result.count_per_class.tolist(),
-            result.correct_per_class.tolist(),
-            strict=True,
-        )
-        for name, count, right in rows:
+        writer.writerow(("class", "images", "correct", "accuracy"))
+        for name, count, right in zip(class_names, counts, hits, strict=True):
             writer.writerow((name, count, right, f"{100 * right / count:.2f}" if count else ""))
-    os.replace(temporary, path)
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss, accuracy and learning rate over the epochs, as a picture."""
+    """Loss, accuracy and learning rate over the epochs, as an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -342,9 +326,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
 
 
 def duration(seconds: float) -> str:
@@ -357,14 +340,3 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {seconds % 60:02d} s"
     days = hours // 24
     return f"{days} d {hours % 24:02d} h" if days else f"{hours} h {minutes % 60:02d} min"
-
-
-class Stopwatch:
-    """Seconds since it was made, on top of those of earlier sessions."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self._before = before
-        self._start = time.monotonic()
-
-    def __call__(self) -> float:
-        return self._before + time.monotonic() - self._start

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
 import models
-from augment import one_hot
+from architectures.weights import load_pretrained_weights
+from augmentation.mixing import one_hot
+from checkpointing.files import class_names_of, load_checkpoint, weights_of
 from config import LossOptions
 from errors import CheckpointError, OptionError
 
@@ -39,7 +40,7 @@ def soft_targets(targets: Tensor, num_classes: int, smoothing: float = 0.0) -> T
 
 
 def balanced_weights(class_counts: Tensor) -> Tensor:
-    """Weight of each class, n / (C × n_c) over the C classes with pictures; 1 for the others."""
+    """Weight of each class, n / (C × n_c) over the C classes with images; 1 for the others."""
     counts = class_counts.float()
     present = counts > 0
     weights = counts.sum() / (present.sum() * counts.clamp(min=1))
@@ -55,7 +56,7 @@ class ClassificationLoss(nn.Module):
     Args:
         smoothing: label smoothing, in [0, 1).
         weight: weight of each class, (C,), or None. The loss is the mean over the batch weighed by
-            the (expected) weight of each picture's class.
+            the (expected) weight of each image's class.
     """
 
     copies = 1
@@ -81,7 +82,7 @@ class ClassificationLoss(nn.Module):
         return (losses * weights).sum() / weights.sum()
 
     def sample_weights(self, targets: Tensor) -> Tensor:
-        """Expected class weight of each picture, (B,)."""
+        """Expected class weight of each image, (B,)."""
         return (targets * self.weight).sum(1) / targets.sum(1)
 
 
@@ -151,7 +152,7 @@ class BinaryCrossEntropy(ClassificationLoss):
         return self.mean(losses, soft_targets(targets, classes))
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each picture, (B,)."""
+        """Loss of each image, (B,)."""
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
@@ -196,7 +197,7 @@ class CosubLoss(BinaryCrossEntropy):
 class DistillationLoss(nn.Module):
     """(1 - α) × loss of the targets + α × loss of the teacher (DeiT, §4).
 
-    The teacher sees the same pictures. A distilled student's class head learns from the targets,
+    The teacher sees the same images. A distilled student's class head learns from the targets,
     its distillation head from the teacher; a student with one head learns both with it. The teacher
     is no submodule: it has no part in ``parameters()``, ``state_dict()`` and ``train()``, but moves
     with ``to()``.
@@ -273,7 +274,7 @@ def build_criterion(
     Args:
         options: the loss and its parts.
         num_classes: C.
-        class_counts: training pictures of each class, (C,), for balanced class weights.
+        class_counts: training images of each class, (C,), for balanced class weights.
         teacher: what :func:`build_teacher` returned.
 
     Raises:
@@ -283,7 +284,7 @@ def build_criterion(
     if options.class_weights == "balanced":
         if class_counts is None or len(class_counts) != num_classes:
             raise OptionError(
-                "class_weights", "the data set doesn't tell its class counts: leave balanced out"
+                "class_weights", "the data set doesn't know its class counts: leave balanced out"
             )
         weight = balanced_weights(class_counts)
     smoothing, gamma = options.smoothing, options.focal_gamma
@@ -324,7 +325,7 @@ def build_teacher(
 
     Raises:
         OptionError: the weights are of another model, class count, list of classes or
-            normalisation (the teacher sees the pictures as the student does).
+            normalisation (the teacher sees the images as the student does).
     """
     if options.distillation_type == "none":
         return None
@@ -334,12 +335,12 @@ def build_teacher(
     with _blamed_on("teacher_path"):
         if options.teacher_path == "timm":
             return _published_teacher(name, num_classes, input_size)
-        content = checkpoint.load_file(options.teacher_path)
-        _check_classes(checkpoint.class_names_of(content), class_names)
+        content = load_checkpoint(options.teacher_path)
+        _check_classes(class_names_of(content), class_names)
         _check_normalization(content.get("preprocessing"), normalization)
-        weights = checkpoint.weights_of(content)
+        weights = weights_of(content)
         _check_class_count(teacher, weights, num_classes)
-        report = models.load_pretrained_weights(teacher, weights)
+        report = load_pretrained_weights(teacher, weights)
     if report.missing or report.skipped:
         raise OptionError(
             "teacher_path",
@@ -381,8 +382,8 @@ def _check_classes(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> 
     if len(theirs) != len(ours):
         what = f"the teacher knows {len(theirs)} classes, the data set has {len(ours)}"
     else:
-        place = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-        what = f"the teacher's class {place} is {theirs[place]!r}, the data set's {ours[place]!r}"
+        index = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
+        what = f"the teacher's class {index} is {theirs[index]!r}, the data set's {ours[index]!r}"
     raise OptionError("teacher_path", f"{what}: it must be trained on the same classes")
 
 

@@ -1,8 +1,7 @@
 """Train and evaluate image classifiers: ``python main.py --model deit_small --data-path DIR``.
 
-This file reads the command line; ``training.py`` tells the story of a run. The two are apart so
-that ``--help``, ``--print-config`` and a misspelled option answer at once, before torch is
-imported.
+This file reads the command line; ``training/run.py`` is the run. The two are apart so that
+``--help``, ``--print-config`` and a misspelled option answer at once, before torch is imported.
 """
 
 import sys
@@ -10,30 +9,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import config as options
+from config import Config, Parser, get_parser, is_option, load, to_yaml
 from errors import UserError
 
 
-def get_args_parser() -> options.Parser:
-    """The command-line parser, made from the options of config.py."""
-    return options.get_parser()
+def get_args_parser() -> Parser:
+    """The command-line parser, made from config/options.py."""
+    return get_parser()
 
 
-def load_config(argv: Sequence[str] | None = None) -> options.Config:
-    """The resolved options; with ``--resume FILE`` those of the checkpoint lie beneath."""
-    return options.load(argv, underneath=options_of_checkpoint)
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """The resolved options; with ``--resume FILE`` those of the checkpoint rank below them."""
+    return load(argv, options_of_checkpoint)
 
 
 def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in the checkpoint that ``--resume`` names, and its folder to go on in."""
+    """The options in the checkpoint that ``--resume`` names, and its folder to continue in."""
     source = given.get("resume")
     if not source or source == "auto":
         return {}
-    import checkpoint
+    from checkpointing.files import options_of
 
-    saved = checkpoint.options_of(source)
+    saved = options_of(source)
     # A checkpoint may come from anywhere: it doesn't get to name code to import.
-    found = {k: v for k, v in saved.items() if k != "plugin" and options.is_option(k)}
+    found = {k: v for k, v in saved.items() if k != "plugin" and is_option(k)}
     if "://" not in source and found:
         found["output_dir"] = str(Path(source).parent)
     return found
@@ -44,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(argv)
         if config.run.print_config:
-            print(options.to_yaml(config, origins=True, everything=True), end="")
+            print(to_yaml(config, origins=True, everything=True), end="")
             return 0
-        import training
+        from training.run import run
 
-        return training.run(config)
+        return run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -18,14 +18,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import config as options
-from config import Config, option
+from config import Config, Parser, get_parser, resolve, section_options, to_yaml
+from config.job import SHARED_DIR, JobOptions
 from errors import OptionError, UserError
 from main import options_of_checkpoint
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 # Where --print-config says that an implied option comes from.
 ORIGIN = "run_with_submitit.py"
-SHARED_DIR = "TRAIN_SHARED_DIR"
 # What submitit counts down at each time limit; a run of months mustn't reach the end of it.
 REQUEUES = 1_000_000
 # Below the range from which Linux hands out ports to whoever asks (32768 and up).
@@ -44,57 +42,12 @@ POLL_SECONDS = 2.0
 # States of a job that won't run again; a requeued one is PENDING.
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
-
-@dataclass(frozen=True)
-class JobOptions:
-    """Cluster"""
-
-    nodes: int = option(1, "machines", low=1)
-    ngpus: int = option(1, "GPUs a node, one process each; 0: CPU nodes", low=0)
-    tasks_per_node: int | None = option(
-        None, "processes a node on CPU nodes (default: 1); with GPUs it is --ngpus", low=1
-    )
-    timeout: int = option(
-        1440, "minutes a job may last; a longer run is requeued and goes on", low=1
-    )
-    warning: int = option(
-        120, "seconds before the time limit at which the job saves and is requeued", low=1
-    )
-    partition: str = option("", "SLURM partition")
-    account: str = option("", "SLURM account")
-    qos: str = option("", "SLURM quality of service")
-    constraint: str = option("", "node features, e.g. 'a100' or 'a100|h100'")
-    mem_gb: float | None = option(None, "memory a node, GB (default: the cluster's)", above=0)
-    cpus_per_task: int = option(10, "cores a process; its loader processes run on them", low=1)
-    comment: str = option("", "comment that SLURM shows with the job")
-    job_dir: str = option(
-        "", "folder of logs and results, %j is the job's id (default: SHARED_DIR/jobs/%j)"
-    )
-    shared_dir: str = option(
-        "", f"folder that all nodes see (default: the environment variable {SHARED_DIR})"
-    )
-    array_of_configs: tuple[str, ...] = option(
-        (), "YAML files: a job array with one run each, in place of --config"
-    )
-    local: bool = option(
-        False, "try it out on this machine, without SLURM; shows the log until the run ends"
-    )
-    follow: bool = option(
-        False, "show the log until the job ends; the exit code tells whether it went well"
-    )
-
-    @property
-    def processes(self) -> int:
-        """Processes a node."""
-        return self.ngpus or self.tasks_per_node or 1
+LAUNCHER = section_options(JobOptions, "launcher")
 
 
-LAUNCHER = options.options_of(JobOptions, "launcher")
-
-
-def get_args_parser() -> options.Parser:
+def get_args_parser() -> Parser:
     """main.py's command line, and the cluster's options before it."""
-    parser = options.get_parser(defaults=False, launcher=LAUNCHER)
+    parser = get_parser(defaults=False, launcher=LAUNCHER)
     parser.prog = "run_with_submitit.py"
     parser.usage = "run_with_submitit.py [--nodes N] [--ngpus N] [main.py's options]"
     parser.description = "Train on a SLURM cluster: the cluster's options, then those of main.py."
@@ -111,42 +64,38 @@ def load(argv: Sequence[str] | None = None) -> tuple[JobOptions, list[Config]]:
     names = {opt.name for opt in LAUNCHER}
     job = JobOptions(**{name: value for name, value in given.items() if name in names})
     run = {name: value for name, value in given.items() if name not in names}
-    for wrong, name, message in _conflicts(job, run):
-        if wrong:
-            raise OptionError(name, message)
+    _check(job, run)
     each = [run | {"config": file} for file in job.array_of_configs] or [run]
-    configs = [options.resolve(values, underneath=options_of_checkpoint) for values in each]
+    configs = [resolve(values, options_of_checkpoint) for values in each]
     return job, [_for_cluster(job, config) for config in configs]
 
 
-def _conflicts(job: JobOptions, run: Mapping[str, Any]) -> Iterator[tuple[bool, str, str]]:
-    """(is wrong, option, what is wrong and how to mend it)."""
-    yield (
-        job.ngpus > 0 and job.tasks_per_node not in (None, job.ngpus),
-        "tasks_per_node",
-        f"{job.tasks_per_node}, but a GPU has one process: leave it out, or --ngpus 0",
-    )
-    yield (
-        job.warning >= job.timeout * 60,
-        "warning",
-        f"{job.warning} seconds before the end is before the start of --timeout {job.timeout} "
-        "(minutes): lower it",
-    )
-    yield (
-        bool(job.array_of_configs) and "config" in run,
-        "config",
-        "and --array-of-configs both name YAML files: leave one out (base: in a file shares them)",
-    )
-    yield (
-        len(job.array_of_configs) > 1 and "%j" not in run.get("output_dir", "%j"),
-        "output_dir",
-        "would be shared by all runs of the array: put %j, the job's id, into it",
-    )
-    yield (
-        job.local and job.nodes > 1,
-        "local",
-        f"is one machine: leave out --nodes {job.nodes}",
-    )
+def _check(job: JobOptions, run: Mapping[str, Any]) -> None:
+    """Raise OptionError for options that contradict each other."""
+    if job.ngpus > 0 and job.tasks_per_node not in (None, job.ngpus):
+        raise OptionError(
+            "tasks_per_node",
+            f"{job.tasks_per_node}, but a GPU has one process: leave it out, or --ngpus 0",
+        )
+    if job.warning >= job.timeout * 60:
+        raise OptionError(
+            "warning",
+            f"{job.warning} seconds before the end is before the start of --timeout {job.timeout} "
+            "(minutes): lower it",
+        )
+    if job.array_of_configs and "config" in run:
+        raise OptionError(
+            "config",
+            "and --array-of-configs both name YAML files: leave one out (base: in a file shares "
+            "them)",
+        )
+    if len(job.array_of_configs) > 1 and "%j" not in run.get("output_dir", "%j"):
+        raise OptionError(
+            "output_dir",
+            "would be shared by all runs of the array: put %j, the job's id, into it",
+        )
+    if job.local and job.nodes > 1:
+        raise OptionError("local", f"is one machine: leave out --nodes {job.nodes}")
 
 
 def _for_cluster(job: JobOptions, config: Config) -> Config:
@@ -222,20 +171,20 @@ class TrainingJob:
 
 def _train(config: Config, *, requeued: bool) -> int:
     """Start the run, or go on with it from its newest checkpoint."""
-    import checkpoint
-    import training
-    from resume import output_folder
+    from checkpointing.folder import checkpoints_in
+    from training.resume import output_folder
+    from training.run import run
 
     if not config.run.eval:
         # Whatever it was first started from, it has got further since.
-        further = requeued and checkpoint.in_folder(output_folder(config))
+        further = requeued and checkpoints_in(output_folder(config))
         if further or not config.run.resume:
             config = config.replace(ORIGIN, resume="auto", start_epoch=0)
-    return training.run(config)
+    return run(config)
 
 
 def _until_training(leave: Callable[[int], None], *, is_main: bool) -> None:
-    """Set what signals do until training begins, and has its own handlers (utils.StopRequest).
+    """Set what signals do until training has its own handlers (training.signals.StopRequest).
 
     The main process leaves; the others wait to be ended with it, for it may be waiting for them
     where no handler runs, in the rendezvous.
@@ -306,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job, configs = load(argv)
         if configs[0].run.print_config:
             for config in configs:
-                print(options.to_yaml(config, origins=True, everything=True), end="")
+                print(to_yaml(config, origins=True, everything=True), end="")
             return 0
         for config in configs:
             _refuse_other_runs(config)
@@ -330,14 +279,9 @@ def _refuse_other_runs(config: Config) -> None:
     folder = Path(config.run.output_dir).expanduser()
     if config.run.resume or not folder.exists():
         return
-    import checkpoint
+    from training.resume import refuse_other_run
 
-    if checkpoint.holds_run(folder):
-        raise OptionError(
-            "output_dir",
-            f"{folder} already holds a run: add --resume auto to go on with it, choose another "
-            "--output-dir, or remove it",
-        )
+    refuse_other_run(config, folder)
 
 
 def build_executor(job: JobOptions, config: Config) -> "submitit.Executor":

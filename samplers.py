@@ -1,4 +1,4 @@
-"""The order in which pictures are seen, as a function of seed and epoch."""
+"""The order in which images are seen, as a function of seed and epoch."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,24 +9,33 @@ from torch.utils.data import Sampler
 
 from utils import derive_seed
 
-LANES = 64
-WINDOW = 2
-NUM_REPEATS = 3  # copies of a picture in repeated augmentation
+LANES = 64  # sequences of groups that an order takes from in turn
+WINDOW = 2  # groups of a lane that are shuffled together
+NUM_REPEATS = 3  # copies of an image in repeated augmentation
 
 
 class SampleKey(NamedTuple):
     """What a data set needs to know to make a sample; its augmentation depends on nothing else."""
 
     index: int
+    """Of the image in the data set."""
     epoch: int
-    position: int  # place in the epoch's global sequence, all processes together
+    position: int
+    """Place in the epoch's global sequence, all processes together."""
 
 
 class EpochSampler(Sampler[SampleKey]):
-    """A global sequence of ``num_samples`` positions an epoch, dealt out to the processes in turn.
+    """A global sequence of ``num_samples`` positions per epoch, dealt out to the processes in turn.
 
     Every process gets the same number of samples: the last ``num_samples % num_replicas`` positions
     of an epoch are left out. The sequence doesn't depend on the number of processes.
+
+    Args:
+        num_samples: images of the data set.
+        num_replicas: processes.
+        rank: number of this process.
+        seed: of the order.
+        groups: (num_samples,) integers, the shard of each image; None where images are files.
     """
 
     def __init__(
@@ -56,13 +65,13 @@ class EpochSampler(Sampler[SampleKey]):
         raise NotImplementedError
 
     def permutation(self, epoch: int) -> torch.Tensor:
-        """All pictures in random order; those of a group (a shard) not far from each other."""
+        """All images in random order; those of a group (a shard) not far from each other."""
         if self.groups is None:
             return torch.randperm(self.num_samples, generator=self.generator(epoch))
         return by_groups(self.groups, self.generator(epoch))
 
     def generator(self, epoch: int) -> torch.Generator:
-        """The generator that ``order`` draws from."""
+        """The generator that ``order`` draws from; each epoch has its own."""
         return torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
 
     def __len__(self) -> int:
@@ -80,7 +89,7 @@ class EpochSampler(Sampler[SampleKey]):
 
 
 def by_groups(groups: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-    """A random order of all pictures, (N,) int64, that reads groups (shards) one after another.
+    """A random order of all images, (N,) int64, that reads groups (shards) one after another.
 
     The groups are dealt out in random order to LANES lanes; a lane goes through its groups WINDOW
     at a time, shuffled, and the order takes from the lanes in turn. So a batch comes from many
@@ -107,9 +116,9 @@ def _in_turn(sequences: list[np.ndarray]) -> np.ndarray:
     """One element of each sequence, then the next of each; the longer ones go on alone."""
     lengths = [len(sequence) for sequence in sequences]
     places = np.arange(max(lengths))
-    there = sum((places < length).astype(np.int64) for length in lengths)
+    alive = sum((places < length).astype(np.int64) for length in lengths)  # sequences that go on
     # Where the next sequence's element of each place goes.
-    slot = np.cumsum(there) - there
+    slot = np.cumsum(alive) - alive
     result = np.empty(sum(lengths), dtype=np.int64)
     for sequence in sequences:
         result[slot[: len(sequence)]] = sequence
@@ -118,7 +127,7 @@ def _in_turn(sequences: list[np.ndarray]) -> np.ndarray:
 
 
 class ShuffleSampler(EpochSampler):
-    """Every picture once, in a new order each epoch."""
+    """Every image once, in a new order each epoch."""
 
     def order(self, epoch: int) -> torch.Tensor:
         return self.permutation(epoch)
@@ -127,8 +136,8 @@ class ShuffleSampler(EpochSampler):
 class RASampler(EpochSampler):
     """Repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335; DeiT, section 6).
 
-    Each picture of a permutation ``num_repeats`` times in a row, cut to ``num_samples`` positions:
-    an epoch has the usual length and shows a third of the pictures. Copies of a picture fall on
+    Each image of a permutation ``num_repeats`` times in a row, cut to ``num_samples`` positions:
+    an epoch has the usual length and shows a third of the images. Copies of an image fall on
     neighbouring processes, or on neighbouring places of the batch on a single process.
     """
 
@@ -142,9 +151,10 @@ class RASampler(EpochSampler):
 
 
 class BalancedSampler(EpochSampler):
-    """Drawn with replacement: first a class, all that have pictures equally likely, then a picture.
+    """Drawn with replacement: first a class, all that have images equally likely, then an image.
 
-    ``targets``: class of each picture, (num_samples,) integers.
+    Args:
+        targets: class of each image, (num_samples,) integers.
     """
 
     def __init__(self, targets: Sequence[int], **kwargs: int) -> None:

@@ -1,4 +1,4 @@
-"""A plugin: some pictures of Fashion-MNIST, and two models that train in seconds.
+"""A plugin: some images of Fashion-MNIST, and two models that train in seconds.
 
     python main.py --plugin examples/fashion.py --data-set few_fashion --data-path FOLDER …
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from timm.models.resnet import BasicBlock, ResNet
 
-from cait_models import plain_cfg, register
+from architectures.registry import plain_cfg, register
 from datasets import ArraySource, read_idx, register_dataset
 from models import DistilledVisionTransformer
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
 CLASSES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-TRAINING, VALIDATION = 3000, 2000  # pictures
+TRAINING, VALIDATION = 3000, 2000  # images
 
 
 @register_dataset("few_fashion")
 def few_fashion(is_train, options, seed):
-    """The first pictures of each part of the IDX files in ``--data-path``."""
+    """The first images of each part of the IDX files in ``--data-path``."""
     part, count = ("train", TRAINING) if is_train else ("t10k", VALIDATION)
     folder = Path(options.data_path)
     images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)[:count]
@@ -30,12 +30,22 @@ def few_fashion(is_train, options, seed):
 
 # A ResNet of four residual blocks, 0.3 M parameters.
 micro_resnet = register(
-    "micro_resnet", ResNet, plain_cfg(28, "fc"),
-    block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 48, 64, 96),
-)  # fmt: skip
+    "micro_resnet",
+    ResNet,
+    plain_cfg(28, "fc"),
+    block=BasicBlock,
+    layers=(1, 1, 1, 1),
+    channels=(32, 48, 64, 96),
+)
 
 # A DeiT of four blocks on 16 patches of 7 × 7 pixels, 0.2 M parameters.
 micro_deit_distilled = register(
-    "micro_deit_distilled", DistilledVisionTransformer, plain_cfg(28, ("head", "head_dist")),
-    img_size=28, patch_size=7, embed_dim=64, depth=4, num_heads=4,
-)  # fmt: skip
+    "micro_deit_distilled",
+    DistilledVisionTransformer,
+    plain_cfg(28, ("head", "head_dist")),
+    img_size=28,
+    patch_size=7,
+    embed_dim=64,
+    depth=4,
+    num_heads=4,
+)

@@ -1,12 +1,12 @@
-"""What all tests share: the repository on the path, one thread a process, quiet libraries."""
+"""What all tests share: one thread per process, fresh random state, tiny images to train on."""
 
 import logging
 import os
 import sys
 from pathlib import Path
 
-# Processes that the tests start take it over: with another number of threads sums are rounded
-# differently. It is read when torch is imported.
+# Processes that the tests start inherit it: with another number of threads sums are rounded
+# differently. torch reads it when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter; it looks once, when it is first imported.
+    # Triton's kernels run in its interpreter; it reads this once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
 def _own_messages():
-    """A run's messages go to standard output; those of the next test don't."""
+    """A run sends all messages to standard output; the next test gets the usual handlers back."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -36,3 +36,16 @@ def _fresh_generators():
     import utils
 
     utils.seed_all(0)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """An image folder of 24 training and 8 validation images of three classes; not to be changed.
+
+    The class "blue" has two validation images, the others three.
+    """
+    from tiny_images import image_folder
+
+    root = image_folder(tmp_path_factory.mktemp("images"), {"train": 8, "val": 3})
+    (root / "val" / "blue" / "2.png").unlink()
+    return root

@@ -1,19 +1,31 @@
 """What the tests of the pages share: their code blocks, and running their commands on tiny ones."""
 
 import gzip
+import importlib
+import json
 import re
 import shlex
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+import main as training
+
 ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    *("--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--device", "cpu"),
+    *("--num-workers", "0", "--no-tensorboard", "--log-interval", "1"),
+]
+SMALL = ["--model", "deit_nano_patch4_32", "--input-size", "16"]
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The contents of the fenced blocks of a language, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.M | re.S)
+    return [textwrap.dedent(block) for block in found]
 
 
 def commands(page: str) -> list[str]:
@@ -43,7 +55,7 @@ def shrink(command: str, *tiny: str) -> list[str]:
 
 
 def write_idx(folder: Path, part: str, count: int) -> None:
-    """``count`` random pictures of ten classes in the files of MNIST's kind, gzipped."""
+    """``count`` random images of ten classes in the files of MNIST's kind, gzipped."""
     rng = np.random.default_rng(0)
     arrays = {
         "images-idx3": rng.integers(0, 255, (count, 28, 28), dtype=np.uint8),
@@ -54,3 +66,26 @@ def write_idx(folder: Path, part: str, count: int) -> None:
         sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
         with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
             file.write(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+
+
+def tool(module: str) -> Callable[[list[str]], int]:
+    """``main`` of what ``python -m MODULE`` runs."""
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    return importlib.import_module(f"{module}.__main__" if package else module).main
+
+
+def run(command: str, tiny: list[str], folder: str) -> Path:
+    """Run a command of a page with ``tiny`` options; returns the run's folder."""
+    words = shrink(command, *tiny, "--output-dir", folder)
+    if words[:2] == ["python", "main.py"]:
+        main, argv = training.main, words[2:]
+    else:
+        assert words[:2] == ["python", "-m"]
+        main, argv = tool(words[2]), words[3:]
+    assert main(argv) == 0, shlex.join(words)
+    return Path(option(words, "--output-dir"))
+
+
+def log(folder: Path) -> list[dict]:
+    """The records of ``log.txt``."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]

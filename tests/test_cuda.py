@@ -1,21 +1,18 @@
-"""Whole runs on a CUDA card: what can't be seen without one. Skipped where there is none."""
+"""Whole runs on a CUDA card, skipped where there is none."""
 
-import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_equal, logged, newest, start_process
 
-import checkpoint
 import main
+from checkpointing.folder import checkpoints_in
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -26,12 +23,8 @@ def command(folder: Path, *more: str) -> list[str]:
     return [*argv, *more]
 
 
-def last_record(folder: Path) -> dict:
-    return json.loads((folder / "log.txt").read_text().splitlines()[-1])
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_latest(folder)[1]["model"]
+    return newest(folder)["model"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_run(tmp_path, more):
     assert main.main(command(tmp_path, *more)) == 0
-    record = last_record(tmp_path)
+    record = logged(tmp_path)[-1]
     assert record["epoch"] == 1
     assert record["train_loss"] < 3.0
     assert all(w.isfinite().all() for w in weights(tmp_path).values())
@@ -71,16 +64,12 @@ def test_run(tmp_path, more):
 def test_cait_fused(tmp_path):
     argv = command(tmp_path, "--model", "cait_XXS24_224", "--input-size", "32")
     assert main.main([*argv, "--talking-heads", "fused", "--epochs", "2"]) == 0
-    assert last_record(tmp_path)["train_loss"] < 3.0
+    assert logged(tmp_path)[-1]["train_loss"] < 3.0
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "main.py", *command(folder, *more)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        # torch's deterministic algorithms ask for it.
-        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-    )  # fmt: skip
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    # torch's deterministic algorithms ask for it.
+    return start_process(command(folder, *more), CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 @pytest.mark.parametrize("more", [(), ("--amp", "fp16", "--opt", "sgd", "--lr", "0.05")])
@@ -93,7 +82,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, more):
     run = start(parts, *options)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
-        found = checkpoint.in_folder(parts)
+        found = checkpoints_in(parts)
         if found and re.fullmatch(r"checkpoint-000[12]-\d+", found[0].stem):
             break
         time.sleep(0.01)
@@ -104,8 +93,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, more):
     again = start(parts, *options, "--resume", "auto")
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0, out
-    expected, found = weights(whole), weights(parts)
-    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert_equal(weights(whole), weights(parts), "model")
 
 
 def test_out_of_memory_says_what_helps(tmp_path, capsys):

@@ -56,12 +56,12 @@ def bce(x: float, t: float) -> float:
 
 def written_out(kind: str, x: Tensor, targets: Tensor, *, smoothing=0.0, gamma=2.0, weighted=False):
     """The losses by their definitions."""
-    total = heaviness = 0.0
+    total = weight_sum = 0.0
     weights = [45 / (3 * 10), 45 / (3 * 30), 45 / (3 * 5), 1.0] if weighted else [1.0] * CLASSES
     for row, target in zip(x, targets, strict=True):
         t, plain = shares(target, smoothing), shares(target, 0.0)
         heavy = sum(p * w for p, w in zip(plain, weights, strict=True))
-        heaviness += heavy
+        weight_sum += heavy
         if kind in ("ce", "focal"):
             for share, log_p, weight in zip(t, log_softmax(row), weights, strict=True):
                 factor = (1 - math.exp(log_p)) ** gamma if kind == "focal" else 1.0
@@ -70,7 +70,7 @@ def written_out(kind: str, x: Tensor, targets: Tensor, *, smoothing=0.0, gamma=2
             for share, value in zip(t, row.double().tolist(), strict=True):
                 factor = abs(share - sigmoid(value)) ** gamma if kind == "quality-focal" else 1.0
                 total += heavy * factor * bce(value, share) / CLASSES
-    return total / heaviness
+    return total / weight_sum
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -206,7 +206,7 @@ def test_two_heads_count_equally(options):
         {"bce_loss": True},
     ],
 )
-def test_half_precision_outputs_are_judged_in_float32(options):
+def test_losses_of_half_precision_outputs_are_float32(options):
     criterion = build(**options)
     x = logits().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,7 +242,7 @@ def test_criterion_has_no_state_to_save():
 
 
 class Teacher(nn.Module):
-    """Gives logits that don't depend on the pictures; dropout would show in training mode."""
+    """Gives logits that don't depend on the images; dropout would show in training mode."""
 
     def __init__(self, answers: Tensor) -> None:
         super().__init__()
@@ -381,7 +381,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         build_teacher(tmp_path / "other.pth")
 
 
-def test_unknown_teacher_is_blamed_on_its_own_option(tmp_path):
+def test_unknown_teacher_names_its_own_option(tmp_path):
     with pytest.raises(OptionError, match="--teacher-model: .*resnet18") as caught:
         build_teacher(tmp_path / "t.pth", model="resnet1818")
     assert "--model" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""samplers.py: who sees which picture when."""
+"""samplers.py: who sees which image when."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samplers import BalancedSampler, EvalSampler, RASampler, SampleKey, ShuffleSampler
+from samplers import (
+    LANES,
+    BalancedSampler,
+    EvalSampler,
+    RASampler,
+    SampleKey,
+    ShuffleSampler,
+    by_groups,
+)
 
 SIZES = st.integers(0, 60)
 WORLDS = st.integers(1, 8)
@@ -39,7 +47,7 @@ def test_ranks_share_out_the_global_sequence(size, world, epoch, data):
 
 @examples
 @given(size=SIZES)
-def test_shuffle_shows_every_picture_once(size):
+def test_shuffle_shows_every_image_once(size):
     assert sorted(ShuffleSampler(size).order(0).tolist()) == list(range(size))
 
 
@@ -86,13 +94,13 @@ def test_seed_and_epoch_decide_the_order(make):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_balanced_draws_classes_equally_and_pictures_equally_within():
+def test_balanced_draws_classes_equally_and_images_equally_within():
     targets = np.array([0] * 900 + [2] * 90 + [5] * 10)
     np.random.RandomState(0).shuffle(targets)
     sampler = BalancedSampler(targets)
     drawn = torch.cat([sampler.order(epoch) for epoch in range(30)]).numpy()
     shares = np.bincount(targets[drawn], minlength=6) / len(drawn)
-    # 30000 draws: the deviation of a share is 0.003
+    # 30000 draws: the std of a share is 0.003
     assert shares[[0, 2, 5]] == pytest.approx(1 / 3, abs=0.015)
     assert shares[[1, 3, 4]].sum() == 0
     rare = np.bincount(drawn, minlength=1000)[targets == 5]
@@ -108,3 +116,53 @@ def test_evaluation_covers_everything_exactly_once(size, world):
     assert all(key == SampleKey(key.index, 0, key.index) for key in keys)
     assert [len(s) for s in ranks] == [len(list(s)) for s in ranks]
     assert [k.index for k in ranks[-1]] == list(range(world - 1, size, world))
+
+
+# --- order of shards ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 9, 1], [7] * 200, [1, 50] * 70])
+def test_order_by_groups_is_a_permutation(sizes):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    orders = [by_groups(groups, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(orders[0].sort().values, torch.arange(len(groups)))
+    assert torch.equal(orders[0], orders[1])
+    assert len(sizes) < 3 or not torch.equal(orders[0], orders[2])
+
+
+def test_few_shards_are_in_use_at_a_time_and_a_batch_comes_from_many():
+    groups = np.repeat(np.arange(640), 100)
+    order = by_groups(groups, torch.Generator().manual_seed(0)).numpy()
+    used = groups[order]
+    first = np.full(640, -1)
+    last = np.full(640, -1)
+    for place, group in enumerate(used):
+        last[group] = place
+        if first[group] < 0:
+            first[group] = place
+    open_at = [((first <= p) & (p <= last)).sum() for p in range(0, len(used), 1000)]
+    assert max(open_at) <= 2 * LANES
+    assert len(set(used[:256])) > 100
+    # Within a shard the order is random.
+    inside = order[used == used[0]]
+    assert abs(np.corrcoef(inside, np.arange(100))[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_processes_read_shards_of_their_own(world):
+    groups = np.repeat(np.arange(128), 30)
+    seen = []
+    for rank in range(world):
+        sampler = ShuffleSampler(len(groups), num_replicas=world, rank=rank, groups=groups)
+        indices, _ = sampler.share()
+        seen.append(set(groups[indices]))
+    assert set.union(*seen) == set(range(128))
+    assert sum(len(s) for s in seen) == 128
+
+
+def test_repeated_augmentation_keeps_the_order_of_shards():
+    groups = np.repeat(np.arange(40), 10)
+    order = RASampler(len(groups), groups=groups).order(0)
+    assert torch.equal(order[:99].view(-1, 3)[:, 0], order[:99].view(-1, 3)[:, 2])
+    plain = ShuffleSampler(len(groups), groups=groups).order(0)
+    assert torch.equal(order[::3][:100], plain[:100])

@@ -2,7 +2,7 @@
 
 Means of all floating-point weights ("Averaging Weights Leads to Wider Optima and Better
 Generalization", arXiv:1803.05407); counters are the newest one's. Means of batch-norm statistics
-are an approximation: --update-bn gathers them anew from training pictures.
+are an approximation: --update-bn gathers them anew from training images.
 """
 
 import argparse
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-import checkpoint
 import inference
+from checkpointing.files import load_checkpoint, save_checkpoint, weights_of
+from checkpointing.folder import checkpoints_in
 from errors import CheckpointError, OptionError, UserError
-from tools import command, trained
+from tools.common import command, trained
 
 Weights = Mapping[str, Tensor]
 
@@ -61,13 +62,13 @@ def average_checkpoints(paths: Sequence[Path], *, ema: bool = False) -> dict[str
     Nothing can go on from it: it holds no optimiser. ``ema`` takes the means of the moving
     averages.
     """
-    contents = [checkpoint.load_file(path) for path in paths]
+    contents = [load_checkpoint(path) for path in paths]
     names = contents[-1].get("class_names")
     for path, content in zip(paths, contents, strict=True):
         if content.get("class_names") != names:
             raise CheckpointError(f"{path} knows other classes than {paths[-1]}")
     try:
-        weights = average([checkpoint.weights_of(content, ema=ema) for content in contents])
+        weights = average([weights_of(content, ema=ema) for content in contents])
     except CheckpointError as error:
         raise CheckpointError(f"{', '.join(map(str, paths))}: {error}") from None
     kept = ("config", "class_names", "preprocessing", "versions")
@@ -77,7 +78,7 @@ def average_checkpoints(paths: Sequence[Path], *, ema: bool = False) -> dict[str
 
 def chosen(folder: Path, count: int, *, best: str | None = None) -> list[Path]:
     """The last ``count`` checkpoints of a run, or the best by the metric ``best``; oldest first."""
-    found = checkpoint.in_folder(folder)[::-1]
+    found = checkpoints_in(folder)[::-1]
     if best:
         scores = {path: _score(path, best) for path in found}
         found = [path for path in found if scores[path] is not None]
@@ -92,7 +93,7 @@ def chosen(folder: Path, count: int, *, best: str | None = None) -> list[Path]:
 
 
 def _score(path: Path, metric: str) -> float | None:
-    return checkpoint.load_file(path).get("metrics", {}).get(metric)
+    return load_checkpoint(path).get("metrics", {}).get(metric)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -107,12 +108,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser = command.parser("average", __doc__)
     parser.add_argument("inputs", nargs="+", type=Path, help="a run's folder, or checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="the .pth file to write")
-    parser.add_argument("--last", type=trained.positive, help="the newest so many of the folder")
-    parser.add_argument("--best", type=trained.positive, help="the best so many of the folder")
+    parser.add_argument("--last", type=command.positive, help="the newest so many of the folder")
+    parser.add_argument("--best", type=command.positive, help="the best so many of the folder")
     parser.add_argument("--metric", default="test_acc1", help="what is best, a key of log.txt")
     parser.add_argument("--ema", action="store_true", help="average the moving averages")
     parser.add_argument(
-        "--update-bn", action="store_true", help="gather batch-norm statistics from the pictures"
+        "--update-bn", action="store_true", help="gather batch-norm statistics from the images"
     )
     parser.add_argument("--device", default="auto", help="of --update-bn")
     trained.add_data_arguments(parser)
@@ -133,7 +134,7 @@ def _run(arguments: argparse.Namespace) -> None:
     elif classifier and has_batch_norm(classifier.model):
         print("note: batch-norm statistics are means; --update-bn gathers them anew")
     try:
-        checkpoint.save(output, content)
+        save_checkpoint(output, content)
     except OSError as error:
         raise UserError(f"{output} can't be written: {error.strerror}") from None
     print(f"{output}: the mean of {', '.join(map(str, paths))}")

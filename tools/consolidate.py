@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import checkpoint
+from checkpointing.files import load_checkpoint, save_checkpoint, without_optimizer
 from errors import CheckpointError, UserError
 
 
@@ -22,9 +22,9 @@ def consolidate(folder: Path, file: Path, *, weights: bool = False) -> None:
         raise CheckpointError(f"{folder} is not the folder of a sharded checkpoint")
     if file.exists():
         raise CheckpointError(f"{file} exists: remove it, or name another")
-    content = checkpoint.load_file(folder)
+    content = load_checkpoint(folder)
     try:
-        checkpoint.save(file, checkpoint.without_optimizer(content) if weights else content)
+        save_checkpoint(file, without_optimizer(content) if weights else content)
     except OSError as error:
         raise CheckpointError(f"{file} can't be written: {error.strerror}") from None
 

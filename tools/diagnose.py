@@ -1,6 +1,6 @@
-"""Say what a run's log.txt shows: exploding, flat, over- or underfitting, with the evidence.
+"""Find what is wrong in a run's log.txt: exploding, flat, over- or underfitting, with the evidence.
 
-The rules are rules of thumb; each finding names the figures that it rests on.
+The rules are rules of thumb; each problem comes with the figures that show it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 from errors import UserError
 from loggers import LOG_FILE, read_log
-from tools import command
+from tools.common import command
 
 Record = Mapping[str, Any]
 
@@ -27,8 +27,8 @@ STILL_FALLING = 0.05  # share of the test loss that the last quarter of the epoc
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that a run's curves show."""
+class TrainingProblem:
+    """Something wrong that a run's curves show."""
 
     kind: str
     """exploding, flat, overfitting, underfitting or unfinished."""
@@ -38,8 +38,8 @@ class Finding:
     """What helps."""
 
 
-def diagnose(records: Sequence[Record]) -> list[Finding]:
-    """The findings of the epochs of a ``log.txt``, the gravest first; none is a good sign.
+def diagnose(records: Sequence[Record]) -> list[TrainingProblem]:
+    """The problems that the epochs of a ``log.txt`` show, the gravest first.
 
     Raises UserError for fewer epochs than show a trend.
     """
@@ -49,31 +49,31 @@ def diagnose(records: Sequence[Record]) -> list[Finding]:
     if grave:
         return [grave]
     rules = (_overfitting, _underfitting, _unfinished)
-    return [finding for rule in rules if (finding := rule(records))]
+    return [problem for rule in rules if (problem := rule(records))]
 
 
-def _exploding(records: Sequence[Record]) -> Finding | None:
+def _exploding(records: Sequence[Record]) -> TrainingProblem | None:
     advice = "lower --lr, lengthen --warmup-epochs, or add --clip-grad 1"
     losses = [_value(r, "train_loss") for r in records]
     for record, loss in zip(records, losses, strict=True):
         if not math.isfinite(loss) or not math.isfinite(_value(record, "test_loss")):
-            return Finding("exploding", f"a loss of {_epoch(record)} is not finite", advice)
+            return TrainingProblem("exploding", f"a loss of {_epoch(record)} is not finite", advice)
     best = losses[0]
     for record, loss in zip(records, losses, strict=True):
         if loss > RISE * best:
             evidence = (
                 f"the training loss rose to {loss:.4g} in {_epoch(record)}, it was {best:.4g}"
             )
-            return Finding("exploding", evidence, advice)
+            return TrainingProblem("exploding", evidence, advice)
         best = min(best, loss)
     skipped = records[-1].get("skipped_updates", 0)
     if skipped:
         evidence = f"{skipped} updates were left out: their loss or gradient was not finite"
-        return Finding("exploding", evidence, advice)
+        return TrainingProblem("exploding", evidence, advice)
     return None
 
 
-def _flat(records: Sequence[Record]) -> Finding | None:
+def _flat(records: Sequence[Record]) -> TrainingProblem | None:
     losses = [_value(r, "train_loss") for r in records]
     if losses[0] - min(losses) >= FLAT * abs(losses[0]):
         return None
@@ -85,10 +85,10 @@ def _flat(records: Sequence[Record]) -> Finding | None:
         "try --overfit-batches 2: if that loss doesn't fall either, the data or the labels are "
         "wrong; if it does, raise --lr, or look for what is frozen"
     )
-    return Finding("flat", evidence, advice)
+    return TrainingProblem("flat", evidence, advice)
 
 
-def _overfitting(records: Sequence[Record]) -> Finding | None:
+def _overfitting(records: Sequence[Record]) -> TrainingProblem | None:
     test = [_value(r, "test_loss") for r in records]
     train = [_value(r, "train_loss") for r in records]
     best = min(range(len(test)), key=test.__getitem__)
@@ -101,13 +101,13 @@ def _overfitting(records: Sequence[Record]) -> Finding | None:
         f"{train[-1]:.4g}"
     )
     advice = (
-        "more pictures, stronger augmentation (--aa, --mixup, --reprob), --drop-path, --smoothing, "
+        "more images, stronger augmentation (--aa, --mixup, --reprob), --drop-path, --smoothing, "
         "or --early-stop; best.pth holds the best epoch"
     )
-    return Finding("overfitting", evidence, advice)
+    return TrainingProblem("overfitting", evidence, advice)
 
 
-def _underfitting(records: Sequence[Record]) -> Finding | None:
+def _underfitting(records: Sequence[Record]) -> TrainingProblem | None:
     first, last = (_value(r, "train_loss") for r in (records[0], records[-1]))
     test_first, test_last = (_value(r, "test_loss") for r in (records[0], records[-1]))
     # Mixing and smoothing keep the training loss high; the test loss isn't mixed.
@@ -118,10 +118,10 @@ def _underfitting(records: Sequence[Record]) -> Finding | None:
         f"the test loss from {test_first:.4g} to {test_last:.4g}"
     )
     advice = "a higher --lr, more --epochs, a larger model, --pretrained, or weaker augmentation"
-    return Finding("underfitting", evidence, advice)
+    return TrainingProblem("underfitting", evidence, advice)
 
 
-def _unfinished(records: Sequence[Record]) -> Finding | None:
+def _unfinished(records: Sequence[Record]) -> TrainingProblem | None:
     quarter = max(1, len(records) // 4)
     before, last = (_value(r, "test_loss") for r in (records[-1 - quarter], records[-1]))
     fell = 1 - last / before if before > 0 else 0.0
@@ -131,7 +131,7 @@ def _unfinished(records: Sequence[Record]) -> Finding | None:
         f"the test loss still fell from {before:.4g} to {last:.4g} ({-fell:+.0%}) "
         f"in the last {quarter} epochs"
     )
-    return Finding("unfinished", evidence, "more --epochs")
+    return TrainingProblem("unfinished", evidence, "more --epochs")
 
 
 def _value(record: Record, key: str) -> float:
@@ -161,18 +161,18 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 def get_parser() -> argparse.ArgumentParser:
     parser = command.parser("diagnose", __doc__)
     parser.add_argument("run", type=Path, help=f"a run's folder, or its {LOG_FILE}")
-    parser.add_argument("--json", action="store_true", help="print an array of findings")
+    parser.add_argument("--json", action="store_true", help="print an array of problems")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    findings = diagnose(records_of(arguments.run))
+    problems = diagnose(records_of(arguments.run))
     if arguments.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([asdict(problem) for problem in problems], indent=2))
         return
-    for finding in findings:
-        print(f"{finding.kind}: {finding.evidence}\n  what helps: {finding.advice}")
-    if not findings:
+    for problem in problems:
+        print(f"{problem.kind}: {problem.evidence}\n  what helps: {problem.advice}")
+    if not problems:
         print("nothing found: the losses fell and stayed down")
 
 

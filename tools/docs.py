@@ -1,4 +1,4 @@
-"""Write ``docs/options.md`` anew from the options of ``config.py``: ``python -m tools.docs``."""
+"""Write ``docs/options.md`` anew from ``config/options.py``: ``python -m tools.docs``."""
 
 from pathlib import Path
 

@@ -5,15 +5,13 @@
 Takes the options of main.py and checks the machine, shared memory, the output directory, the data,
 a few training steps, an evaluation, a save and a load, memory, disk space and time. A check that
 fails doesn't keep the others from running. Ends with "ready" (exit code 0) or the list of what is
-to be mended (exit code 2). Nothing is left behind.
+to fix (exit code 2). Nothing is left behind.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
-import math
-import os
 import platform
 import resource
 import shutil
@@ -26,98 +24,102 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import datasets
 import engine
-import utils
+from augmentation.batch import augments_by_batch
+from checkpointing.files import load_checkpoint, save_checkpoint
 from config import Config
+from distributed.processes import Processes
 from errors import UserError
 from loggers import duration
-from resume import make_writable, output_folder
-from tools import command
-from tools.stage import Trial, single_process
-from trainer import versions
+from pipeline.dataset import build_dataset
+from pipeline.decoding import BadImageError, decode
+from pipeline.workers import batch_bytes, free_shared_memory, shared_memory_needed
+from tools.common import command
+from tools.common.stage import Trial, single_process
+from training.batch_size import out_of_memory_advice
+from training.data import loader_settings
+from training.plugins import import_plugins
+from training.resume import make_writable, output_folder, refuse_other_run
+from training.saving import versions
+from utils import cores
 
-SHARED_MEMORY = Path("/dev/shm")
-LOOKED_AT = 32  # pictures of each part that are read, evenly spread
+SAMPLED = 32  # images of each part that are read, evenly spread
 TIMED = 3  # updates, after a first one
 GIB = 2**30
 
 
-class Skip(Exception):
+class SkippedCheck(Exception):
     """A check that can't be made; the message says what it needs."""
 
 
 @dataclasses.dataclass
-class Patient:
+class PlannedRun:
     """The run, and what the checks before have found out about it."""
 
     config: Config
-    processes: utils.Processes
+    processes: Processes
     device: torch.device
     folder: Path
+    """Where the run is to be written."""
     trial: Trial | None = None
+    """The run's parts, once they are built."""
     checkpoint_bytes: int = 0
     seconds_per_update: float = 0.0
     evaluation_seconds: float = 0.0
+    """Of the whole validation part."""
 
-    def needs_trial(self) -> Trial:
+    def built_trial(self) -> Trial:
+        """The run's parts. Raises SkippedCheck where they could not be built."""
         if self.trial is None:
-            raise Skip("data and model")
+            raise SkippedCheck("data and model")
         return self.trial
 
 
-# Each check yields lines to show, raises UserError for what is to be mended.
-Check = Callable[[Patient], Iterator[str]]
+# Each check yields lines to show, raises UserError for what is to fix.
+Check = Callable[[PlannedRun], Iterator[str]]
 
 
-def check_environment(patient: Patient) -> Iterator[str]:
+def check_environment(run: PlannedRun) -> Iterator[str]:
     """Versions, machine and device."""
     found = versions() | {"python": platform.python_version()}
     yield ", ".join(f"{name} {version}" for name, version in found.items())
-    yield f"{platform.platform()}, {os.cpu_count()} cores, device {patient.device}"
+    yield f"{platform.platform()}, {cores()} cores, device {run.device}"
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
         yield f"cuda:{number} {gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
-    if patient.config.run.device == "auto" and patient.device.type == "cpu":
+    if run.config.run.device == "auto" and run.device.type == "cpu":
         yield "note: no GPU was found, training runs on the CPU"
 
 
-def check_shared_memory(patient: Patient) -> Iterator[str]:
-    """Room for the batches that loader processes hold ready."""
-    config = patient.config
-    workers = config.data.num_workers
-    workers = datasets.auto_num_workers(1) if workers == "auto" else workers
-    if not workers or not SHARED_MEMORY.is_dir():
-        yield "not needed: no loader processes" if not workers else f"no {SHARED_MEMORY} here"
+def check_shared_memory(run: PlannedRun) -> Iterator[str]:
+    """The batches that workers hold ready fit, as the run itself computes it."""
+    config = run.config
+    try:
+        workers = loader_settings(config, run.processes, 1, drop_last=False).num_workers
+    except UserError:
+        # The checks that follow need no worker.
+        run.config = config.replace("doctor", num_workers=0)
+        raise
+    free = free_shared_memory()
+    if not workers or free is None:
+        yield "not needed: no workers" if not workers else "no /dev/shm here"
         return
-    # Each process prepares two batches and works at a third; training and evaluation.
-    batch = config.data.batch_size
-    pictures = 3 * workers * (batch + (config.data.eval_batch_size or math.ceil(1.5 * batch)))
-    need = pictures * 3 * config.model.input_size**2 * 4
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    yield f"{free / GIB:.2f} GiB free, up to {need / GIB:.2f} GiB used by {workers} processes"
-    if free < need:
-        raise UserError(
-            f"shared memory: {free / GIB:.2f} GiB free in {SHARED_MEMORY}, {need / GIB:.2f} "
-            "needed: lower --num-workers or --batch-size, or give a container --shm-size=8g"
-        )
+    by_batch = augments_by_batch(config.augment)
+    batch = batch_bytes(config.data.batch_size, config.model.input_size, by_batch=by_batch)
+    need = shared_memory_needed(batch, workers)
+    yield f"{free / GIB:.2f} GiB free, up to {need / GIB:.2f} GiB used by {workers} workers"
 
 
-def check_folder(patient: Patient) -> Iterator[str]:
+def check_folder(run: PlannedRun) -> Iterator[str]:
     """The output directory: writable, and not another run's."""
-    resume = patient.config.run.resume
-    if checkpoint.holds_run(patient.folder) and not resume:
-        raise UserError(
-            f"{patient.folder} already holds a run: add --resume auto, or another --output-dir"
-        )
-    with _for_a_while(patient.folder):
-        yield f"{patient.folder} can be written"
+    refuse_other_run(run.config, run.folder)
+    with _temporarily(run.folder):
+        yield f"{run.folder} can be written"
 
 
 @contextlib.contextmanager
-def _for_a_while(folder: Path) -> Iterator[None]:
-    """``folder`` exists inside; what was made for it, and is empty, goes again."""
+def _temporarily(folder: Path) -> Iterator[None]:
+    """``folder`` exists inside; what was made for it, and is empty, is removed again."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     make_writable(folder)
     try:
@@ -128,47 +130,45 @@ def _for_a_while(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def check_data(patient: Patient) -> Iterator[str]:
-    """Both parts are found, and pictures from all over them can be read."""
-    utils.import_plugins(patient.config.run.plugin)
+def check_data(run: PlannedRun) -> Iterator[str]:
+    """Both parts are found, and images from all over them can be read."""
+    import_plugins(run.config.run.plugin)
     bad, seconds = [], []
     for name in ("train", "val"):
-        part = datasets.build_dataset(
-            name == "train", patient.config.data, None, seed=patient.config.run.seed
-        )
-        yield f"{name}: {len(part)} pictures, {len(part.classes)} classes"
-        count = min(LOOKED_AT, len(part))
+        part = build_dataset(name == "train", run.config.data, seed=run.config.run.seed)
+        yield f"{name}: {len(part)} images, {len(part.classes)} classes"
+        count = min(SAMPLED, len(part))
         for index in np.linspace(0, len(part) - 1, count).round().astype(int).tolist():
             began = time.monotonic()
             try:
-                datasets.decode(part.source.read(index)[0])
-            except (datasets.BadPictureError, OSError) as error:
+                decode(part.source.read(index)[0])
+            except (BadImageError, OSError) as error:
                 bad.append(f"{part.sample_id(index)}: {error}")
             seconds.append(time.monotonic() - began)
-    yield f"{len(seconds)} pictures read, {1000 * np.mean(seconds):.1f} ms each"
-    if bad and patient.config.data.on_bad_image == "error":
+    yield f"{len(seconds)} images read, {1000 * np.mean(seconds):.1f} ms each"
+    if bad and run.config.data.on_bad_image == "error":
         raise UserError(
-            f"{len(bad)} of {len(seconds)} pictures can't be read, {bad[0]}: mend or remove them, "
+            f"{len(bad)} of {len(seconds)} images can't be read, {bad[0]}: repair or remove them, "
             "or add --on-bad-image skip; python -m tools.data explore finds all"
         )
     if bad:
         yield f"note: {len(bad)} of them can't be read and will be skipped"
 
 
-def check_model(patient: Patient) -> Iterator[str]:
+def check_model(run: PlannedRun) -> Iterator[str]:
     """Model, criterion, optimiser and loaders can be built."""
-    trial = Trial(patient.config, patient.processes, patient.device)
-    patient.trial = trial
+    trial = Trial(run.config, run.processes, run.device)
+    run.trial = trial
     summary = trial.parts.summary
     yield (
-        f"{patient.config.model.model}: {summary.parameters / 1e6:.2f} M parameters, "
-        f"{summary.macs / 1e9:.2f} GMACs; {trial.data.steps} steps an epoch"
+        f"{run.config.model.model}: {summary.parameters / 1e6:.2f} M parameters, "
+        f"{summary.macs / 1e9:.2f} GMACs; {trial.data.steps} steps per epoch"
     )
 
 
-def check_training(patient: Patient) -> Iterator[str]:
+def check_training(run: PlannedRun) -> Iterator[str]:
     """A few updates of the real training."""
-    trial = patient.needs_trial()
+    trial = run.built_trial()
     reports: list[engine.StepReport] = []
     moments: list[float] = []
 
@@ -176,75 +176,67 @@ def check_training(patient: Patient) -> Iterator[str]:
         reports.append(report)
         moments.append(time.monotonic())
 
+    updates = min(1 + TIMED, trial.data.updates_per_epoch(run.config))
     try:
-        trial.train(min(1 + TIMED, trial.data.updates_per_epoch(patient.config)), report=note)
+        with out_of_memory_advice(run.config, run.device):
+            trial.train(updates, report=note)
     except engine.NonFinite:
         raise UserError("the loss is not finite: python -m tools.overfit says more") from None
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(
-            f"out of memory with --batch-size {patient.config.data.batch_size}: lower it and raise "
-            "--accum-steps, or add --grad-checkpointing"
-        ) from None
     laps = np.diff(moments)
-    patient.seconds_per_update = float(np.median(laps)) if len(laps) else 0.0
+    run.seconds_per_update = float(np.median(laps)) if len(laps) else 0.0
     yield f"{len(reports)} updates, loss {reports[0].loss:.3f} to {reports[-1].loss:.3f}"
     if len(laps):
-        yield f"{patient.seconds_per_update:.3g} s an update, after the first"
+        yield f"{run.seconds_per_update:.3g} s per update, after the first"
 
 
-def check_evaluation(patient: Patient) -> Iterator[str]:
-    """Two batches of the validation part, judged as in training."""
-    trial = patient.needs_trial()
+def check_evaluation(run: PlannedRun) -> Iterator[str]:
+    """Two batches of the validation part, evaluated as in training."""
+    trial = run.built_trial()
     loader, count = trial.data.val_loader, min(2, len(trial.data.val_loader))
     began = time.monotonic()
     result = engine.evaluate(
         trial.state.model,
         itertools.islice(iter(loader), count),
-        trial.options,
+        trial.settings,
         num_classes=len(trial.data.class_names),
         batch_size=loader.batch_size,
     )
     seconds = time.monotonic() - began
-    patient.evaluation_seconds = seconds / count * len(loader)
-    yield f"{result.count} pictures, loss {result.loss:.3f}, top-1 {result.acc1:.1f} %"
-    monitor = patient.config.save.best_metric
-    if monitor.endswith("acc5") and result.acc5 is None:
-        raise UserError(f"--best-metric: {monitor} needs at least 5 classes")
+    run.evaluation_seconds = seconds / count * len(loader)
+    yield f"{result.count} images, loss {result.loss:.3f}, top-1 {result.acc1:.1f} %"
 
 
-def check_checkpoint(patient: Patient) -> Iterator[str]:
+def check_checkpoint(run: PlannedRun) -> Iterator[str]:
     """A checkpoint is written, read, put back and compared."""
-    state = patient.needs_trial().state
+    state = run.built_trial().state
     with (
-        _for_a_while(patient.folder),
-        tempfile.TemporaryDirectory(prefix=".doctor-", dir=patient.folder) as temporary,
+        _temporarily(run.folder),
+        tempfile.TemporaryDirectory(prefix=".doctor-", dir=run.folder) as temporary,
     ):
         path = Path(temporary) / "checkpoint.pth"
         try:
-            checkpoint.save(path, state.state_dict())
+            save_checkpoint(path, state.state_dict())
         except OSError as error:
             raise UserError(f"a checkpoint can't be written: {error.strerror}") from None
-        content = checkpoint.load_file(path)
+        content = load_checkpoint(path)
         size = path.stat().st_size
     state.load_state_dict(content)
     saved = content["model"]
     if any(not torch.equal(v.cpu(), saved[k]) for k, v in state.model.state_dict().items()):
-        raise UserError("a checkpoint was read back otherwise than written: is the disk sound?")
+        raise UserError("a checkpoint was read back otherwise than written: is the disk damaged?")
     average = sum(v.numel() * v.element_size() for v in saved.values())
-    patient.checkpoint_bytes = size + (average if patient.config.ema.model_ema else 0)
-    yield f"written and read back, {patient.checkpoint_bytes / 2**20:.1f} MiB each"
+    run.checkpoint_bytes = size + (average if run.config.ema.model_ema else 0)
+    yield f"written and read back, {run.checkpoint_bytes / 2**20:.1f} MiB each"
 
 
-def check_disk(patient: Patient) -> Iterator[str]:
-    """Room for the checkpoints that lie in the folder at the same time."""
-    if not patient.checkpoint_bytes:
-        raise Skip("a checkpoint's size")
-    there = next(p for p in (patient.folder, *patient.folder.resolve().parents) if p.exists())
+def check_disk(run: PlannedRun) -> Iterator[str]:
+    """Free space for the checkpoints that lie in the folder at the same time."""
+    if not run.checkpoint_bytes:
+        raise SkippedCheck("a checkpoint's size")
+    there = next(p for p in (run.folder, *run.folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
     # The newest, the best, and the one that is being written.
-    need = (patient.config.save.keep + 2) * patient.checkpoint_bytes
+    need = (run.config.save.keep + 2) * run.checkpoint_bytes
     yield f"{free / GIB:.1f} GiB free, {need / GIB:.2f} GiB for checkpoints"
     if free < need:
         raise UserError(
@@ -253,12 +245,12 @@ def check_disk(patient: Patient) -> Iterator[str]:
         )
 
 
-def check_memory(patient: Patient) -> Iterator[str]:
+def check_memory(run: PlannedRun) -> Iterator[str]:
     """The peak so far, on the device and on the host."""
-    patient.needs_trial()
-    if patient.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(patient.device) / GIB
-        there = torch.cuda.get_device_properties(patient.device).total_memory / GIB
+    run.built_trial()
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device) / GIB
+        there = torch.cuda.get_device_properties(run.device).total_memory / GIB
         yield f"device: peak {peak:.1f} of {there:.1f} GiB"
         if peak > 0.95 * there:
             raise UserError(
@@ -270,18 +262,19 @@ def check_memory(patient: Patient) -> Iterator[str]:
     yield f"host: peak {host:.1f} GiB in this process"
 
 
-def check_time(patient: Patient) -> Iterator[str]:
+def check_time(run: PlannedRun) -> Iterator[str]:
     """An estimate of the whole run on this device alone."""
-    if not patient.seconds_per_update:
-        raise Skip("a timed training step")
-    config, trial = patient.config, patient.needs_trial()
+    if not run.seconds_per_update:
+        raise SkippedCheck("a timed training step")
+    config, trial = run.config, run.built_trial()
     epochs = config.run.epochs + config.schedule.cooldown_epochs
-    training = patient.seconds_per_update * trial.data.updates_per_epoch(config)
+    training = run.seconds_per_update * trial.data.updates_per_epoch(config)
     # The moving average is evaluated too.
-    judging = patient.evaluation_seconds * (2 if config.ema.model_ema else 1)
+    evaluation = run.evaluation_seconds * (2 if config.ema.model_ema else 1)
+    epoch = training + evaluation
     yield (
-        f"about {duration(training + judging)} an epoch, {duration(epochs * (training + judging))} "
-        f"for {epochs}, in one process"
+        f"about {duration(epoch)} per epoch, {duration(epochs * epoch)} for {epochs}, "
+        "in one process"
     )
 
 
@@ -300,20 +293,20 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def examine(patient: Patient) -> dict[str, str]:
-    """Make all checks; returns what is to be mended, by check."""
+def examine(run: PlannedRun) -> dict[str, str]:
+    """Make all checks; returns what is to fix, by check."""
     problems: dict[str, str] = {}
     for name, check in CHECKS.items():
         verdict, lines = "ok", []
         try:
-            for line in check(patient):
+            for line in check(run):
                 lines.append(line)
-        except Skip as needed:
+        except SkippedCheck as needed:
             verdict = "skipped"
             lines.append(f"needs {needed}")
         except UserError as error:
             verdict, problems[name] = "to fix", str(error)
-        except Exception as error:  # whatever a model, a plugin or a driver raises is a finding
+        except Exception as error:  # whatever a model, a plug-in or a driver raises is to fix
             verdict, problems[name] = "to fix", f"{type(error).__name__}: {error}"
         print(f"{name:<17} {verdict:<8} {lines[0] if lines else problems[name]}")
         for line in lines[1:]:
@@ -326,7 +319,7 @@ def _carry_out(arguments: argparse.Namespace) -> int:
     # Each update is timed; the other options stay those of the run.
     config = config.replace("doctor", log_interval=1)
     with single_process(config) as (processes, device):
-        problems = examine(Patient(config, processes, device, output_folder(config)))
+        problems = examine(PlannedRun(config, processes, device, output_folder(config)))
     if not problems:
         print("ready")
         return 0

@@ -1,6 +1,6 @@
-"""Show where a model looks: attention of DeiT and CaiT, Grad-CAM of any model, over the picture.
+"""Show where a model looks: attention of DeiT and CaiT, Grad-CAM of any model, over the image.
 
-Attention tells which patches the answer is read from, whatever the class. Grad-CAM tells what
+Attention shows which patches the answer is read from, whatever the class. Grad-CAM shows what
 speaks for one class.
 """
 
@@ -18,13 +18,13 @@ from PIL import Image
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 
-import datasets
 from cait_models import Class_Attention
 from errors import OptionError, UserError
 from inference import Classifier
 from models import Attention
-from tools import command, trained
-from tools.page import Page
+from pipeline.decoding import BadImageError
+from tools.common import command, trained
+from tools.common.page import Page
 
 METHODS = ("auto", "rollout", "last", "grad-cam")
 SELF_ATTENTION = (Attention, TimmAttention)
@@ -33,15 +33,15 @@ SELF_ATTENTION = (Attention, TimmAttention)
 def heatmap(
     classifier: Classifier, tensor: Tensor, class_index: int | None = None, method: str = "auto"
 ) -> Tensor:
-    """Where the model looks on a picture. Other threads may use the model meanwhile.
+    """Where the model looks on an image. Other threads may use the model meanwhile.
 
     Args:
         classifier: as of ``inference.load_for_inference``, of a checkpoint.
-        tensor: the picture as ``classifier.transform`` makes it, (3, H, W).
+        tensor: the image as ``classifier.transform`` makes it, (3, H, W).
         class_index: the class in question, None for the likeliest.
         method: "rollout" follows attention through all layers, "last" takes the last layer's,
             "grad-cam" weighs the last feature map by its gradients. "auto" is Grad-CAM where a
-            class is asked for, which attention doesn't tell, or the model has none; else rollout.
+            class is asked for, which attention doesn't show, or the model has none; else rollout.
 
     Returns:
         (H, W) float32 in 0..1 on the CPU, 0 everywhere where nothing stands out.
@@ -76,7 +76,7 @@ def _scaled(grid: Tensor) -> Tensor:
 
 
 def attention_map(model: nn.Module, images: Tensor, *, last: bool = False) -> Tensor:
-    """Attention from the answer to the patches of one picture (1, 3, H, W): (rows, columns).
+    """Attention from the answer to the patches of one image (1, 3, H, W): (rows, columns).
 
     Rollout (arXiv:2005.00928) multiplies the layers' attention, half of each being the identity for
     the residual connection. In CaiT only the class-attention layers are followed, as in its paper.
@@ -180,7 +180,7 @@ def _attention(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -> Tensor:
-    """What speaks for a class on one picture (1, 3, H, W): (rows, columns), not negative.
+    """What speaks for a class on one image (1, 3, H, W): (rows, columns), not negative.
 
     Grad-CAM (arXiv:1610.02391): ReLU(Σₖ αₖ Aₖ), where A is the last feature map before pooling and
     αₖ the mean gradient of the class's logit on its k-th channel. Of a transformer A are the
@@ -221,7 +221,7 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
 
 
 def _is_feature_map(output: object) -> bool:
-    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; pictures are square."""
+    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; images are square."""
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.requires_grad:
         return False
     _, first, second, third = output.shape
@@ -229,7 +229,7 @@ def _is_feature_map(output: object) -> bool:
 
 
 def _channels_first(x: Tensor, model: nn.Module) -> Tensor:
-    """A feature map or tokens of one picture as (C, rows, columns)."""
+    """A feature map or tokens of one image as (C, rows, columns)."""
     if x.ndim == 4:
         return x[0] if x.shape[2] == x.shape[3] else x[0].permute(2, 0, 1)
     prefix = getattr(model, "num_prefix_tokens", 1)
@@ -237,7 +237,7 @@ def _channels_first(x: Tensor, model: nn.Module) -> Tensor:
     return patches.T.unflatten(1, _grid(model, len(patches)))
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
@@ -252,7 +252,7 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def seen(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The part of a picture that the model sees: a normalised (3, H, W) tensor back as RGB."""
+    """The part of an image that the model sees: a normalised (3, H, W) tensor back as RGB."""
     pixels = tensor * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -265,7 +265,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = command.parser("explain", __doc__)
     trained.add_model_arguments(parser)
     parser.add_argument(
-        "inputs", nargs="+", help="pictures, folders, quoted patterns, CSV files, or -"
+        "inputs", nargs="+", help="images, folders, quoted patterns, CSV files, or -"
     )
     parser.add_argument("--method", choices=METHODS, default="auto")
     parser.add_argument("--class", dest="name", help="the class in question (default: likeliest)")
@@ -281,29 +281,27 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.name not in classifier.class_names:
             raise OptionError("class", f"the model knows no class {arguments.name!r}")
         index = classifier.class_names.index(arguments.name)
-    paths = trained.find_pictures(arguments.inputs)
+    paths = trained.find_images(arguments.inputs)
     page = Page(f"What {arguments.model} looks at")
     unreadable = 0
-    for number, path in enumerate(command.progress(paths, "pictures", total=len(paths))):
+    for number, path in enumerate(command.progress(paths, "images", total=len(paths))):
         try:
-            tensor = trained.decoded(path, classifier)
-        except datasets.BadPictureError as error:
+            tensor = trained.read_image(path, classifier)
+        except BadImageError as error:
             print(f"{path}: {error}", file=sys.stderr)
             unreadable += 1
             continue
         heat = heatmap(classifier, tensor, index, arguments.method)
-        picture = seen(tensor, *_normalisation(model))
+        image = seen(tensor, *_normalisation(model))
         # Small inputs are drawn large enough to be looked at.
-        picture = picture.resize(
-            [max(224, side) for side in picture.size], Image.Resampling.NEAREST
-        )
-        drawn = overlay(picture, heat)
+        image = image.resize([max(224, side) for side in image.size], Image.Resampling.NEAREST)
+        drawn = overlay(image, heat)
         answer = trained.probabilities(classifier.model, tensor[None].to(model.device))[0]
         shown = int(answer.argmax()) if index is None else index
         caption = f"{Path(path).name}: {classifier.class_names[shown]} {100 * answer[shown]:.1f} %"
         _save(drawn, arguments.output / f"{number:04d}-{Path(path).stem}.png")
-        page.picture(picture, caption, width=224)
-        page.picture(drawn, caption, width=224)
+        page.image(image, caption, width=224)
+        page.image(drawn, caption, width=224)
     page.write(arguments.output / "explain.html")
     print(f"explanations: {arguments.output / 'explain.html'}")
     return trained.SOME_UNREADABLE if unreadable else 0

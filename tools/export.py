@@ -1,7 +1,7 @@
 """Write a trained model for use elsewhere: ONNX, TorchScript, torch.export, safetensors, int8 ONNX.
 
 Class names and preprocessing travel in each file. Each file is opened again and compared with the
-model on the run's validation pictures.
+model on the run's validation images.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 import inference
 from errors import UserError
-from tools import command, trained
+from tools.common import command, trained
 
 TOLERANCE = 1e-4  # largest difference of a logit, for formats that keep every digit
 INPUT, OUTPUT = "images", "logits"
 QUANTISED = ("Conv", "Gemm", "MatMul")
-_TIMED = 32  # pictures at a time when speed is measured
+_TIMED = 32  # images at a time when speed is measured
 _RUNS = 5
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     """What exports are compared on."""
 
     images: Tensor
@@ -48,7 +48,7 @@ class Row(NamedTuple):
     size: int
     """Bytes."""
     milliseconds: float
-    """A picture, in batches."""
+    """An image, in batches."""
     difference: float
     """Largest difference of a logit from the model's."""
     accuracy: float | None
@@ -56,20 +56,25 @@ class Row(NamedTuple):
 
 
 # --- formats --------------------------------------------------------------------------------------
-# Each writes the CPU model (in evaluation mode) of square pictures, whose number may vary.
+# Each writes the CPU model (in evaluation mode) of square images, whose number may vary.
 
 Metadata = Mapping[str, str]
 
 
 def to_onnx(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
-    """ONNX with the metadata as ``metadata_props``; the number of pictures is free."""
+    """ONNX with the metadata as ``metadata_props``; the number of images is free."""
     onnx = command.require("onnx")
     command.require("onnxscript")
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(
-        model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False,
-        input_names=[INPUT], output_names=[OUTPUT],
-    )  # fmt: skip
+        model,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        verbose=False,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+    )
     _save_onnx(onnx, program.model_proto, path, metadata)
 
 
@@ -92,36 +97,44 @@ def to_safetensors(model: nn.Module, example: Tensor, path: Path, metadata: Meta
     command.require("safetensors.torch").save_file(weights, path, metadata=dict(metadata))
 
 
-def to_int8_dynamic(source: Path, path: Path, metadata: Metadata, pictures: Pictures) -> None:
+def to_int8_dynamic(source: Path, path: Path, metadata: Metadata, images: Images) -> None:
     """ONNX with int8 weights of linear layers; activations are quantised as they come."""
     quantization = command.require("onnxruntime.quantization", "onnxruntime")
     quantization.quantize_dynamic(
-        source, path, op_types_to_quantize=["Gemm", "MatMul"], per_channel=True,
+        source,
+        path,
+        op_types_to_quantize=["Gemm", "MatMul"],
+        per_channel=True,
         weight_type=quantization.QuantType.QInt8,
-    )  # fmt: skip
+    )
     onnx = command.require("onnx")
     _save_onnx(onnx, onnx.load(path), path, metadata)
 
 
-def to_int8_static(source: Path, path: Path, metadata: Metadata, pictures: Pictures) -> None:
-    """ONNX with int8 weights and activations, whose ranges are those on the pictures."""
-    if pictures.targets is None:
-        raise UserError("int8-static needs pictures to find its ranges: add --data-path")
+def to_int8_static(source: Path, path: Path, metadata: Metadata, images: Images) -> None:
+    """ONNX with int8 weights and activations, whose ranges are those on the images."""
+    if images.targets is None:
+        raise UserError("int8-static needs images to find its ranges: add --data-path")
     quantization = command.require("onnxruntime.quantization", "onnxruntime")
 
     class Calibration(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(pictures.images.split(_TIMED))
+            self.batches = iter(images.images.split(_TIMED))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch.numpy()}
 
     quantization.quantize_static(
-        source, path, Calibration(), op_types_to_quantize=list(QUANTISED), per_channel=True,
+        source,
+        path,
+        Calibration(),
+        op_types_to_quantize=list(QUANTISED),
+        per_channel=True,
         quant_format=quantization.QuantFormat.QDQ,
-        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-    )  # fmt: skip
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
     onnx = command.require("onnx")
     _save_onnx(onnx, onnx.load(path), path, metadata)
 
@@ -163,22 +176,26 @@ def opened(path: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def compare(
-    format: str, path: Path, model: Callable[[Tensor], Tensor], pictures: Pictures, wanted: Tensor
+    format: str, path: Path, model: Callable[[Tensor], Tensor], images: Images, wanted: Tensor
 ) -> Row:
     """``model``, from the file ``path``, beside the ``wanted`` (N, C) logits."""
-    logits = answers(model, pictures.images)
+    logits = answers(model, images.images)
     accuracy = None
-    if pictures.targets is not None:
-        accuracy = float((logits.argmax(1) == pictures.targets).float().mean())
+    if images.targets is not None:
+        accuracy = float((logits.argmax(1) == images.targets).float().mean())
     difference = float((logits - wanted).abs().max())
     return Row(
-        format, str(path), path.stat().st_size, _milliseconds(model, pictures.images[:_TIMED]),
-        difference, accuracy,
-    )  # fmt: skip
+        format,
+        str(path),
+        path.stat().st_size,
+        _milliseconds(model, images.images[:_TIMED]),
+        difference,
+        accuracy,
+    )
 
 
 def _milliseconds(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """A picture, in the fastest of several runs; the model has run before."""
+    """An image, in the fastest of several runs; the model has run before."""
     seconds = []
     for _ in range(_RUNS):
         start = time.perf_counter()
@@ -195,17 +212,17 @@ def export(
     metadata: Metadata,
     stem: Path,
     formats: Sequence[str],
-    pictures: Pictures,
+    images: Images,
     wanted: Tensor,
 ) -> Iterator[Row]:
     """Write ``stem`` with each format's suffix, one after the other, each compared.
 
     Args:
         model: on the CPU, in evaluation mode.
-        metadata: as of ``inference.describe``.
+        metadata: as of ``inference.metadata_of``.
         stem: path without suffix.
         formats: keys of SUFFIXES.
-        pictures: to compare on, and to find the int8 ranges.
+        images: to compare on, and to find the int8 ranges.
         wanted: (N, C), the model's logits for them.
 
     Raises:
@@ -213,8 +230,8 @@ def export(
     """
     # Exporters change flags of the model.
     model = copy.deepcopy(model).requires_grad_(False)
-    # One picture would be taken for a fixed number of them.
-    example = pictures.images[:1].expand(2, -1, -1, -1).contiguous()
+    # One image would be taken for a fixed number of them.
+    example = images.images[:1].expand(2, -1, -1, -1).contiguous()
     with tempfile.TemporaryDirectory() as scratch:
         floating = Path(scratch) / "float.onnx"
         for format in formats:
@@ -225,9 +242,9 @@ def export(
                 else:
                     if not floating.exists():
                         to_onnx(model, example, floating, metadata)
-                    INT8[format](floating, path, metadata, pictures)
+                    INT8[format](floating, path, metadata, images)
                 written = opened(path)
-            row = compare(format, path, written, pictures, wanted)
+            row = compare(format, path, written, images, wanted)
             scale = max(1.0, float(wanted.abs().max()))
             if format in WRITERS and not row.difference <= TOLERANCE * scale:
                 path.unlink()
@@ -256,7 +273,7 @@ def _explained(format: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of shapes they look at, and tell each of their steps."""
+    """Exporters warn of shapes they look at, and log each of their steps."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -276,7 +293,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", nargs="+", choices=SUFFIXES, default=["onnx"], dest="formats")
     parser.add_argument("--output", type=Path, help="folder (default: export beside the model)")
     parser.add_argument(
-        "--pictures", type=trained.positive, default=256, help="how many to compare on"
+        "--images", type=command.positive, default=256, help="how many to compare on"
     )
     trained.add_data_arguments(parser)
     parser.set_defaults(device="cpu")
@@ -288,42 +305,42 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.model} is an export already: name the checkpoint")
     model = trained.open_model(arguments)
     model.classifier.model.cpu()
-    pictures = _pictures(arguments, model)
+    images = _images(arguments, model)
     source = Path(arguments.model)
     folder = arguments.output or source.parent / "export"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}") from None
-    metadata = inference.describe(model.content)
+    metadata = inference.metadata_of(model.content)
     bare = model.classifier.model
-    wanted = answers(bare, pictures.images)
-    print(f"{'format':<14}{'MiB':>8}{'ms/picture':>12}{'difference':>12}{'top-1':>9}  file")
-    print(_shown(compare("checkpoint", source, bare, pictures, wanted)))
+    wanted = answers(bare, images.images)
+    print(f"{'format':<14}{'MiB':>8}{'ms/image':>12}{'difference':>12}{'top-1':>9}  file")
+    print(_shown(compare("checkpoint", source, bare, images, wanted)))
     stem = folder / source.stem
-    for row in export(bare, metadata, stem, arguments.formats, pictures, wanted):
+    for row in export(bare, metadata, stem, arguments.formats, images, wanted):
         print(_shown(row), flush=True)
 
 
-def _pictures(arguments: argparse.Namespace, model: trained.Trained) -> Pictures:
-    """The first pictures of each stretch of the validation part; noise where that isn't here."""
+def _images(arguments: argparse.Namespace, model: trained.Trained) -> Images:
+    """The first images of each stretch of the validation part; noise where that isn't here."""
     try:
         loader = trained.loader(arguments, model)
     except UserError as error:
         if arguments.data_path or arguments.data_set:
             raise
-        print(f"note: compared on noise, for the run's pictures are not here ({error})")
+        print(f"note: compared on noise, for the run's images are not here ({error})")
         side = model.content["preprocessing"]["input_size"]
         generator = torch.Generator().manual_seed(0)
-        return Pictures(torch.randn(_TIMED, 3, side, side, generator=generator), None)
+        return Images(torch.randn(_TIMED, 3, side, side, generator=generator), None)
     count = len(loader.dataset)
     # Spread over the set, which is in order of the classes.
-    chosen = np.linspace(0, count - 1, min(arguments.pictures, count)).astype(int)
-    samples = [loader.dataset[int(i)] for i in command.progress(chosen, "pictures")]
+    chosen = np.linspace(0, count - 1, min(arguments.images, count)).astype(int)
+    samples = [loader.dataset[int(i)] for i in command.progress(chosen, "images")]
     good = [sample for sample in samples if sample.image is not None]
     if not good:
-        raise UserError(f"no picture could be read: {samples[0].bad[0]}")
-    return Pictures(
+        raise UserError(f"no image could be read: {samples[0].bad[0]}")
+    return Images(
         torch.stack([sample.image for sample in good]),
         torch.tensor([sample.target for sample in good]),
     )

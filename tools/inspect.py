@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
 import config
 import inference
-from errors import UserError
-from tools import command, trained
+from checkpointing.files import weights_of
+from errors import UserError, first_names
+from tools.common import command, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if path.endswith(".onnx"):
         raise UserError(f"{path}: an ONNX file is looked into with onnx or netron")
     content = inference.read_content(path)
-    weights = checkpoint.weights_of(content, ema=arguments.ema)
+    weights = weights_of(content, ema=arguments.ema)
     table = layers(weights)
     found = summary(path, content)
     found["tensors"] = len(table)
@@ -200,7 +200,7 @@ def _flow(arguments: argparse.Namespace) -> list[Gradient]:
     model = trained.open_model(arguments)
     batch = next((b for b in trained.loader(arguments, model) if len(b.targets)), None)
     if batch is None:
-        raise UserError("no picture could be read")
+        raise UserError("no image could be read")
     flow = gradient_flow(
         model.classifier.model, batch.images.to(model.device), batch.targets.to(model.device)
     )
@@ -225,8 +225,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
             text = ", ".join(f"{part} {_readable(size)}" for part, size in value.items())
             yield f"{name:<14}{text if len(value) < 12 else f'{len(value)} tensors'}"
         elif name == "classes":
-            some = ", ".join(value[:8]) + (", …" if len(value) > 8 else "")
-            yield f"{name:<14}{len(value)}: {some}"
+            yield f"{name:<14}{len(value)}: {first_names(value, 8)}"
         elif name == "nonfinite":
             yield f"{'not finite':<14}{', '.join(value) or 'nothing'}"
         elif isinstance(value, Mapping):

@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 
 import engine
-import optim
-from build import effective_batch
 from config import Config
 from errors import UserError
-from resume import make_writable, output_folder
-from tools import command, recipe
-from tools.command import progress
-from tools.stage import Rates, Trial, single_process
+from optimization.optimizer import scaled_lr
+from tools.common import command, recipe
+from tools.common.command import progress
+from tools.common.stage import Rates, Trial, single_process
+from training.build import effective_batch
+from training.resume import make_writable, output_folder
 
 DIVERGED = 4.0  # times the lowest smoothed loss
-RECENT = 5  # updates over which divergence is judged
+RECENT = 5  # updates over which divergence is measured
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,14 @@ def range_test(
         losses.append(report.loss)
         next(bar, None)
 
-    def wish() -> engine.Wish:
+    def diverged() -> bool:
         ends = [float(np.median(losses[i : i + RECENT])) for i in range(len(losses) - RECENT + 1)]
-        lost = ends and ends[-1] > DIVERGED * min(ends)
-        return engine.Wish.STOP if lost else engine.Wish.GO
+        return bool(ends) and ends[-1] > DIVERGED * min(ends)
 
     bar = iter(progress(range(updates), "range test"))
     # An update that isn't finite has reported nothing: what came before counts.
     with contextlib.suppress(engine.NonFinite):
-        trial.train(updates, report=note, wish=wish)
+        trial.train(updates, report=note, done=diverged)
     return np.array(rates), np.array(losses)
 
 
@@ -145,7 +144,7 @@ def find(config: Config, lowest: float, highest: float, updates: int, rule: str)
         rates, losses = range_test(trial, lowest, highest, updates)
         batch = effective_batch(config, processes)
     found = suggest(rates, losses)
-    unit = optim.scaled_lr(1.0, batch, config.optim.unscale_lr)
+    unit = scaled_lr(1.0, batch, config.optim.unscale_lr)
     rate = found.steepest if rule == "steepest" else found.tenth
     value = float(f"{rate / unit:.2g}")
     plot(folder / "lr.png", rates, losses, found, unit, rule)
@@ -177,18 +176,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = command.run_parser("lr_find", __doc__)
     arguments.add_argument(
-        "--from", dest="lowest", type=float, default=1e-6, metavar="RATE",
+        "--from",
+        dest="lowest",
+        type=float,
+        default=1e-6,
+        metavar="RATE",
         help="first rate, as it is used (default: 1e-6)",
-    )  # fmt: skip
+    )
     arguments.add_argument(
-        "--to", dest="highest", type=float, default=1.0, metavar="RATE",
+        "--to",
+        dest="highest",
+        type=float,
+        default=1.0,
+        metavar="RATE",
         help="last rate, if the loss isn't lost before (default: 1)",
-    )  # fmt: skip
+    )
     arguments.add_argument("--updates", type=int, default=300, help="at most (default: 300)")
     arguments.add_argument(
-        "--rule", choices=("steepest", "tenth"), default="steepest",
+        "--rule",
+        choices=("steepest", "tenth"),
+        default="steepest",
         help="which value is suggested: steepest descent, or a tenth of the minimum",
-    )  # fmt: skip
+    )
     return command.run(_carry_out, arguments, argv)
 
 

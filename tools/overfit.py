@@ -1,10 +1,10 @@
-"""Drive a handful of pictures to zero loss, or say what keeps it from getting there.
+"""Drive a handful of images to zero loss, or say what keeps it from getting there.
 
     python -m tools.overfit --config configs/quickstart.yaml --overfit-batches 1
 
-A model that can't learn a few pictures by heart will not learn many. The run's own parts are used
+A model that can't learn a few images by heart will not learn many. The run's own parts are used
 as --overfit-batches of main.py uses them: the same batches again and again, without augmentation,
-mixing, dropout or smoothing, at the peak learning rate. When the loss stays up, the pictures and
+mixing, dropout or smoothing, at the peak learning rate. When the loss stays up, the images and
 labels are looked at, and the training is repeated with one thing changed at a time.
 """
 
@@ -19,21 +19,21 @@ import torch
 
 import engine
 from config import Config
-from datasets import Batch
 from errors import UserError
-from tools import command
-from tools.stage import Rates, Trial, single_process
-from training import overfitting
+from pipeline.dataset import Batch
+from tools.common import command
+from tools.common.stage import Rates, Trial, single_process
+from training.run import overfitting
 
 ZERO = 0.02  # share of the first loss that counts as zero
 LEAST = 1e-3  # a loss that counts as zero whatever the first one was
 SETTLING = 25  # updates between evaluations, once the loss is zero
-READS = 3  # of each picture, to see whether its label stays
+READS = 3  # of each image, to see whether its label stays
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of training on the few pictures."""
+    """What came of training on the few images."""
 
     first: float
     """Mean loss of the first pass."""
@@ -41,7 +41,7 @@ class Outcome:
     """That of the last one; NaN where a loss or gradient was not finite."""
     updates: int
     accuracy: float
-    """On the same pictures, %, as evaluation has it."""
+    """On the same images, %, as evaluation has it."""
     moved: float
     """How far the weights went, as a share of their norm."""
     trainable: float
@@ -62,7 +62,7 @@ def _is_zero(loss: float, first: float) -> bool:
     return loss <= max(LEAST, ZERO * first)
 
 
-def learn_by_heart(trial: Trial, updates: int) -> Outcome:
+def memorise(trial: Trial, updates: int) -> Outcome:
     """Train at the peak rate until the loss is zero, or for ``updates`` updates."""
     state = trial.state
     state.schedule = Rates(state.schedule.lr, state.schedule.lr, updates)
@@ -72,9 +72,8 @@ def learn_by_heart(trial: Trial, updates: int) -> Outcome:
     def mean_of_pass() -> float:
         return sum(losses[-window:]) / window
 
-    def wish() -> engine.Wish:
-        done = len(losses) >= window and _is_zero(mean_of_pass(), first())
-        return engine.Wish.STOP if done else engine.Wish.GO
+    def at_zero() -> bool:
+        return len(losses) >= window and _is_zero(mean_of_pass(), first())
 
     def first() -> float:
         return sum(losses[:window]) / window
@@ -84,7 +83,7 @@ def learn_by_heart(trial: Trial, updates: int) -> Outcome:
 
     last = accuracy = float("nan")
     try:
-        trial.train(updates, report=note, wish=wish)
+        trial.train(updates, report=note, done=at_zero)
         last, accuracy = mean_of_pass(), _accuracy(trial)
         # The statistics of batch norms come after the weights.
         while _is_zero(last, first()) and accuracy < 100 and len(losses) < updates:
@@ -107,7 +106,7 @@ def _accuracy(trial: Trial) -> float:
     return engine.evaluate(
         trial.state.model,
         loader,
-        trial.options,
+        trial.settings,
         num_classes=len(trial.data.class_names),
         batch_size=loader.batch_size,
     ).acc1
@@ -128,16 +127,16 @@ def _share_trained(model: torch.nn.Module) -> float:
 # --- what is wrong --------------------------------------------------------------------------------
 
 
-def wrong_with_the_data(trial: Trial) -> Iterator[str]:
-    """What is wrong with the few pictures and their labels, as they come from the loader."""
+def data_problems(trial: Trial) -> Iterator[str]:
+    """What is wrong with the few images and their labels, as they come from the loader."""
     batches: list[Batch] = list(trial.data.val_loader)
-    images = torch.cat([trial.options.inputs(b) for b in batches if len(b.targets)])
+    images = torch.cat([trial.settings.inputs(b) for b in batches if len(b.targets)])
     targets = torch.cat([b.targets for b in batches])
     if not torch.isfinite(images).all():
         yield "input: pixels are not finite after preprocessing: see --mean and --std"
     elif float(images.std(0).max()) < 1e-4 and len(images) > 1:
         yield (
-            f"input: all {len(images)} pictures are the same after preprocessing (deviation "
+            f"input: all {len(images)} images are the same after preprocessing (std "
             f"between them {float(images.std(0).max()):.1g}): the model has nothing to go by"
         )
     else:
@@ -150,21 +149,21 @@ def wrong_with_the_data(trial: Trial) -> Iterator[str]:
     if changing:
         name, labels = changing[0]
         yield (
-            f"labels: {len(changing)} of {len(source)} pictures have another label each time they "
+            f"labels: {len(changing)} of {len(source)} images have another label each time they "
             f"are read ({name}: {', '.join(map(str, labels))})"
         )
 
 
 def _contradictions(images: torch.Tensor, targets: torch.Tensor) -> Iterator[str]:
-    """Pictures that are equal but for their labels."""
+    """Images that are equal but for their labels."""
     groups: dict[bytes, set[int]] = {}
     for image, target in zip(images, targets.tolist(), strict=True):
         groups.setdefault(image.numpy().tobytes(), set()).add(target)
     torn = sum(len(labels) > 1 for labels in groups.values())
     if torn:
         yield (
-            f"labels: {torn} of {len(groups)} different pictures are there under more than one "
-            "label, no model can tell which is meant"
+            f"labels: {torn} of {len(groups)} different images are there under more than one "
+            "label, no model can know which is meant"
         )
 
 
@@ -173,9 +172,13 @@ def changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.model.freeze or config.model.attn_only:
         yield "frozen model", {"freeze": (), "unfreeze_at": (), "attn_only": False}
     plain = {
-        "loss": "ce", "bce_loss": False, "cosub": False, "class_weights": "none",
-        "distillation_type": "none", "teacher_path": "",
-    }  # fmt: skip
+        "loss": "ce",
+        "bce_loss": False,
+        "cosub": False,
+        "class_weights": "none",
+        "distillation_type": "none",
+        "teacher_path": "",
+    }
     now = config.flat()
     if any(now[name] not in (value, "auto") for name, value in plain.items()):
         yield "loss", plain
@@ -188,7 +191,7 @@ def changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def flags(options: dict[str, Any], config: Config) -> str:
-    """The options of ``options`` that differ from ``config``, for a person to read."""
+    """The options of ``options`` that differ from ``config``, as text."""
     now = config.flat()
     return ", ".join(
         f"{name}: {value if value not in ((), '') else 'none'}"
@@ -207,17 +210,19 @@ def diagnose(config: Config, updates: int) -> bool:
         on_nonfinite="stop",
         rollback_fp32_steps=0,
         accum_steps=1,
+        # Whatever was asked for, every pass reads anew: a label that changes keeps the loss up.
+        cache="none",
     )
     config = overfitting(config)
     with single_process(config) as (processes, device):
 
         def attempt(tried: Config) -> tuple[Trial, Outcome]:
             trial = Trial(tried, processes, device)
-            return trial, learn_by_heart(trial, updates)
+            return trial, memorise(trial, updates)
 
         trial, outcome = attempt(config)
-        pictures = len(trial.data.train)
-        print(f"{pictures} pictures, at most {updates} updates: {outcome}")
+        images = len(trial.data.train)
+        print(f"{images} images, at most {updates} updates: {outcome}")
         if outcome.reached and outcome.accuracy == 100:
             print("fine: the model learns them by heart")
             return True
@@ -226,14 +231,14 @@ def diagnose(config: Config, updates: int) -> bool:
             if not _exchange(config, outcome, suspects, attempt):
                 print(_EVALUATION)
             return False
-        found = [f"broken: {line}" for line in wrong_with_the_data(trial)]
+        found = [f"broken: {line}" for line in data_problems(trial)]
         if outcome.moved == 0:
             found.append(
                 "broken: frozen model, or no gradient. No weight has changed; "
                 f"{outcome.trainable:.0%} of them are set to be trained"
             )
         print("\n".join(found), end="\n" if found else "")
-        # With broken data no change to the training would tell anything.
+        # With broken data no change to the training would show anything.
         data_broken = any(line.startswith(("broken: input", "broken: labels")) for line in found)
         if not data_broken and not _exchange(config, outcome, list(changes(config)), attempt):
             print(_NOTHING_HELPED)
@@ -241,12 +246,12 @@ def diagnose(config: Config, updates: int) -> bool:
 
 
 _EVALUATION = (
-    "broken: evaluation. The training loss is zero, but in evaluation mode the model judges the "
-    "same pictures otherwise: batch norm with few or very different pictures, or layers that "
-    "behave otherwise in training"
+    "broken: evaluation. The training loss is zero, but in evaluation mode the model answers "
+    "differently on the same images: batch norm with few or very different images, or layers "
+    "that behave differently in training"
 )
 _NOTHING_HELPED = (
-    "broken: none of these alone. The model may be too small for these pictures, need more "
+    "broken: none of these alone. The model may be too small for these images, need more "
     "--most-updates, or several things are wrong"
 )
 

@@ -1,6 +1,6 @@
-"""Name what is on pictures: the likeliest classes and how sure the model is.
+"""Classify images: the likeliest classes and how sure the model is.
 
-Exit code 4 says that some pictures could not be read; standard error names them.
+Exit code 4 says that some images could not be read; standard error names them.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from datasets import BadPictureError
 from inference import Classifier
-from tools import command, trained
+from pipeline.decoding import BadImageError
+from tools.common import command, trained
 
 
 class Prediction(NamedTuple):
-    """The answer to one picture, the likeliest class first."""
+    """The answer to one image, the likeliest class first."""
 
     file: str
     classes: list[str]
@@ -41,19 +41,19 @@ def predict(
 
     Args:
         classifier: model, transform and class names.
-        paths: picture files.
+        paths: image files.
         device: where the model is.
-        topk: classes in an answer, at most as many as there are.
-        batch_size: pictures at a time.
-        flip: take the mean with the answer to the mirrored picture.
-        unreadable: called with the path and the reason for a picture that is left out.
+        topk: classes per answer, at most as many as there are.
+        batch_size: images at a time.
+        flip: take the mean with the answer to the mirrored image.
+        unreadable: called with the path and the reason for an image that is left out.
     """
     topk = min(topk, len(classifier.class_names))
 
     def read(path: str) -> Tensor | str:
         try:
-            return trained.decoded(path, classifier)
-        except BadPictureError as error:
+            return trained.read_image(path, classifier)
+        except BadImageError as error:
             return str(error)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -77,7 +77,7 @@ def predict(
 
 
 def write_table(predictions: Iterable[Prediction], out: TextIO) -> None:
-    """A line a picture: path, then each class with its confidence."""
+    """One line per image: path, then each class with its confidence."""
     for file, classes, confidences in predictions:
         answers = zip(classes, confidences, strict=True)
         shown = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answers)
@@ -85,7 +85,7 @@ def write_table(predictions: Iterable[Prediction], out: TextIO) -> None:
 
 
 def write_json(predictions: Iterable[Prediction], out: TextIO) -> None:
-    """One array, an object a picture, written as the answers come."""
+    """One array, an object per image, written as the answers come."""
     separator = "["
     for file, classes, confidences in predictions:
         answers = [
@@ -98,7 +98,7 @@ def write_json(predictions: Iterable[Prediction], out: TextIO) -> None:
 
 
 def write_csv(predictions: Iterable[Prediction], out: TextIO) -> None:
-    """Columns file, rank (from 1), class, confidence; a row an answer."""
+    """Columns file, rank (from 1), class, confidence; a row per class."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("file", "rank", "class", "confidence"))
     for file, classes, confidences in predictions:
@@ -123,18 +123,18 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "inputs",
         nargs="+",
-        help="pictures, folders, quoted patterns, CSV files, or - for a path a line",
+        help="images, folders, quoted patterns, CSV files, or - for one path per line",
     )
-    parser.add_argument("--topk", type=trained.positive, default=5, help="classes in an answer")
+    parser.add_argument("--topk", type=command.positive, default=5, help="classes per answer")
     parser.add_argument("--format", choices=WRITERS, default="table")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     trained.add_batch_size(parser)
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
     model = trained.open_model(arguments)
-    paths = trained.find_pictures(arguments.inputs)
+    paths = trained.find_images(arguments.inputs)
     bad = []
 
     def unreadable(path: str, reason: str) -> None:
@@ -150,10 +150,10 @@ def _run(arguments: argparse.Namespace) -> int:
         flip=arguments.flip,
         unreadable=unreadable,
     )
-    shown = command.progress(predictions, "pictures", total=len(paths))
+    shown = command.progress(predictions, "images", total=len(paths))
     WRITERS[arguments.format](shown, sys.stdout)
     if bad:
-        print(f"{len(bad)} of {len(paths)} pictures could not be read", file=sys.stderr)
+        print(f"{len(bad)} of {len(paths)} images could not be read", file=sys.stderr)
     return trained.SOME_UNREADABLE if bad else 0
 
 

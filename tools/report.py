@@ -1,7 +1,7 @@
-"""Judge a trained model on labelled pictures: a self-contained HTML page, JSON and CSV.
+"""Evaluate a trained model on labelled images: a self-contained HTML page, JSON and CSV.
 
 Accuracy, figures of each class, confusion, calibration, the most confident mistakes, speed, and
-what the run's log.txt shows. The pictures are those the run was validated on, unless others are
+what the run's log.txt shows. The images are those the run was validated on, unless others are
 named.
 """
 
@@ -20,12 +20,15 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-import datasets
 from errors import DataError, UserError
 from inference import Classifier
 from loggers import LOG_FILE
-from tools import command, diagnose, trained
-from tools.page import Page
+from pipeline.dataset import ImageDataset
+from pipeline.decoding import decode
+from pipeline.loader import Loader
+from tools import diagnose
+from tools.common import command, trained
+from tools.common.page import Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,16 +40,16 @@ THUMBNAIL = 112  # pixels
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said of N pictures of C classes."""
+    """A model's answers to N images of C classes."""
 
     probabilities: np.ndarray
     """(N, C) float32."""
     targets: np.ndarray
     """(N,) int64."""
     indices: np.ndarray
-    """(N,) int64, places in the data set."""
+    """(N,) int64, indices in the data set."""
     bad: list[str]
-    """"path: reason" of each picture that could not be read."""
+    """"path: reason" of each image that could not be read."""
     images_per_second: float
     """From files to answers."""
     model_images_per_second: float
@@ -63,10 +66,10 @@ class Answers:
         return self.probabilities.max(1)
 
 
-def judge(
-    classifier: Classifier, loader: datasets.Loader, device: torch.device, *, flip: bool = False
+def collect_answers(
+    classifier: Classifier, loader: Loader, device: torch.device, *, flip: bool = False
 ) -> Answers:
-    """Ask ``classifier`` about all pictures of ``loader``. Raises DataError if none is readable."""
+    """Run ``classifier`` on all images of ``loader``. Raises DataError if none is readable."""
     parts, targets, indices, bad = [], [], [], []
     in_model = 0.0
     start = time.perf_counter()
@@ -78,14 +81,14 @@ def judge(
         if not parts:
             # What is set up once isn't timed.
             trained.probabilities(classifier.model, images, flip=flip)
-        asked = time.perf_counter()
+        begun = time.perf_counter()
         # The answers come to the host, so the device has done its work.
         parts.append(trained.probabilities(classifier.model, images, flip=flip).cpu())
-        in_model += time.perf_counter() - asked
+        in_model += time.perf_counter() - begun
         targets.append(batch.targets)
         indices.append(batch.indices)
     if not parts:
-        raise DataError("no picture could be read" + (f": {bad[0]}" if bad else ""))
+        raise DataError("no image could be read" + (f": {bad[0]}" if bad else ""))
     seconds, count = time.perf_counter() - start, sum(map(len, parts))
     return Answers(
         torch.cat(parts).numpy(),
@@ -132,7 +135,7 @@ def figures(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
     per_class = [
         {
             "class": name,
-            "pictures": int(n),
+            "images": int(n),
             "predicted": int(m),
             "precision": float(p),
             "recall": float(r),
@@ -150,7 +153,7 @@ def figures(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
     present = support > 0
     of_truth = answers.probabilities[np.arange(len(targets)), targets].astype(np.float64)
     return {
-        "pictures": len(targets),
+        "images": len(targets),
         "unreadable": answers.bad,
         "top1": float(metrics.accuracy_score(targets, predictions)),
         "top5": top5,
@@ -164,7 +167,7 @@ def figures(answers: Answers, class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def mistakes(answers: Answers, dataset: datasets.ImageDataset, limit: int) -> list[dict[str, Any]]:
+def mistakes(answers: Answers, dataset: ImageDataset, limit: int) -> list[dict[str, Any]]:
     """The wrong answers that the model was surest of, surest first."""
     wrong = np.flatnonzero(answers.predictions != answers.targets)
     order = wrong[np.argsort(-answers.confidences[wrong], kind="stable")][:limit]
@@ -180,7 +183,7 @@ def mistakes(answers: Answers, dataset: datasets.ImageDataset, limit: int) -> li
     ]
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 def confusion_chart(matrix: np.ndarray, class_names: Sequence[str]) -> "Figure":
@@ -205,7 +208,7 @@ def confusion_chart(matrix: np.ndarray, class_names: Sequence[str]) -> "Figure":
 
 
 def reliability_chart(measured: dict[str, Any]) -> "Figure":
-    """Accuracy against confidence, and how many pictures are at each."""
+    """Accuracy against confidence, and how many images are at each."""
     from matplotlib.figure import Figure
 
     bins = measured["bins"]
@@ -218,22 +221,26 @@ def reliability_chart(measured: dict[str, Any]) -> "Figure":
     above.plot((0, 1), (0, 1), "--", color="tab:gray", label="calibrated")
     filled = [i for i, n in enumerate(bins["count"]) if n]
     above.plot(
-        [bins["confidence"][i] for i in filled], [bins["accuracy"][i] for i in filled],
-        "o", color="tab:orange", markersize=4, label="mean of a bin",
-    )  # fmt: skip
+        [bins["confidence"][i] for i in filled],
+        [bins["accuracy"][i] for i in filled],
+        "o",
+        color="tab:orange",
+        markersize=4,
+        label="mean of a bin",
+    )
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     above.set_title(f"expected calibration error {measured['ece']:.3f}")
     above.legend(loc="upper left")
     below.bar(middle, bins["count"], width=0.9 / count, color="tab:gray")
-    below.set(xlabel="confidence", ylabel="pictures")
+    below.set(xlabel="confidence", ylabel="images")
     return figure
 
 
-def _thumbnail(dataset: datasets.ImageDataset, index: int) -> Image.Image:
-    image = datasets.decode(dataset.source.read(index)[0])
+def _thumbnail(dataset: ImageDataset, index: int) -> Image.Image:
+    image = decode(dataset.source.read(index)[0])
     scale = THUMBNAIL / max(image.size)
     size = tuple(max(1, round(scale * side)) for side in image.size)
-    # Small pictures are shown with the pixels they have.
+    # Small images are shown with the pixels they have.
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
@@ -244,7 +251,7 @@ def write(
     folder: Path,
     source: str,
     answers: Answers,
-    dataset: datasets.ImageDataset,
+    dataset: ImageDataset,
     *,
     most_mistakes: int = 24,
     log: Path | None = None,
@@ -281,26 +288,26 @@ def _write_matrix(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
 
 
 def _diagnosis(log: Path | None) -> list[dict[str, str]] | None:
-    """The findings of a log; None where there is none, or too little of it."""
+    """The problems that a log shows; None where there is none, or too little of it."""
     if log is None or not log.is_file():
         return None
     try:
-        return [vars(finding) for finding in diagnose.diagnose(diagnose.records_of(log))]
+        return [vars(problem) for problem in diagnose.diagnose(diagnose.records_of(log))]
     except UserError:
         return None
 
 
-def _page(content: dict[str, Any], chart: "Figure", dataset: datasets.ImageDataset) -> Page:
+def _page(content: dict[str, Any], chart: "Figure", dataset: ImageDataset) -> Page:
     page = Page(f"Report of {content['model']}")
     page.table(("figure", "value"), _summary(content))
     if content["unreadable"]:
         count = len(content["unreadable"])
-        page.text(f"{count} pictures could not be read and are left out.", warning=True)
+        page.text(f"{count} images could not be read and are left out.", warning=True)
     if content["training"] is not None:
         page.heading("Training")
-        for finding in content["training"]:
-            page.text(f"{finding['kind'].capitalize()}: {finding['evidence']}.", warning=True)
-            page.text(f"What helps: {finding['advice']}.")
+        for problem in content["training"]:
+            page.text(f"{problem['kind'].capitalize()}: {problem['evidence']}.", warning=True)
+            page.text(f"What helps: {problem['advice']}.")
         if not content["training"]:
             page.text("The losses fell and stayed down.")
     page.heading("Most confident mistakes")
@@ -311,15 +318,15 @@ def _page(content: dict[str, Any], chart: "Figure", dataset: datasets.ImageDatas
             f"{mistake['true']}, taken for {mistake['predicted']} "
             f"({100 * mistake['confidence']:.0f} %): {Path(mistake['file']).name}"
         )
-        page.picture(_thumbnail(dataset, mistake["index"]), caption, width=THUMBNAIL)
+        page.image(_thumbnail(dataset, mistake["index"]), caption, width=THUMBNAIL)
     page.heading("Confusion")
     page.chart(chart)
     page.heading("Calibration")
-    page.text("Of the pictures that the model is 80 % sure of, 80 % should be right.")
+    page.text("Of the images that the model is 80 % sure of, 80 % should be right.")
     page.chart(reliability_chart(content["calibration"]))
     page.heading("Classes")
     page.table(
-        ("class", "pictures", "answers", "precision", "recall", "F1"),
+        ("class", "images", "answers", "precision", "recall", "F1"),
         [tuple(row.values()) for row in content["per_class"]],
     )
     return page
@@ -328,15 +335,15 @@ def _page(content: dict[str, Any], chart: "Figure", dataset: datasets.ImageDatas
 def _summary(content: dict[str, Any]) -> list[tuple[str, object]]:
     top5 = content["top5"]
     rows: list[tuple[str, object]] = [
-        ("pictures", content["pictures"]),
+        ("images", content["images"]),
         ("top-1 accuracy", f"{100 * content['top1']:.2f} %"),
         *([("top-5 accuracy", f"{100 * top5:.2f} %")] if top5 is not None else []),
         ("balanced accuracy", f"{100 * content['balanced_accuracy']:.2f} %"),
         ("F1, mean of the classes", content["macro_f1"]),
         ("cross-entropy", content["log_loss"]),
         ("expected calibration error", content["calibration"]["ece"]),
-        ("pictures a second, with reading", round(content["images_per_second"])),
-        ("pictures a second, model alone", round(content["model_images_per_second"])),
+        ("images per second, with reading", round(content["images_per_second"])),
+        ("images per second, model alone", round(content["model_images_per_second"])),
     ]
     return rows
 
@@ -348,9 +355,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = command.parser("report", __doc__)
     trained.add_model_arguments(parser)
     trained.add_data_arguments(parser)
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored pictures")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored images")
     parser.add_argument(
-        "--mistakes", type=trained.positive, default=24, help="how many mistakes are shown"
+        "--mistakes", type=command.positive, default=24, help="how many mistakes are shown"
     )
     parser.add_argument("--log", type=Path, help="the run's log.txt (default: beside the model)")
     parser.add_argument("--output", type=Path, help="folder (default: report beside the model)")
@@ -360,7 +367,7 @@ def get_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     model = trained.open_model(arguments)
     loader = trained.loader(arguments, model)
-    answers = judge(model.classifier, loader, model.device, flip=arguments.flip)
+    answers = collect_answers(model.classifier, loader, model.device, flip=arguments.flip)
     beside = Path(arguments.model).parent
     folder = arguments.output or beside / "report"
     content = write(
@@ -373,8 +380,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     for name, value in _summary(content):
         print(f"{name:<34}{value if not isinstance(value, float) else f'{value:.3f}'}")
-    for finding in content["training"] or ():
-        print(f"training: {finding['kind']}: {finding['evidence']}")
+    for problem in content["training"] or ():
+        print(f"training: {problem['kind']}: {problem['evidence']}")
     print(f"report: {folder / 'report.html'}")
 
 

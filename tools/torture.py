@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import checkpoint
 import main
+from checkpointing.files import load_checkpoint
+from checkpointing.folder import checkpoints_in, load_newest
 from errors import CheckpointError
 
 BASE = (
@@ -36,8 +37,8 @@ BASE = (
     *("--warmup-epochs", "1", "--lr", "0.01", "--save-every-steps", "1", "--no-tensorboard"),
 )
 CONFIGURATIONS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "DeiT recipe, no loader processes": (1, ("--batch-size", "4", "--num-workers", "0")),
-    "DeiT recipe, two loader processes": (1, ("--batch-size", "4", "--num-workers", "2")),
+    "DeiT recipe, no workers": (1, ("--batch-size", "4", "--num-workers", "0")),
+    "DeiT recipe, two workers": (1, ("--batch-size", "4", "--num-workers", "2")),
     "accumulation, bf16, dropout, one-cycle": (
         1,
         (
@@ -81,8 +82,8 @@ HEADER = (
 )
 
 
-def make_pictures(root: Path) -> None:
-    """24 training and 6 validation pictures of three classes."""
+def make_images(root: Path) -> None:
+    """24 training and 6 validation images of three classes."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 2)):
         for label in range(3):
@@ -150,7 +151,7 @@ def wait(pids: Sequence[int], deadline: float, folder: Path | None) -> list[int]
 
 def writing(folder: Path) -> bool:
     """Whether a checkpoint is being written."""
-    return any(folder.glob(".checkpoint-*.tmp"))
+    return any(folder.glob(".checkpoint-*.tmp*"))
 
 
 def kill(pids: Sequence[int]) -> None:
@@ -164,10 +165,10 @@ def kill(pids: Sequence[int]) -> None:
         os.waitpid(pid, 0)
 
 
-def torture(name: str, pictures: Path, folder: Path, kills: int, rng: random.Random) -> Result:
+def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Random) -> Result:
     """Kill one configuration ``kills`` times (fewer if it is done before) and compare."""
     world, options = CONFIGURATIONS[name]
-    base = [*BASE, "--data-path", str(pictures), *options]
+    base = [*BASE, "--data-path", str(images), *options]
     whole, parts = folder / "whole", folder / "parts"
     began = time.monotonic()
     codes = wait(
@@ -192,10 +193,10 @@ def torture(name: str, pictures: Path, folder: Path, kills: int, rng: random.Ran
         result.kills_in_save += writing(parts)
         kill(pids)
         result.kills += 1
-        found = checkpoint.in_folder(parts)
+        found = checkpoints_in(parts)
         try:
             if found:
-                checkpoint.load_file(found[0])
+                load_checkpoint(found[0])
         except CheckpointError:
             result.unreadable += 1
     result.differences = differences(whole, parts)
@@ -204,26 +205,26 @@ def torture(name: str, pictures: Path, folder: Path, kills: int, rng: random.Ran
 
 def differences(left: Path, right: Path) -> int:
     """Values that differ between the last checkpoints and logs of two runs."""
-    contents = [checkpoint.load_latest(folder)[1] for folder in (left, right)]
+    contents = [load_newest(folder)[1] for folder in (left, right)]
     for content in contents:
         for name in ("rng", "metrics", "versions"):  # metrics hold times; the log is compared
             del content[name]
     lines = [(folder / "log.txt").read_text().splitlines() for folder in (left, right)]
     logs = [[_untimed(line) for line in each] for each in lines]
-    return _count(*contents) + _count(*logs)
+    return count_differences(*contents) + count_differences(*logs)
 
 
 def _untimed(line: str) -> dict[str, Any]:
     return {k: v for k, v in json.loads(line).items() if k != "epoch_seconds"}
 
 
-def _count(left: Any, right: Any) -> int:
+def count_differences(left: Any, right: Any) -> int:
     if isinstance(left, torch.Tensor):
         return int(not torch.equal(left, right))
     if isinstance(left, dict):
-        return sum(_count(left.get(k), right.get(k)) for k in left.keys() | right.keys())
+        return sum(count_differences(left.get(k), right.get(k)) for k in left.keys() | right.keys())
     if isinstance(left, list | tuple):
-        return abs(len(left) - len(right)) + sum(map(_count, left, right))
+        return abs(len(left) - len(right)) + sum(map(count_differences, left, right))
     return int(left != right)
 
 
@@ -232,8 +233,8 @@ def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
     rng = random.Random(seed)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
-        pictures = Path(temporary) / "pictures"
-        make_pictures(pictures)
+        images = Path(temporary) / "images"
+        make_images(images)
         for number, name in enumerate(names):
             folder = Path(temporary) / str(number)
             folder.mkdir()
@@ -243,7 +244,7 @@ def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
             while share > 0:
                 attempt = folder / str(len(results))
                 attempt.mkdir()
-                results.append(torture(name, pictures, attempt, share, rng))
+                results.append(torture(name, images, attempt, share, rng))
                 print(results[-1].row(), flush=True)
                 share -= results[-1].kills
     return results

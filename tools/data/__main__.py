@@ -1,8 +1,9 @@
 """The command line of ``python -m tools.data``."""
 
-import importlib
 import sys
 from collections.abc import Sequence
+
+from tools.common import command
 
 COMMANDS = {
     "explore": "counts, sizes, brightness, duplicates, damaged files: a page to look at",
@@ -13,14 +14,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"tools.data.{argv[0]}").main(argv[1:])
-    asked = argv[:1] in (["-h"], ["--help"])
-    print("usage: python -m tools.data COMMAND …", file=sys.stdout if asked else sys.stderr)
-    for name, what in COMMANDS.items():
-        print(f"  {name:<8} {what}", file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    return command.run_subcommand("data", COMMANDS, argv)
 
 
 if __name__ == "__main__":

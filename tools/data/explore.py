@@ -1,9 +1,9 @@
-"""Look at every picture of a data set: report.html to read, report.json for programs.
+"""Look at every image of a data set: report.html to read, report.json for programs.
 
     python -m tools.data explore --data-path pets --output-dir pets-report
 
 Counts per class, sizes, colour modes, brightness, normalisation, damaged files, duplicates (files
-or pixels that are equal to the last bit), and pictures that are in both training and validation.
+or pixels that are equal to the last bit), and images that are in both training and validation.
 Takes every data set that training does; a folder without val/ needs --val-fraction, as there.
 """
 
@@ -22,77 +22,85 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import datasets
 from config import Config
-from datasets import BadPictureError, ImageDataset
-from errors import UserError
-from tools import command
-from tools.data import reading
-from tools.page import Page
+from errors import UserError, first_names
+from pipeline.dataset import IMBALANCE, ImageDataset
+from pipeline.decoding import BadImageError, decode
+from tools.common import command, reading
+from tools.common.page import Page
 
-THUMBNAIL, ROW, MOST_CLASSES = 72, 10, 20  # pixels, pictures of a class, classes in the grid
+THUMBNAIL, ROW, MOST_CLASSES = 72, 10, 20  # pixels, images of a class, classes in the grid
 SHOWN = 50  # rows of a table on the page; the JSON holds all
-SMALL = 32  # pixels; a picture with a shorter side is worth a look
+SMALL = 32  # pixels; an image with a shorter side is worth a look
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What is to be known of a picture."""
+class ImageFacts:
+    """What is known of an image."""
 
     index: int
     label: int
     digest: bytes
+    """Equal for files, or pixels, that are equal."""
     form: str
+    """The file's format, or "pixels"."""
     mode: str
-    size: tuple[int, int]  # width, height, as stored
-    mean: tuple[float, ...]  # of red, green and blue, 0–1
-    square: tuple[float, ...]  # mean of their squares
+    """Pillow's colour mode."""
+    size: tuple[int, int]
+    """Width and height, as stored."""
+    mean: tuple[float, ...]
+    """Of red, green and blue, 0–1."""
+    square: tuple[float, ...]
+    """Mean of their squares."""
     problem: str = ""
+    """Why the image can't be read."""
 
 
-def look(dataset: ImageDataset, index: int) -> Look:
-    """Read a picture and measure it; one that can't be read has a ``problem``."""
+def measure_image(dataset: ImageDataset, index: int) -> ImageFacts:
+    """Read an image and measure it; one that can't be read has a ``problem``."""
     label = -1 if dataset.targets is None else int(dataset.targets[index])
     digest, form, mode, size = b"", "?", "?", (0, 0)
     try:
-        picture, label = dataset.source.read(index)
-        content = reading.file_of(picture)
-        raw = reading.pixels_of(picture) if content is None else content
+        encoded, label = dataset.source.read(index)
+        content = reading.file_of(encoded)
+        raw = reading.pixels_of(encoded) if content is None else content
         digest = hashlib.blake2b(raw, digest_size=16).digest()
         if content is not None:
             form, mode, size = reading.kind_of(content)
-            picture = io.BytesIO(content)
-        image = datasets.decode(picture)
+            encoded = io.BytesIO(content)
+        image = decode(encoded)
         if content is None:
             form, size = "pixels", image.size
-            mode = "L" if np.asarray(picture).ndim == 2 else "RGB"
-    except (BadPictureError, OSError) as error:
-        return Look(index, label, digest, form, mode, size, (), (), str(error))
+            mode = "L" if np.asarray(encoded).ndim == 2 else "RGB"
+    except (BadImageError, OSError) as error:
+        return ImageFacts(index, label, digest, form, mode, size, (), (), str(error))
     pixels = np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255
     mean, square = pixels.mean(0), (pixels**2).mean(0)
-    return Look(
+    return ImageFacts(
         index, label, digest, form, mode, size, tuple(mean.tolist()), tuple(square.tolist())
     )
 
 
-def examine(dataset: ImageDataset, name: str, limit: int | None) -> list[Look]:
-    """A look at every picture, or at ``limit`` of them in even distances."""
+def measure_images(dataset: ImageDataset, name: str, limit: int | None) -> list[ImageFacts]:
+    """The facts of every image, or of ``limit`` of them in even distances."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    return list(reading.in_threads(functools.partial(look, dataset), indices, f"read {name}"))
+    return list(
+        reading.in_threads(functools.partial(measure_image, dataset), indices, f"read {name}")
+    )
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def describe(dataset: ImageDataset, looks: Sequence[Look]) -> dict[str, Any]:
+def part_report(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> dict[str, Any]:
     """The report of one part, plain values."""
-    good = [x for x in looks if not x.problem]
-    labels = np.array([x.label for x in looks if x.label >= 0], dtype=np.int64)
+    good = [x for x in facts if not x.problem]
+    labels = np.array([x.label for x in facts if x.label >= 0], dtype=np.int64)
     counts = np.bincount(labels, minlength=len(dataset.classes))
     return {
-        "pictures": len(dataset),
-        "read": len(looks),
+        "images": len(dataset),
+        "read": len(facts),
         "classes": dict(zip(dataset.classes, counts.tolist(), strict=True)),
         "width": _spread([x.size[0] for x in good]),
         "height": _spread([x.size[1] for x in good]),
@@ -101,11 +109,11 @@ def describe(dataset: ImageDataset, looks: Sequence[Look]) -> dict[str, Any]:
         "brightness": _spread([_brightness(x) for x in good]),
         **_normalisation(good),
         "damaged": [
-            {"picture": dataset.sample_id(x.index), "reason": x.problem} for x in looks if x.problem
+            {"image": dataset.sample_id(x.index), "reason": x.problem} for x in facts if x.problem
         ],
         "duplicates": [
             {
-                "pictures": [dataset.sample_id(x.index) for x in group],
+                "images": [dataset.sample_id(x.index) for x in group],
                 "classes": sorted({dataset.classes[x.label] for x in group}),
             }
             for group in _same(good)
@@ -113,7 +121,7 @@ def describe(dataset: ImageDataset, looks: Sequence[Look]) -> dict[str, Any]:
     }
 
 
-def _brightness(x: Look) -> float:
+def _brightness(x: ImageFacts) -> float:
     return sum(x.mean) / 3
 
 
@@ -128,8 +136,8 @@ def _count(values: Any) -> dict[str, int]:
     return dict(collections.Counter(values).most_common())
 
 
-def _normalisation(good: Sequence[Look]) -> dict[str, list[float]]:
-    """Mean and deviation of each colour, every picture having the same weight."""
+def _normalisation(good: Sequence[ImageFacts]) -> dict[str, list[float]]:
+    """Mean and std of each colour, every image having the same weight."""
     if not good:
         return {"mean": [], "std": []}
     mean = np.mean([x.mean for x in good], axis=0)
@@ -137,70 +145,72 @@ def _normalisation(good: Sequence[Look]) -> dict[str, list[float]]:
     return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
 
 
-def _same(looks: Sequence[Look]) -> list[list[Look]]:
-    groups: dict[bytes, list[Look]] = {}
-    for x in looks:
+def _same(facts: Sequence[ImageFacts]) -> list[list[ImageFacts]]:
+    groups: dict[bytes, list[ImageFacts]] = {}
+    for x in facts:
         groups.setdefault(x.digest, []).append(x)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def find_leak(parts: dict[str, ImageDataset], looks: dict[str, list[Look]]) -> list[dict[str, Any]]:
-    """Validation pictures that are in the training part too."""
-    train = {x.digest: x for x in looks["train"] if not x.problem}
+def find_leak(
+    parts: dict[str, ImageDataset], facts: dict[str, list[ImageFacts]]
+) -> list[dict[str, Any]]:
+    """Validation images that are in the training part too."""
+    train = {x.digest: x for x in facts["train"] if not x.problem}
     return [
         {
             "train": parts["train"].sample_id(train[x.digest].index),
             "val": parts["val"].sample_id(x.index),
             "same_class": train[x.digest].label == x.label,
         }
-        for x in looks["val"]
+        for x in facts["val"]
         if not x.problem and x.digest in train
     ]
 
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
-    """What is worth a person's attention, in words."""
+    """What is worth attention, in words."""
     found = []
     for name, part in report["parts"].items():
         if part["damaged"]:
             found.append(
-                f"{name}: {_pictures(len(part['damaged']))} can't be read; mend or remove, "
+                f"{name}: {_images(len(part['damaged']))} can't be read; repair or remove, "
                 "or train with --on-bad-image skip"
             )
         if groups := part["duplicates"]:
-            extra = sum(len(g["pictures"]) - 1 for g in groups)
-            found.append(f"{name}: {_pictures(extra)} too many, copies of others")
+            extra = sum(len(g["images"]) - 1 for g in groups)
+            found.append(f"{name}: {_images(extra)} too many, copies of others")
             if torn := sum(len(g["classes"]) > 1 for g in groups):
-                found.append(f"{name}: {_pictures(torn)} under more than one class")
+                found.append(f"{name}: {_images(torn)} under more than one class")
         counts = part["classes"]
         if empty := [c for c, count in counts.items() if not count]:
-            found.append(f"{name}: {len(empty)} classes without a picture, {empty[0]} for one")
+            found.append(f"{name}: {len(empty)} classes without an image, {empty[0]} for one")
         present = [count for count in counts.values() if count]
-        if present and max(present) >= datasets.IMBALANCE * min(present):
+        if present and max(present) >= IMBALANCE * min(present):
             found.append(
                 f"{name}: the largest class has {max(present) / min(present):.0f} times the "
-                "pictures of the smallest; see --sampler balanced, --class-weights balanced"
+                "images of the smallest; see --sampler balanced, --class-weights balanced"
             )
         sides = [part[side]["min"] for side in ("width", "height") if part[side]]
         if sides and min(sides) < SMALL:
-            found.append(f"{name}: the smallest side of a picture is {min(sides):.0f} pixels")
+            found.append(f"{name}: the smallest side of an image is {min(sides):.0f} pixels")
     if leak := report["leak"]:
         found.append(
-            f"{_pictures(len(leak))} of the validation part in the training part too: the accuracy "
+            f"{_images(len(leak))} of the validation part in the training part too: the accuracy "
             "will look better than it is"
         )
     return found
 
 
-def _pictures(count: int) -> str:
-    return f"{count:,} picture{'' if count == 1 else 's'}"
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 # --- the page -------------------------------------------------------------------------------------
 
 
 def draw(
-    report: dict[str, Any], parts: dict[str, ImageDataset], looks: dict[str, list[Look]]
+    report: dict[str, Any], parts: dict[str, ImageDataset], facts: dict[str, list[ImageFacts]]
 ) -> Page:
     """The report as a page with charts and a grid of samples."""
     page = Page(f"Data set {report['data_set']}")
@@ -210,17 +220,18 @@ def draw(
         page.text(line, warning=True)
     page.heading("Overview")
     rows = [
-        (title, *(tell(part) for part in report["parts"].values())) for title, tell in _OVERVIEW
+        (title, *(measure(part) for part in report["parts"].values()))
+        for title, measure in _OVERVIEW
     ]
     page.table(("", *report["parts"]), rows)
-    page.heading("Pictures per class")
+    page.heading("Images per class")
     page.chart(_class_chart(report))
     page.heading("Sizes and brightness")
-    page.chart(_spread_chart(looks))
+    page.chart(_spread_chart(facts))
     page.heading("Samples of the training part")
-    for name, row in _samples(parts["train"], looks["train"]):
-        page.picture(row, name)
-    _list_findings(page, report)
+    for name, row in _samples(parts["train"], facts["train"]):
+        page.image(row, name)
+    _add_lists(page, report)
     return page
 
 
@@ -236,11 +247,11 @@ def _shares(counts: dict[str, int]) -> str:
 
 
 _OVERVIEW = (
-    ("pictures", lambda part: part["pictures"]),
+    ("images", lambda part: part["images"]),
     ("of which read", lambda part: part["read"]),
     ("classes", lambda part: len(part["classes"])),
     ("damaged", lambda part: len(part["damaged"])),
-    ("copies of another", lambda p: sum(len(g["pictures"]) - 1 for g in p["duplicates"])),
+    ("copies of another", lambda p: sum(len(g["images"]) - 1 for g in p["duplicates"])),
     ("width, pixels", lambda part: _range(part["width"])),
     ("height, pixels", lambda part: _range(part["height"])),
     ("brightness, 0–1", lambda part: _range(part["brightness"], 2)),
@@ -267,15 +278,15 @@ def _class_chart(report: dict[str, Any]) -> Any:
             axes.plot(np.sort(counts)[::-1], color=color, label=part)
     if few:
         axes.invert_yaxis()
-        axes.set_xlabel("pictures")
+        axes.set_xlabel("images")
         axes.xaxis.get_major_locator().set_params(integer=True)
     else:
-        axes.set(xlabel="classes, the largest first", ylabel="pictures", ylim=(0, None))
+        axes.set(xlabel="classes, the largest first", ylabel="images", ylim=(0, None))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return figure
 
 
-def _spread_chart(looks: dict[str, list[Look]]) -> Any:
+def _spread_chart(facts: dict[str, list[ImageFacts]]) -> Any:
     figure_module = command.require("matplotlib.figure", "matplotlib")
     figure = figure_module.Figure(figsize=(11, 3))
     measures = (
@@ -285,21 +296,21 @@ def _spread_chart(looks: dict[str, list[Look]]) -> Any:
     )
     for place, (title, measure) in enumerate(measures, start=1):
         axes = figure.add_subplot(1, len(measures), place)
-        values = {part: [measure(x) for x in some if not x.problem] for part, some in looks.items()}
+        values = {part: [measure(x) for x in some if not x.problem] for part, some in facts.items()}
         edges = np.histogram_bin_edges(sum(values.values(), []), bins=40)
         for part, color in (("train", "tab:blue"), ("val", "tab:orange")):
             axes.hist(values[part], bins=edges, color=color, alpha=0.6, label=part)
         axes.set_xlabel(title)
         if place == 1:
-            axes.set_ylabel("pictures")
+            axes.set_ylabel("images")
             axes.legend()
     return figure
 
 
-def _samples(dataset: ImageDataset, looks: Sequence[Look]) -> list[tuple[str, Image.Image]]:
+def _samples(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> list[tuple[str, Image.Image]]:
     """A strip of thumbnails for each of at most ``MOST_CLASSES`` classes."""
     members: dict[int, list[int]] = {}
-    for x in looks:
+    for x in facts:
         if not x.problem:
             members.setdefault(x.label, []).append(x.index)
     labels = sorted(members)
@@ -310,27 +321,27 @@ def _samples(dataset: ImageDataset, looks: Sequence[Look]) -> list[tuple[str, Im
         places = np.linspace(0, len(indices) - 1, min(ROW, len(indices))).round().astype(int)
         strip = Image.new("RGB", (ROW * THUMBNAIL, THUMBNAIL), "white")
         for place, i in enumerate(places.tolist()):
-            image = datasets.decode(dataset.source.open(indices[i]))
+            image = decode(dataset.source.open(indices[i]))
             image.thumbnail((THUMBNAIL - 2, THUMBNAIL - 2))
             strip.paste(image, (place * THUMBNAIL, 0))
         strips.append((f"{dataset.classes[label]} ({len(indices):,})", strip))
     return strips
 
 
-def _list_findings(page: Page, report: dict[str, Any]) -> None:
+def _add_lists(page: Page, report: dict[str, Any]) -> None:
     for name, part in report["parts"].items():
-        damaged = [(x["picture"], x["reason"]) for x in part["damaged"]]
-        _list(page, f"Damaged pictures of {name}", ("picture", "reason"), damaged)
+        damaged = [(x["image"], x["reason"]) for x in part["damaged"]]
+        _add_list(page, f"Damaged images of {name}", ("image", "reason"), damaged)
         copies = [
-            (", ".join(g["pictures"][:6]), len(g["pictures"]), ", ".join(g["classes"][:6]))
+            (first_names(g["images"], 6), len(g["images"]), first_names(g["classes"], 6))
             for g in part["duplicates"]
         ]
-        _list(page, f"Equal pictures of {name}", ("pictures", "copies", "classes"), copies)
+        _add_list(page, f"Equal images of {name}", ("images", "copies", "classes"), copies)
     leak = [(x["val"], x["train"], "yes" if x["same_class"] else "no") for x in report["leak"]]
-    _list(page, "In both parts", ("validation", "training", "same class"), leak)
+    _add_list(page, "In both parts", ("validation", "training", "same class"), leak)
 
 
-def _list(page: Page, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _add_list(page: Page, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     if rows:
         page.heading(title)
         page.table(header, rows[:SHOWN])
@@ -344,16 +355,16 @@ def _list(page: Page, title: str, header: Sequence[str], rows: Sequence[Sequence
 def explore(config: Config, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the report of ``config``'s data set to ``folder``; returns it."""
     parts = reading.parts(config)
-    looks = {name: examine(dataset, name, limit) for name, dataset in parts.items()}
-    if not any(not x.problem for x in looks["train"]):
-        raise UserError(f"no training picture can be read, the first: {looks['train'][0].problem}")
+    facts = {name: measure_images(dataset, name, limit) for name, dataset in parts.items()}
+    if not any(not x.problem for x in facts["train"]):
+        raise UserError(f"no training image can be read, the first: {facts['train'][0].problem}")
     report: dict[str, Any] = {
         "data_set": f"{config.data.data_set} {config.data.data_path}".strip(),
-        "parts": {name: describe(parts[name], some) for name, some in looks.items()},
-        "leak": find_leak(parts, looks),
+        "parts": {name: part_report(parts[name], some) for name, some in facts.items()},
+        "leak": find_leak(parts, facts),
     }
     report["warnings"] = warnings_of(report)
-    draw(report, parts, looks).write(folder / "report.html")
+    draw(report, parts, facts).write(folder / "report.html")
     try:
         (folder / "report.json").write_text(
             json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"
@@ -371,7 +382,7 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     report = explore(config, folder, arguments.limit)
     for name, part in report["parts"].items():
         print(
-            f"{name}: {part['read']} of {part['pictures']} pictures read, "
+            f"{name}: {part['read']} of {part['images']} images read, "
             f"{len(part['classes'])} classes"
         )
     for line in report["warnings"]:
@@ -383,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = command.run_parser("data explore", __doc__)
     arguments.add_argument(
-        "--limit", type=int, metavar="N", help="read N pictures of each part, evenly spread"
+        "--limit", type=int, metavar="N", help="read N images of each part, evenly spread"
     )
     return command.run(_carry_out, arguments, argv)
 

@@ -3,7 +3,7 @@
     python -m tools.data pack --data-path pets --output-dir pets-shards --short-side 256
     python main.py --data-set wds/pets --data-path pets-shards --model deit_small
 
-Takes every data set that training does. Picture files go in as they are; with --short-side larger
+Takes every data set that training does. Image files go in as they are; with --short-side larger
 ones are made smaller. Beside each shard lies its index, so that training starts at once. The folder
 appears when all is written.
 """
@@ -24,18 +24,18 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-import datasets
 from config import Config
-from datasets import BadPictureError, ImageDataset, ShardIndex
 from errors import DataError, UserError
-from tools import command
-from tools.data import reading
+from pipeline.dataset import ImageDataset
+from pipeline.decoding import EXTENSIONS, BadImageError, decode
+from pipeline.sources.shard_index import ShardIndex
+from tools.common import command, reading
 
 SPLITS = {"train": "train", "val": "validation"}  # timm's name of each part
 
 
 class Packed(NamedTuple):
-    """A picture file as it goes into a shard, or why it doesn't."""
+    """An image file as it goes into a shard, or why it doesn't."""
 
     content: bytes
     extension: str
@@ -43,33 +43,33 @@ class Packed(NamedTuple):
     problem: str = ""
 
 
-def pack_picture(dataset: ImageDataset, index: int, side: int | None, quality: int) -> Packed:
-    """Read a picture; larger than ``side``, pixels or not, make a new file of it."""
+def pack_image(dataset: ImageDataset, index: int, side: int | None, quality: int) -> Packed:
+    """Read an image; larger than ``side``, pixels or not, make a new file of it."""
     try:
-        picture, label = dataset.source.read(index)
-        content = reading.file_of(picture)
+        encoded, label = dataset.source.read(index)
+        content = reading.file_of(encoded)
         if content is None:
-            image = datasets.decode(picture)
+            image = decode(encoded)
             if side is None or min(image.size) <= side:
                 return Packed(_encode(image, "PNG"), "png", label)
             return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label)
         form, _, size = reading.kind_of(content)
         if side is not None and min(size) > side:
-            image = _shrink(datasets.decode(io.BytesIO(content)), side)
+            image = _shrink(decode(io.BytesIO(content)), side)
             return Packed(_encode(image, "JPEG", quality), "jpg", label)
-        return Packed(content, _extension(picture, form), label)
-    except (BadPictureError, OSError) as error:
+        return Packed(content, _extension(encoded, form), label)
+    except (BadImageError, OSError) as error:
         return Packed(b"", "", -1, f"{dataset.sample_id(index)}: {error}")
 
 
-def _extension(picture: Any, form: str) -> str:
-    """What a member is to be called, by which it is known as a picture."""
-    own = os.path.splitext(picture)[1].lower() if isinstance(picture, str) else ""
-    if own in datasets.EXTENSIONS:
+def _extension(image: Any, form: str) -> str:
+    """The suffix by which a member is known as an image."""
+    own = os.path.splitext(image)[1].lower() if isinstance(image, str) else ""
+    if own in EXTENSIONS:
         return own[1:]
     usual = {"JPEG": ".jpg", "JPEG2000": ".jp2", "MPO": ".jpg"}.get(form, f".{form.lower()}")
-    if usual not in datasets.EXTENSIONS:
-        raise BadPictureError(f"{form} files are not read from shards")
+    if usual not in EXTENSIONS:
+        raise BadImageError(f"{form} files are not read from shards")
     return usual[1:]
 
 
@@ -144,15 +144,15 @@ class ShardWriter:
 
 
 def write_part(writer: ShardWriter, packed: Iterator[Packed], on_bad_image: str) -> list[str]:
-    """Write all of a part; returns the pictures that were left out.
+    """Write all of a part; returns the images that were left out.
 
-    Raises DataError at the first such picture, unless ``on_bad_image`` is skip.
+    Raises DataError at the first such image, unless ``on_bad_image`` is skip.
     """
     bad = []
     for number, sample in enumerate(packed):
         if sample.problem and on_bad_image == "error":
             raise DataError(
-                f"{sample.problem} (mend or remove the file, or add --on-bad-image skip)"
+                f"{sample.problem} (repair or remove the file, or add --on-bad-image skip)"
             )
         if sample.problem:
             bad.append(sample.problem)
@@ -160,7 +160,7 @@ def write_part(writer: ShardWriter, packed: Iterator[Packed], on_bad_image: str)
             writer.add(f"{number:09d}", sample)
     writer.close()
     if not writer.shards:
-        raise DataError(f"no picture of the {writer.part} part could be read")
+        raise DataError(f"no image of the {writer.part} part could be read")
     return bad
 
 
@@ -182,7 +182,7 @@ def pack(
     try:
         writers = []
         for name, dataset in parts.items():
-            work = functools.partial(pack_picture, dataset, side=side, quality=quality)
+            work = functools.partial(pack_image, dataset, side=side, quality=quality)
             writers.append(ShardWriter(partial, name, shard_size))
             packed = reading.in_threads(work, range(len(dataset)), f"pack {name}")
             for line in write_part(writers[-1], packed, config.data.on_bad_image):
@@ -204,7 +204,7 @@ def pack(
     for writer in writers:
         size = sum((folder / path.name).stat().st_size for path in writer.shards)
         print(
-            f"{writer.part}: {sum(writer.lengths)} pictures in {len(writer.shards)} shards, "
+            f"{writer.part}: {sum(writer.lengths)} images in {len(writer.shards)} shards, "
             f"{size / 2**20:.1f} MiB"
         )
     print(f"next: python main.py --data-set wds/{folder.name} --data-path {folder}")
@@ -216,8 +216,8 @@ def _what_helps(error: OSError, partial: Path, writers: Sequence[ShardWriter]) -
     size = sum(f.stat().st_size for f in partial.iterdir()) / 2**20
     done = sum(sum(writer.lengths) for writer in writers)
     return (
-        f"no space left for the shards after {size:.0f} MiB ({done} pictures in whole shards): "
-        "free space, choose an --output-dir on another disk, or make the pictures smaller with "
+        f"no space left for the shards after {size:.0f} MiB ({done} images in whole shards): "
+        "free space, choose an --output-dir on another disk, or make the images smaller with "
         "--short-side; what was written is removed"
     )
 
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shard-size", type=float, default=256, metavar="MIB", help="of a shard (default: 256)"
     )
     arguments.add_argument(
-        "--short-side", type=int, metavar="PIXELS", help="make larger pictures smaller, as JPEG"
+        "--short-side", type=int, metavar="PIXELS", help="make larger images smaller, as JPEG"
     )
     arguments.add_argument(
         "--quality", type=int, default=95, help="of those JPEG files, 1 to 100 (default: 95)"

@@ -1,9 +1,9 @@
-"""Split a folder of classes (CLASS/PICTURE) or a CSV file into training, validation and test.
+"""Split a folder of classes (CLASS/IMAGE) or a CSV file into training, validation and test.
 
     python -m tools.data split pets --val 0.1 --test 0.1 --output-dir pets-split
     python main.py --data-set CSV --data-path pets-split --model deit_small
 
-Every class is split alike; the same seed gives the same parts. Only lists are written: the pictures
+Every class is split alike; the same seed gives the same parts. Only lists are written: the images
 stay where they are. train.csv and val.csv are what training takes, test.csv is for
 main.py --eval --data-set CSV --data-path pets-split/test.csv.
 """
@@ -18,23 +18,25 @@ from pathlib import Path
 
 import numpy as np
 
-import datasets
 from config import DataOptions
 from errors import OptionError, UserError
-from tools import command
+from pipeline.dataset import build_dataset
+from pipeline.sources.base import stratified_split
+from tools.common import command
+from utils import written_whole
 
 Row = tuple[str, str]  # path, class name
 
 
 def read(source: Path) -> list[Row]:
-    """Every picture of ``source`` with its class name, sorted."""
+    """Every image of ``source`` with its class name, sorted."""
     options = DataOptions(
         data_path=str(source),
         data_set="CSV" if source.is_file() else "IMNET",
         val_fraction=0.5,
     )
     try:
-        halves = [datasets.build_dataset(part, options, None, seed=0) for part in (True, False)]
+        halves = [build_dataset(part, options, seed=0) for part in (True, False)]
     except OptionError as error:
         if error.option == "val_fraction":
             raise UserError(f"{source} has a validation part already: nothing to split") from None
@@ -47,17 +49,17 @@ def read(source: Path) -> list[Row]:
 
 
 def shares(labels: np.ndarray, val: float, test: float, seed: int) -> dict[str, np.ndarray]:
-    """Indices of each part. A class of one picture goes to training, one of two has no validation
-    picture where there is a test part."""
+    """Indices of each part. A class of one image goes to training, one of two has no validation
+    image where there is a test part."""
     rest, parts = np.arange(len(labels)), {}
     if test:
-        rest, parts["test"] = datasets.stratified_split(labels, test, seed)
-    train, held_out = datasets.stratified_split(labels[rest], val / (1 - test), seed)
+        rest, parts["test"] = stratified_split(labels, test, seed)
+    train, held_out = stratified_split(labels[rest], val / (1 - test), seed)
     return {"train": rest[train], "val": rest[held_out], **parts}
 
 
 def write(folder: Path, name: str, rows: Sequence[Row]) -> None:
-    """``NAME.csv`` of ``rows``, whole or not at all. Pictures below ``folder`` get relative paths,
+    """``NAME.csv`` of ``rows``, whole or not at all. Images below ``folder`` get relative paths,
     so that it can be moved with them."""
     here = folder.resolve()
     text = io.StringIO()
@@ -67,13 +69,12 @@ def write(folder: Path, name: str, rows: Sequence[Row]) -> None:
         absolute = Path(os.path.abspath(path))
         inside = absolute.is_relative_to(here)
         writer.writerow((absolute.relative_to(here) if inside else absolute, label))
-    temporary = folder / f".{name}.csv.tmp"
     try:
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        with written_whole(folder / f"{name}.csv") as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
     except UnicodeEncodeError as error:
         name = error.object[max(0, error.start - 60) : error.end + 60].encode("unicode_escape")
         raise UserError(f"a file name is not valid UTF-8, rename it: {name.decode()}") from None
-    temporary.replace(folder / f"{name}.csv")
 
 
 def split(arguments: argparse.Namespace) -> None:
@@ -95,10 +96,10 @@ def split(arguments: argparse.Namespace) -> None:
         raise UserError(f"{folder} can't be written: {error.strerror}") from None
     classes = len(set(names))
     for name, indices in parts.items():
-        print(f"{folder / name}.csv: {len(indices)} pictures of {len(set(names[indices]))} classes")
+        print(f"{folder / name}.csv: {len(indices)} images of {len(set(names[indices]))} classes")
     for name, indices in parts.items():
         if missing := classes - len(set(names[indices])):
-            print(f"warning: {name} has no picture of {missing} classes, which have too few")
+            print(f"warning: {name} has no image of {missing} classes, which have too few")
     print(f"next: python main.py --data-set CSV --data-path {folder}")
 
 

@@ -9,7 +9,6 @@ the metrics mean.
 
 import argparse
 import logging
-import os
 import signal
 import socket
 import sys
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 
 from errors import OptionError
-from tools import command, trained
+from tools.common import command, trained
+from utils import cores
 
 DRAIN = 30  # seconds that requests in hand get when the service is told to end
 PACKAGES = {
@@ -36,25 +36,27 @@ def get_parser() -> argparse.ArgumentParser:
     trained.add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
-    number = trained.positive
+    number = command.positive
     batching = parser.add_argument_group("batching")
-    batching.add_argument("--max-batch", type=number, default=16, help="pictures at a time")
+    batching.add_argument("--max-batch", type=number, default=16, help="images at a time")
     batching.add_argument(
-        "--max-wait-ms", type=float, default=5.0, help="a picture waits for others, at most"
+        "--max-wait-ms", type=float, default=5.0, help="an image waits for others, at most"
     )
-    batching.add_argument("--decoders", type=number, help="decoding threads (default: one a core)")
     batching.add_argument(
-        "--threads", type=number, help="the model's threads (default: one a core)"
+        "--decoders", type=number, help="decoding threads (default: one per core)"
+    )
+    batching.add_argument(
+        "--threads", type=number, help="the model's threads (default: one per core)"
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-body-mib", type=float, default=16.0, help="of a request")
-    limits.add_argument("--max-megapixels", type=float, default=50.0, help="of a picture")
-    limits.add_argument("--max-pictures", type=number, default=32, help="in a request")
-    limits.add_argument("--max-pending", type=number, default=256, help="pictures in hand")
+    limits.add_argument("--max-megapixels", type=float, default=50.0, help="of an image")
+    limits.add_argument("--max-images", type=number, default=32, help="in a request")
+    limits.add_argument("--max-pending", type=number, default=256, help="images in hand")
     limits.add_argument("--timeout", type=float, default=10.0, help="seconds for a request")
     drift = parser.add_argument_group("drift")
     drift.add_argument("--reference", type=Path, help="report.json of tools.report")
-    drift.add_argument("--window", type=number, default=500, help="answers that are looked at")
+    drift.add_argument("--window", type=number, default=500, help="answers that are compared")
     return parser
 
 
@@ -63,35 +65,35 @@ def _run(arguments: argparse.Namespace) -> None:
         command.require(module, package)
     _check(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # Strangers' pictures make Pillow warn; what matters is refused.
+    # Strangers' images make Pillow warn; what matters is refused.
     warnings.filterwarnings("ignore", module="PIL")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(arguments.threads or cores or 1)
+    torch.set_num_threads(arguments.threads or cores())
     # The packages that are optional are there by now.
     from tools.serve import app, drift
+    from tools.serve.service import Batching, Limits, Service
 
     model = trained.open_model(arguments)
-    watch = None
+    monitor = None
     if arguments.reference:
         reference = drift.Reference.read(arguments.reference, model.classifier.class_names)
-        watch = drift.Watch(reference, arguments.window)
+        monitor = drift.DriftMonitor(reference, arguments.window)
     listener = _listen(arguments.host, arguments.port)
-    service = app.Service(
+    service = Service(
         model,
         Path(arguments.model).name,
-        limits=app.Limits(
+        limits=Limits(
             body=int(arguments.max_body_mib * 2**20),
             pixels=int(arguments.max_megapixels * 1e6),
-            pictures=arguments.max_pictures,
+            images=arguments.max_images,
             pending=arguments.max_pending,
             seconds=arguments.timeout,
         ),
-        batching=app.Batching(
+        batching=Batching(
             max_batch=arguments.max_batch,
             max_wait=arguments.max_wait_ms / 1000,
-            decoders=arguments.decoders or cores or 1,
+            decoders=arguments.decoders or cores(),
         ),
-        watch=watch,
+        drift=monitor,
     )
     _serve(app.build_app(service), listener)
 
@@ -102,11 +104,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise OptionError(name, "is not above zero")
     if not arguments.max_wait_ms >= 0:
         raise OptionError("max_wait_ms", "is below zero")
-    if arguments.max_pictures > arguments.max_pending:
+    if arguments.max_images > arguments.max_pending:
         raise OptionError(
-            "max_pictures", f"a request of {arguments.max_pictures} never fits in --max-pending "
-            f"{arguments.max_pending}"
-        )  # fmt: skip
+            "max_images",
+            f"a request of {arguments.max_images} never fits in --max-pending "
+            f"{arguments.max_pending}",
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Pictures in, answers out: decoded by a pool of threads, answered in batches by one."""
+"""Images in, answers out: decoded by a pool of threads, answered in batches by one."""
 
 import queue
 import threading
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Answer(NamedTuple):
-    """What the model said of one picture."""
+    """The model's answer to one image."""
 
     probabilities: np.ndarray
     """(C,) float32."""
     tensor: Tensor
-    """The picture as the model took it, (3, H, W)."""
+    """The image as the model took it, (3, H, W)."""
 
 
 class _Asked(NamedTuple):
@@ -30,11 +30,11 @@ class Batcher:
     """Dynamic batching: the model takes what waits, and waits a moment for more.
 
     Args:
-        decode: a file's bytes to (3, H, W). What it raises is the answer of that picture alone.
+        decode: a file's bytes to (3, H, W). What it raises is the answer of that image alone.
         predict: (B, 3, H, W) to (B, C) probabilities on the CPU; called by one thread. What it
             raises is the answer of the whole batch.
-        max_batch: pictures that the model takes at a time.
-        max_wait: seconds that a picture waits for others, at most.
+        max_batch: images that the model takes at a time.
+        max_wait: seconds that an image waits for others, at most.
         decoders: decoding threads.
         on_batch: called after each batch with its size and the model's seconds.
     """
@@ -49,7 +49,7 @@ class Batcher:
         decoders: int,
         on_batch: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        self._decode, self._predict, self._on_batch = decode, predict, on_batch
+        self.decode, self.predict, self.on_batch = decode, predict, on_batch
         self._max_batch, self._max_wait = max_batch, max_wait
         self._waiting: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(decoders, "decode")
@@ -57,7 +57,7 @@ class Batcher:
         self._thread.start()
 
     def ask(self, content: bytes) -> Future[Answer]:
-        """The answer to a picture file, later; cancelled, it costs no more than it has."""
+        """The answer to an image file, later; cancelled, it costs no more than it has."""
         answer: Future[Answer] = Future()
         self._pool.submit(self._prepare, content, answer)
         return answer
@@ -72,7 +72,7 @@ class Batcher:
         if answer.cancelled():
             return
         try:
-            tensor = self._decode(content)
+            tensor = self.decode(content)
         except Exception as error:
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(error)
@@ -89,7 +89,7 @@ class Batcher:
                 return
 
     def _gather(self) -> tuple[list[_Asked], bool]:
-        """The next pictures, and whether they are the last."""
+        """The next images, and whether they are the last."""
         first = self._waiting.get()
         if first is None:
             return [], True
@@ -107,11 +107,11 @@ class Batcher:
     def _answer(self, batch: Sequence[_Asked]) -> None:
         start = time.perf_counter()
         try:
-            rows = self._predict(torch.stack([asked.tensor for asked in batch])).numpy()
+            rows = self.predict(torch.stack([asked.tensor for asked in batch])).numpy()
         except Exception as error:
             for asked in batch:
                 asked.answer.set_exception(error)
             return
-        self._on_batch(len(batch), time.perf_counter() - start)
+        self.on_batch(len(batch), time.perf_counter() - start)
         for asked, row in zip(batch, rows, strict=True):
             asked.answer.set_result(Answer(row, asked.tensor))

@@ -1,4 +1,4 @@
-"""Do the pictures that are asked about look like those the model was judged on?
+"""Do the images that are asked about look like those the model was evaluated on?
 
 Two figures over the last answers: the population stability index of the class mix, and the
 Kolmogorov-Smirnov distance of the confidences.
@@ -17,12 +17,12 @@ from errors import UserError
 
 PSI_LIMIT = 0.2  # by custom "a large shift"
 KS_LIMIT = 0.1
-CHANCE = 0.001  # of a warning although nothing has changed, in one look
+CHANCE = 0.001  # of a warning although nothing has changed, in one check
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model said of the validation pictures."""
+    """The model's answers to the validation images."""
 
     classes: np.ndarray
     """(C,) answers of each class."""
@@ -77,17 +77,19 @@ def limits(reference: Reference, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Drift:
-    """A look at the last answers."""
+    """How the last answers differ from the reference."""
 
     index: float
+    """Population stability index of the class mix."""
     distance: float
+    """Kolmogorov-Smirnov distance of the confidences."""
     classes: bool
     """Whether the class mix is beyond its limit."""
     confidence: bool
     """Whether the confidences are."""
 
 
-class Watch:
+class DriftMonitor:
     """The last ``window`` answers against the reference; not before ``window`` have come."""
 
     def __init__(self, reference: Reference, window: int) -> None:
@@ -105,7 +107,7 @@ class Watch:
         if len(self._last) > self.window:
             self._count(*self._last.popleft(), -1)
 
-    def look(self) -> Drift | None:
+    def check(self) -> Drift | None:
         """How the last answers differ; None before the window is full."""
         if len(self._last) < self.window:
             return None
@@ -114,8 +116,8 @@ class Watch:
         most_index, most_gap = limits(self.reference, self.window)
         return Drift(index, gap, index > most_index, gap > most_gap)
 
-    def describe(self, class_names: list[str]) -> dict[str, Any]:
-        """The class whose share has changed most, for a person: name, share before, share now."""
+    def largest_change(self, class_names: list[str]) -> dict[str, Any]:
+        """The class whose share has changed most: name, share before, share now."""
         before = self.reference.classes / self.reference.classes.sum()
         now = self._classes / max(1, len(self._last))
         most = int(np.abs(now - before).argmax())

@@ -1,4 +1,4 @@
-"""Ask a service as many clients do, and count: ``python -m tools.serve.load URL PICTURES``.
+"""Ask a service as many clients do, and count: ``python -m tools.serve.load URL IMAGES``.
 
 Light, so that it leaves the cores to the service: plain sockets, the standard library alone. The
 figures go to standard output as JSON.
@@ -40,10 +40,10 @@ def requests_of(folder: Path, host: str) -> list[bytes]:
 
 
 def malformed_requests(good: Sequence[bytes], host: str) -> list[bytes]:
-    """Requests that deserve a 4xx: no picture, half a picture, nothing, another type, no form."""
+    """Requests that deserve a 4xx: no image, half an image, nothing, another type, no form."""
     half = good[0].partition(b"\r\n\r\n")[2]
     return [
-        _request(host, b"this is no picture"),
+        _request(host, b"this is no image"),
         _request(host, half[: len(half) // 2]),
         _request(host, b""),
         _request(host, b"{}", "application/json"),
@@ -129,7 +129,7 @@ async def measure(
         "clients": clients,
         "seconds": took,
         "answered": tally.answered,
-        "pictures_per_second": tally.answered / took,
+        "images_per_second": tally.answered / took,
         "failed": dict(tally.failed),
         "refused": dict(tally.refused),
         "median_seconds": ordered[len(ordered) // 2],
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 1 where a good request failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.serve.load", description=__doc__)
     parser.add_argument("url", help="http://127.0.0.1:8000")
-    parser.add_argument("pictures", type=Path, help="folder of JPEG files")
+    parser.add_argument("images", type=Path, help="folder of JPEG files")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--malformed-every", type=int, default=0)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = asyncio.run(
         measure(
             given.url,
-            given.pictures,
+            given.images,
             clients=given.clients,
             seconds=given.seconds,
             every=given.malformed_every,

@@ -1,0 +1,76 @@
+"""Layers that DeiT and CaiT share."""
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into square patches and projects each: (B, C, H, W) -> (B, N, D).
+
+    ``img_size`` (pixels) is one number or (height, width); ``grid_size`` is (rows, columns).
+    Raises ValueError if the patches don't tile the image, or for images of another size.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"{height}×{width} pixels can't be cut into patches of {patch_size}: "
+                f"use multiples of {patch_size}"
+            )
+        self.img_size = (height, width)
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                "the model was built for {}×{} pixels, the images have {}×{}".format(
+                    *self.img_size, *x.shape[-2:]
+                )
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, over the last dimension."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(x))
+
+
+def classifier(num_features: int, num_classes: int) -> nn.Module:
+    """A linear layer, or the identity for no classes at all."""
+    return nn.Linear(num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def init_linear(module: nn.Module) -> None:
+    """DeiT's initialisation: linear layers truncated normal (std 0.02), their biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def run_blocks(blocks: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
+    """``x`` through all blocks; ``grad_checkpointing`` recomputes each in the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if grad_checkpointing else block(x)
+    return x

@@ -1,0 +1,67 @@
+"""Random numbers of a batch: a function of (seed, epoch, position) and what they are for."""
+
+import numpy as np
+
+from utils import derive_seed
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1), (B, count) float64: a function of ``seed`` and each position alone.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) in counter mode, with a stream per position.
+    """
+    start = _mix(positions.astype(np.uint64) * GOLDEN + np.uint64(seed))
+    places = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
+    return (_mix(start[:, None] + places) >> np.uint64(11)) * 2.0**-53
+
+
+def between(share: np.ndarray, low: float, high: float) -> np.ndarray:
+    """``share`` (0 to 1) of the way from ``low`` to ``high``."""
+    return low + (high - low) * share
+
+
+class Draws:
+    """Numbers of a batch for one purpose, handed out column by column.
+
+    Args:
+        seed: of the epoch.
+        purpose: a number; each purpose has a stream of its own.
+        positions: (B,) int64, places of the epoch.
+        count: numbers per image that can be drawn.
+
+    Raises ValueError when more are drawn.
+    """
+
+    def __init__(self, seed: int, purpose: int, positions: np.ndarray, count: int) -> None:
+        self.values = uniforms(derive_seed(seed, purpose), positions, count)
+        self.used = 0
+
+    def uniform(self, *shape: int) -> np.ndarray:
+        """(B, *shape), in [0, 1)."""
+        count = int(np.prod(shape, dtype=np.int64))
+        taken = self.values[:, self.used : self.used + count]
+        if taken.shape[1] < count:
+            raise ValueError(f"more than {self.values.shape[1]} numbers were drawn")
+        self.used += count
+        return taken.reshape(len(taken), *shape)
+
+    def normal(self, *shape: int) -> np.ndarray:
+        """(B, *shape), standard normal (Box and Muller)."""
+        radius = np.sqrt(-2 * np.log1p(-self.uniform(*shape)))
+        return radius * np.cos(2 * np.pi * self.uniform(*shape))
+
+    def sign(self, *shape: int) -> np.ndarray:
+        """(B, *shape), −1 or 1."""
+        return np.where(self.uniform(*shape) < 0.5, -1.0, 1.0)
+
+    def below(self, limit: np.ndarray) -> np.ndarray:
+        """Whole numbers from 0 to ``limit`` − 1, of its shape (B, …)."""
+        return (self.uniform(*limit.shape[1:]) * limit).astype(np.int64)

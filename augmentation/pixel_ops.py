@@ -1,0 +1,238 @@
+"""What Pillow does to an image, done to a batch: uint8 (n, 3, H, W) in and out, on any device.
+
+Each function takes one argument per image, (n,) float32. Results are Pillow's to one level of 255,
+except for rotation, whose cubic kernel differs a little, and blurring, which is Gaussian here and
+three box filters there.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RED, GREEN, BLUE = 0.299, 0.587, 0.114  # ITU-R 601-2, as Pillow's mode L
+BLUR_REACH = 6  # pixels: three std of the widest blur, 2 pixels
+
+
+def _each(values: Tensor) -> Tensor:
+    """(n,) to (n, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def _to_levels(x: Tensor) -> Tensor:
+    """Floats as Pillow stores them: limited, then cut off."""
+    return x.clamp_(0, 255).to(torch.uint8)
+
+
+def _blend(other: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
+    """``other + factor × (x − other)``; a factor above 1 moves away from ``other``."""
+    return _to_levels((x - other).mul_(_each(factor)).add_(other))
+
+
+def _luma(x: Tensor) -> Tensor:
+    """(n, 3, H, W) to (n, 1, H, W) float32, whole numbers."""
+    red, green, blue = x.split(1, dim=1)
+    return (red * RED).add_(green, alpha=GREEN).add_(blue, alpha=BLUE).add_(0.5).floor_()
+
+
+def invert(x: Tensor, _: Tensor) -> Tensor:
+    return 255 - x
+
+
+def posterize(x: Tensor, bits: Tensor) -> Tensor:
+    """Keep the ``bits`` highest bits of a level."""
+    mask = 256 - torch.exp2(8 - bits.clamp(max=8))
+    return x & _each(mask.to(torch.uint8))
+
+
+def solarize(x: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the levels from ``threshold`` (0 to 256) on."""
+    return torch.where(x < _each(threshold.to(torch.int16)), x, 255 - x)
+
+
+def solarize_add(x: Tensor, add: Tensor) -> Tensor:
+    """Add ``add`` (at most 128) to the levels below 128."""
+    return x + _each(add.to(torch.uint8)) * (x < 128)
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return _to_levels(x * _each(factor))
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return _blend(_luma(x), x.float(), factor)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _luma(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_()
+    return _blend(mean.float(), x.float(), factor)
+
+
+def sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with a smoothed image; the border stays as it is."""
+    values = x.float()
+    rows = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
+    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth = values.clone()
+    inner = smooth[..., 1:-1, 1:-1]
+    # Pillow's SMOOTH filter: a 3×3 of ones with a 5 in the middle, over 13.
+    inner.mul_(4).add_(around).div_(13).add_(0.5).floor_()
+    return _blend(smooth, values, factor)
+
+
+def autocontrast(x: Tensor, _: Tensor) -> Tensor:
+    """Stretch the levels of each channel to the whole range."""
+    values = x.float()
+    low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
+    scale = 255 / (high - low).clamp(min=1)
+    # The small number makes up for products that fall just below a whole number.
+    stretched = _to_levels(values.sub_(low).mul_(scale).add_(1e-3))
+    return torch.where(high > low, stretched, x)
+
+
+def _histograms(levels: Tensor) -> Tensor:
+    """(n, 3, P) int64 levels to (n, 3, 256) counts."""
+    n, channels, _ = levels.shape
+    if levels.device.type == "cpu":
+        # One count for all: each channel of each image has 256 bins of its own.
+        bins = 256 * n * channels
+        first = torch.arange(0, bins, 256).view(n, channels, 1)  # (n, 3, 1)
+        counts = torch.bincount((levels + first).flatten(), minlength=bins)
+        return counts.view(n, channels, 256)
+    # To count bins, a device would be waited for.
+    counts = torch.zeros(n, channels, 256, dtype=torch.int64, device=levels.device)
+    return counts.scatter_add_(2, levels, torch.ones_like(levels))
+
+
+def equalize(x: Tensor, _: Tensor) -> Tensor:
+    """Make the histogram of each channel as flat as whole levels allow."""
+    height, width = x.shape[2:]
+    levels = x.flatten(2).long()  # (n, 3, H·W)
+    counts = _histograms(levels)
+    # The last level that occurs doesn't count for the step.
+    last = (counts > 0).long().mul_(torch.arange(256, device=x.device)).amax(2, keepdim=True)
+    step = (height * width - counts.gather(2, last)) // 255  # (n, 3, 1)
+    before = counts.cumsum(2) - counts
+    table = ((step // 2 + before) // step.clamp(min=1)).clamp_(max=255)
+    table = torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8)
+    return table.gather(2, levels).view_as(x)  # (n, 3, H·W) to (n, 3, H, W)
+
+
+def grey(x: Tensor, _: Tensor) -> Tensor:
+    return _luma(x).to(torch.uint8).expand_as(x)
+
+
+def blur(x: Tensor, std: Tensor) -> Tensor:
+    """Gaussian blur of ``std`` pixels (at most 2)."""
+    n, channels, height, width = x.shape
+    at = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (at / std[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)  # (3n, 13)
+    # Every channel of every image is a group of its own: (1, 3n, H, W).
+    values = x.float().view(1, n * channels, height, width)
+    along_rows, along_columns = kernel[:, None, None, :], kernel[:, None, :, None]
+    for weight, margin in (
+        (along_rows, (BLUR_REACH, BLUR_REACH, 0, 0)),
+        (along_columns, (0, 0, BLUR_REACH, BLUR_REACH)),
+    ):
+        values = F.conv2d(F.pad(values, margin, mode="replicate"), weight, groups=n * channels)
+    return _to_levels(values.view_as(x).add_(0.5))
+
+
+# --- geometry -----------------------------------------------------------------------------------
+# ``cubic`` asks for the cubic kernel, otherwise it is the linear one; what comes from
+# outside is ``fill``, (3,) uint8.
+
+Geometry = Callable[[Tensor, Tensor, bool, Tensor], Tensor]
+
+
+def _taps(part: Tensor, cubic: bool) -> tuple[Tensor, ...]:
+    """Weights of the pixels −1, 0, 1, 2 around a place ``part`` (0 to 1) after pixel 0."""
+    if not cubic:
+        return torch.zeros_like(part), 1 - part, part, torch.zeros_like(part)
+    square, cube = part * part, part * part * part
+    # Pillow's cubic kernel has a = −1.
+    return 2 * square - part - cube, 1 - 2 * square + cube, part + square - cube, cube - square
+
+
+def _shift_rows(x: Tensor, shift: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    """Each row from ``shift`` (n, H) pixels further right."""
+    n, channels, height, width = x.shape
+    whole = shift.floor()
+    weights = [w[:, None, :, None] for w in _taps(shift - whole, cubic)]  # (n, 1, H, 1)
+    window = torch.arange(-1, width + 2, device=x.device)
+    index = (whole.long()[..., None] + window).clamp_(0, width - 1)  # (n, H, W + 3)
+    source = x.gather(3, index[:, None].expand(n, channels, height, width + 3)).float()
+    values = source[..., :width] * weights[0]
+    for tap in (1, 2, 3):
+        values.addcmul_(source[..., tap : tap + width], weights[tap])
+    place = torch.arange(width, device=x.device) + 0.5 + shift[..., None]  # (n, H, W)
+    inside = ((place >= 0) & (place < width))[:, None]
+    # Cut off like Pillow's, which doesn't see the 1e-3 that single precision may be off by.
+    return torch.where(inside, _to_levels(values.add_(1e-3)), fill[:, None, None])
+
+
+def _shift_columns(x: Tensor, shift: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    moved = _shift_rows(x.transpose(2, 3), shift, cubic, fill)
+    return moved.transpose(2, 3).contiguous()
+
+
+def _middles(size: int, like: Tensor) -> Tensor:
+    return torch.arange(size, device=like.device) + 0.5
+
+
+def shear_x(x: Tensor, factor: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    return _shift_rows(x, factor[:, None] * _middles(x.shape[2], x), cubic, fill)
+
+
+def shear_y(x: Tensor, factor: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    return _shift_columns(x, factor[:, None] * _middles(x.shape[3], x), cubic, fill)
+
+
+def translate_x(x: Tensor, pixels: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    return _shift_rows(x, pixels[:, None].expand(-1, x.shape[2]), cubic, fill)
+
+
+def translate_y(x: Tensor, pixels: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    return _shift_columns(x, pixels[:, None].expand(-1, x.shape[3]), cubic, fill)
+
+
+def rotate(x: Tensor, degrees: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    """Counter-clockwise around the middle."""
+    _, _, height, width = x.shape
+    angle = degrees * (-math.pi / 180)
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    down = (_middles(height, x) - height / 2)[:, None]
+    right = _middles(width, x) - width / 2
+    columns = cos * right + sin * down  # (n, H, W), pixels from the middle
+    rows = cos * down - sin * right
+    grid = torch.stack([columns * (2 / width), rows * (2 / height)], -1)  # (n, H, W, 2)
+    inside = ((columns.abs() <= width / 2) & (rows.abs() <= height / 2))[:, None]
+    kernel = "bicubic" if cubic else "bilinear"
+    turned = F.grid_sample(x.float(), grid, mode=kernel, padding_mode="border", align_corners=False)
+    return torch.where(inside, _to_levels(turned), fill[:, None, None])
+
+
+LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+    "invert": invert,
+    "posterize": posterize,
+    "solarize": solarize,
+    "solarize_add": solarize_add,
+    "saturation": saturation,
+    "contrast": contrast,
+    "brightness": brightness,
+    "sharpness": sharpness,
+    "grey": grey,
+    "blur": blur,
+}
+GEOMETRY: dict[str, Geometry] = {
+    "rotate": rotate,
+    "shear_x": shear_x,
+    "shear_y": shear_y,
+    "translate_x": translate_x,
+    "translate_y": translate_y,
+}

@@ -1,0 +1,96 @@
+"""What every transform can do: the one protocol of the one-by-one and the batch path.
+
+An image is made in four steps: the loader decodes it as ``decode_as`` says, ``apply`` makes a
+tensor of it, ``plan`` draws what is left to do with a batch of them, and the device does that
+(``BatchAugment`` and ``Normalise`` are called with images and plan).
+
+What is drawn is a function of (seed, epoch, position) alone, so a batch is the same for every
+number of workers and after a resume.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """What is to be done with each image of a batch; arrays of the host."""
+
+    flips: np.ndarray
+    """(B, 2) bool: left to right, upside down."""
+    kinds: np.ndarray
+    """(B, L) int64: operations one after the other, numbers of ``policy.KINDS``."""
+    arguments: np.ndarray
+    """(B, L) float32: the argument of each operation."""
+    cubic: np.ndarray
+    """(B, L) bool: kernel of the geometric operations."""
+    boxes: np.ndarray
+    """(B, K, 4) int64: y0, y1, x0, x1 that are erased; empty where nothing is."""
+    noise: np.ndarray
+    """(B, K) int64: where in the table of noise a box begins."""
+
+    def of(self, part: slice) -> "Plan":
+        """The plan of some of the images."""
+        return Plan(*(array[part] for array in self))
+
+    def altered(self) -> "Plan":
+        """What is left when the images have been altered: to erase."""
+        none = np.zeros_like(self.flips)
+        return self._replace(flips=none, kinds=self.kinds[:, :0])
+
+
+class Transform:
+    """How the images of a data set become tensors."""
+
+    decode_as: Literal["PIL", "tensor"] = "PIL"
+    """What ``apply`` takes: an RGB Pillow image, or uint8 (3, H, W)."""
+    by_batch: bool = False
+    """Whether augmentation is left to the device, which does it by the batch."""
+
+    def apply(self, image: Any, epoch: int, position: int) -> Tensor:
+        """A decoded image as (3, S, S), augmented for its position of the epoch.
+
+        float32 is ready for the model; uint8 is still to be normalised, and to be augmented
+        where there is a ``plan``.
+        """
+        raise NotImplementedError
+
+    def plan(self, epoch: int, positions: np.ndarray) -> Plan | None:
+        """What is left to do with the images at these positions, (B,); None: nothing."""
+        return None
+
+    def for_store(self) -> "StoreTransform | None":
+        """How images are kept in one tensor and taken from it by the batch.
+
+        None where each image has to be made by itself.
+        """
+        return None
+
+
+class StoreTransform(Transform):
+    """A transform whose images can be kept ready and taken by the batch (``pipeline.cache``)."""
+
+    def keep(self, image: Any) -> Tensor:
+        """A decoded image as it is kept, uint8 (3, H, W): all that is the same in each epoch."""
+        raise NotImplementedError
+
+    def padded(self, images: Tensor) -> Tensor:
+        """Kept images of one size, (N, 3, H, W), with the margin that ``take`` crops from."""
+        return images
+
+    def take(
+        self, images: Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
+    ) -> Tensor:
+        """As ``apply``, of many images at once: uint8 (B, 3, S, S) on their device.
+
+        Args:
+            images: (N, 3, H, W) as of ``padded``.
+            indices: (B,), which of them.
+            positions: (B,), the places of the epoch that they take.
+        """
+        raise NotImplementedError
+
+    def alter(self, images: Tensor, plan: Plan) -> Tensor:
+        """Do all of ``plan`` that leaves images uint8; ``plan.altered()`` is the rest."""
+        return images

@@ -1,0 +1,259 @@
+"""One image at a time: preprocessing, crops, the transforms of training and evaluation."""
+
+import contextlib
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from timm.data.auto_augment import (
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torchvision import transforms
+from torchvision.transforms import functional
+from torchvision.transforms.functional import InterpolationMode
+
+from augmentation.protocol import StoreTransform, Transform
+from errors import OptionError
+from samplers import NUM_REPEATS
+from utils import derive_seed, seed_host
+
+if TYPE_CHECKING:
+    from config import AugmentOptions
+
+logger = logging.getLogger(__name__)
+SMALL = 32  # inputs up to this many pixels are cropped as CIFAR images are (DeiT)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input in evaluation; checkpoints carry it."""
+
+    input_size: int
+    """Height and width in pixels."""
+    crop_ratio: float
+    """Share of the resized image's short side that is kept."""
+    interpolation: str
+    """"bicubic" or "bilinear"."""
+    mean: tuple[float, ...]
+    """Three values, of images in 0–1."""
+    std: tuple[float, ...]
+    """Three values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As primitives, for a checkpoint."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """The inverse of ``to_dict``."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+class ResizeShortSide:
+    """Short side to ``size`` pixels; interpolation "random" draws bilinear or bicubic."""
+
+    def __init__(self, size: int, interpolation: str) -> None:
+        names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+        self.size = size
+        self.modes = [InterpolationMode(name) for name in names]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
+        return functional.resize(image, self.size, mode)
+
+
+class ThreeAugment:
+    """Grey, solarised or blurred, with equal chance (DeiT III, arXiv:2204.07118, section 3)."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return random.choice((self.grey, self.solarise, self.blur))(image)
+
+    @staticmethod
+    def grey(image: Image.Image) -> Image.Image:
+        return image.convert("L").convert("RGB")
+
+    @staticmethod
+    def solarise(image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image)
+
+    @staticmethod
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+class TrainTransform(Transform):
+    """A training image, augmented: RGB PIL image -> (3, S, S) float32, normalised.
+
+    ``apply`` seeds the draws; a plain call draws from the host's global generators as they stand.
+    ``erase=False`` leaves out random erasing, as ``apply`` does for the first copy of repeated
+    augmentation where ``resplit`` is set.
+
+    Colour jitter is part of ThreeAugment and of training without a policy. As in timm and DeiT a
+    policy (``aa``) takes its place, except for the policy "3a".
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, options: "AugmentOptions", seed: int = 0
+    ) -> None:
+        self.seed = seed
+        steps = [*_crop(preprocessing.input_size, options)]
+        if options.hflip > 0:
+            steps.append(transforms.RandomHorizontalFlip(options.hflip))
+        if options.vflip > 0:
+            steps.append(transforms.RandomVerticalFlip(options.vflip))
+        jitter = options.color_jitter
+        if options.ThreeAugment:
+            steps.append(ThreeAugment())
+        elif options.aa is not None:
+            steps.append(build_policy(options.aa, preprocessing, options.train_interpolation))
+            jitter = jitter if options.aa.startswith("3a") else None
+        if jitter:
+            steps.append(transforms.ColorJitter(jitter, jitter, jitter))
+        steps.append(_to_tensor(preprocessing))
+        self.augment = transforms.Compose(steps)
+        self.erasing = RandomErasing(
+            options.reprob, mode=options.remode, max_count=options.recount, device="cpu"
+        )
+        self.resplit = options.resplit
+
+    def __call__(self, image: Image.Image, erase: bool = True) -> torch.Tensor:
+        tensor = self.augment(image)
+        return self.erasing(tensor) if erase and self.erasing.probability > 0 else tensor
+
+    def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
+        erase = not (self.resplit and position % NUM_REPEATS == 0)
+        with _host_generators(derive_seed(self.seed, "sample", epoch, position)):
+            return self(image, erase=erase)
+
+
+@contextlib.contextmanager
+def _host_generators(seed: int) -> Iterator[None]:
+    """Seed the host's global generators, and put them back as they were afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_host(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _crop(size: int, options: "AugmentOptions") -> list[Callable]:
+    if size <= SMALL:
+        logger.info(
+            "input of %d pixels: padded random crop in place of the random resized crop", size
+        )
+        padding = max(1, size // 8)
+        resize = ResizeShortSide(size, options.train_interpolation)
+        return [resize, transforms.RandomCrop(size, padding=padding)]
+    if options.src:
+        # DeiT III, "simple random crop"
+        resize = ResizeShortSide(size, options.train_interpolation)
+        return [resize, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+    return [
+        RandomResizedCropAndInterpolation(
+            size, options.scale, options.ratio, options.train_interpolation
+        )
+    ]
+
+
+def _to_tensor(preprocessing: Preprocessing) -> Callable:
+    normalise = transforms.Normalize(preprocessing.mean, preprocessing.std)
+    return transforms.Compose([transforms.ToTensor(), normalise])
+
+
+class CentreCrop(StoreTransform):
+    """RGB PIL image -> (3, S, S) uint8, the centre of the resized image; normalised elsewhere.
+
+    Inputs of at most 32 pixels keep the whole short side (DeiT).
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        size = preprocessing.input_size
+        short_side = int(size / preprocessing.crop_ratio) if size > SMALL else size
+        resize = ResizeShortSide(short_side, preprocessing.interpolation)
+        self.crop = transforms.Compose([resize, transforms.CenterCrop(size)])
+
+    def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
+        return self.keep(image)
+
+    def for_store(self) -> "CentreCrop":
+        return self
+
+    def keep(self, image: Image.Image) -> torch.Tensor:
+        return functional.pil_to_tensor(self.crop(image))
+
+    def take(
+        self, images: torch.Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
+    ) -> torch.Tensor:
+        return images[torch.from_numpy(indices).to(images.device, non_blocking=True)]
+
+
+class EvalTransform(Transform):
+    """RGB PIL image -> (3, S, S) float32, normalised: the centre, as of ``CentreCrop``."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.crop = CentreCrop(preprocessing).crop
+        self.normalise = _to_tensor(preprocessing)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.normalise(self.crop(image))
+
+    def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
+        return self(image)
+
+
+_NUMBER = r"\d+(\.\d+)?"
+_POLICY = re.compile(
+    rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
+    rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+    r"|trivial"
+)
+
+
+def build_policy(name: str, preprocessing: Preprocessing, interpolation: str) -> Callable:
+    """The automatic augmentation ``name``, PIL -> PIL. Raises OptionError for an unknown one."""
+    # timm passes over sections that it doesn't know.
+    if not _POLICY.fullmatch(name):
+        raise OptionError(
+            "aa",
+            f"{name!r} is not a policy; e.g. rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, "
+            "original-mstd0.5, v0, trivial or none",
+        )
+    if name == "trivial":
+        return transforms.TrivialAugmentWide()
+    params: dict[str, Any] = {
+        "translate_const": int(preprocessing.input_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * m)) for m in preprocessing.mean),
+    }
+    if interpolation != "random":
+        params["interpolation"] = str_to_pil_interp(interpolation)
+    if name.startswith("rand"):
+        return rand_augment_transform(name, params)
+    if name.startswith("augmix"):
+        return augment_and_mix_transform(name, {**params, "translate_pct": 0.3})
+    return auto_augment_transform(name, params)
+
+
+def build_transform(
+    is_train: bool, preprocessing: Preprocessing, augment: "AugmentOptions", *, seed: int = 0
+) -> TrainTransform | EvalTransform:
+    """RGB PIL image -> (3, S, S) float32: augmented for training, else the centre crop.
+
+    ``seed`` is that of the training draws.
+    """
+    if is_train:
+        return TrainTransform(preprocessing, augment, seed)
+    return EvalTransform(preprocessing)

@@ -1,0 +1,110 @@
+"""The checkpoints in a run's folder: newest, best, and which are kept."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpointing.files import load_checkpoint, save_checkpoint, without_optimizer
+from errors import CheckpointError
+from utils import written_whole
+
+log = logging.getLogger(__name__)
+BEST = "best.pth"
+_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|shards)")
+
+
+def checkpoint_name(epoch: int, samples: int) -> str:
+    """Name of the checkpoint after ``epoch`` epochs and ``samples`` images of the next one.
+
+    The extension is missing: the file's is ``.pth``, that of a sharded one's folder ``.shards``.
+    """
+    return f"checkpoint-{epoch:04d}-{samples:08d}" if samples else f"checkpoint-{epoch:04d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first (``best.pth`` not among them)."""
+    found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=_position, reverse=True)
+
+
+def _position(path: Path) -> tuple[int, int]:
+    """(epochs, images of the next one) in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]), int(match[2] or 0)
+
+
+def newer_checkpoints(folder: Path, epoch: int, samples: int) -> list[Path]:
+    """The checkpoints of a run that come after that point."""
+    return [path for path in checkpoints_in(folder) if _position(path) > (epoch, samples)]
+
+
+def load_newest(folder: Path, *, scattered: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that is whole; damaged ones are reported and passed over."""
+    paths = checkpoints_in(folder)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path, scattered=scattered)
+        except CheckpointError as error:
+            log.warning("%s; trying the one before", error)
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
+    return None
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was written here."""
+    return (folder / "log.txt").exists() or bool(checkpoints_in(folder))
+
+
+def save_in_folder(folder: Path, content: Mapping[str, Any], *, keep: int, best: bool) -> Path:
+    """Save a run's newest checkpoint and keep the last ``keep``; ``best`` sets ``best.pth`` too."""
+    path = folder / f"{name_of(content)}.pth"
+    save_checkpoint(path, content)
+    if best:
+        set_best(folder, path)
+    keep_newest(folder, keep, path)
+    return path
+
+
+def name_of(content: Mapping[str, Any]) -> str:
+    """:func:`checkpoint_name` of a checkpoint's content."""
+    return checkpoint_name(content["progress"]["epoch"], content["progress"]["samples"])
+
+
+def keep_newest(folder: Path, keep: int, written: Path) -> None:
+    """Remove all but the newest ``keep`` checkpoints of a run, and the one just ``written``."""
+    for old in checkpoints_in(folder)[keep:]:
+        if old == written:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def write_best(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``best.pth``; a file system that refuses is a warning, as in a CheckpointWriter."""
+    try:
+        save_checkpoint(folder / BEST, content)
+    except OSError as error:
+        log.warning("no %s was written to %s: %s", BEST, folder, error.strerror or error)
+
+
+def set_best(folder: Path, path: Path) -> None:
+    """Make ``best.pth`` the same as ``path``; a link where the file system has links.
+
+    Of a sharded checkpoint it gets the weights, in one file.
+    """
+    if path.is_dir():
+        write_best(folder, without_optimizer(load_checkpoint(path)))
+        return
+    with written_whole(folder / BEST, durable=True) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)

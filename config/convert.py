@@ -1,0 +1,146 @@
+"""Values of options from the texts of the command line and the values of YAML."""
+
+import math
+import operator
+import types
+import typing
+from typing import Any, Literal
+
+from config.declared import UNIONS, Option
+from errors import OptionError
+
+
+def convert(opt: Option, raw: Any) -> Any:
+    """``raw`` (from YAML, or a string of the command line) as a value of ``opt``.
+
+    Raises OptionError where it is none.
+    """
+    try:
+        value = _as_type(opt.type, raw)
+    except ValueError:
+        raise OptionError(opt.name, f"expected {opt.type_name}, got {raw!r}") from None
+    for element in value if isinstance(value, tuple) else (value,):
+        if isinstance(element, int | float) and not isinstance(element, bool):
+            _check_bounds(opt, element)
+    if isinstance(value, tuple):
+        _check_length(opt, len(value))
+    return value
+
+
+# --- ranges ---------------------------------------------------------------------------------------
+
+_BOUNDS = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def _check_bounds(opt: Option, value: float) -> None:
+    for kind, (holds, words) in _BOUNDS.items():
+        bound = opt.bounds[kind]
+        if bound is not None and not holds(value, bound):
+            raise OptionError(opt.name, f"must be {words} {bound}, got {value}")
+
+
+def _check_length(opt: Option, count: int) -> None:
+    if opt.bounds["length"] is None:
+        return
+    least, most = opt.bounds["length"]
+    if not least <= count <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise OptionError(opt.name, f"takes {wanted} values, got {count}")
+
+
+# --- types: each function raises ValueError where ``raw`` is no value of its type -----------------
+
+
+def _as_type(tp: Any, raw: Any) -> Any:
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if origin in UNIONS:
+        return _as_member(args, raw)
+    if origin is Literal:
+        return _as_choice(args, raw)
+    if origin is tuple:
+        return _as_tuple(args[0], raw)
+    return _PLAIN_TYPES[tp](raw)
+
+
+def _as_member(members: tuple[Any, ...], raw: Any) -> Any:
+    # None and named values first: str would take anything.
+    named = [tp for tp in members if tp is types.NoneType or typing.get_origin(tp) is not None]
+    for tp in (*named, *(tp for tp in members if tp not in named)):
+        try:
+            return _as_type(tp, raw)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _as_choice(choices: tuple[str, ...], raw: Any) -> str:
+    # YAML 1.1 reads a bare off/on as a truth value.
+    text = {False: "off", True: "on"}[raw] if isinstance(raw, bool) else str(raw)
+    if text not in choices:
+        raise ValueError
+    return text
+
+
+def _as_tuple(element: Any, raw: Any) -> tuple[Any, ...]:
+    if isinstance(raw, list | tuple):
+        parts = raw
+    elif isinstance(raw, str) and element is not str:
+        parts = raw.replace(",", " ").split()
+    else:
+        parts = [raw]
+    return tuple(_as_type(element, part) for part in parts)
+
+
+def _as_none(raw: Any) -> None:
+    if raw is not None and not (isinstance(raw, str) and raw.lower() in ("none", "null", "")):
+        raise ValueError
+
+
+def _as_bool(raw: Any) -> bool:
+    text = str(raw).lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise ValueError
+
+
+def _as_int(raw: Any) -> int:
+    value = _as_float(raw)
+    if value != int(value):
+        raise ValueError
+    # Not by way of a float, which has 53 bits only.
+    digits = isinstance(raw, int) or (isinstance(raw, str) and raw.lstrip("+-").isdigit())
+    return int(raw) if digits else int(value)
+
+
+def _as_float(raw: Any) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        raise ValueError
+    try:
+        value = float(raw)
+    except OverflowError:
+        raise ValueError from None
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _as_text(raw: Any) -> str:
+    if raw is None or isinstance(raw, bool | list | dict):
+        raise ValueError
+    return str(raw)
+
+
+_PLAIN_TYPES = {
+    types.NoneType: _as_none,
+    bool: _as_bool,
+    int: _as_int,
+    float: _as_float,
+    str: _as_text,
+}

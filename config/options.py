@@ -1,0 +1,513 @@
+"""Every option, declared once: name, type, default, help text and range, by section.
+
+The command line, the YAML check, ``--help``, the saved ``config.yaml`` and ``docs/options.md`` are
+made from the dataclasses below. Precedence, lowest first: default, the ``base:`` of a config file,
+the config file, the command line.
+
+To add an option:
+
+1. Declare it in its section: ``name: type = option(default, "help text", low=0)``. The types are
+   ``bool``, ``int``, ``float``, ``str``, ``Literal["a", "b"]``, ``tuple[type, ...]`` and unions of
+   them with ``None`` or a ``Literal``. Every number has a range. The default is appended to the
+   help text, unless the text itself has a "(default: …)".
+2. Read it as ``config.SECTION.name`` where it takes effect (``SECTIONS`` at the end has the names).
+3. If it contradicts another option, add that to ``config/rules.py``; if it has no effect without
+   another one, add it to ``_needs`` there.
+4. ``python -m tools.docs`` writes ``docs/options.md`` anew.
+
+A new section is a dataclass here, a line of ``SECTIONS`` and a field of ``config.Config``.
+Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    length: tuple[int, int] | None = None,
+    aliases: tuple[str, ...] = (),
+    transient: bool = False,
+) -> Any:
+    """A dataclass field that is an option.
+
+    ``low`` and ``high`` are inclusive bounds, ``above`` and ``below`` exclusive ones, of each
+    element where the option is a tuple. ``length`` is the least and greatest number of elements.
+    ``aliases`` are further names of it. A ``transient`` option is about this run and not part of
+    the recipe: the saved config leaves it out.
+    """
+    bounds = {"low": low, "above": above, "high": high, "below": below, "length": length}
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "aliases": aliases, "transient": transient, **bounds},
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to do"""
+
+    config: str = option(
+        "", "YAML file with options; the command line overrides it", transient=True
+    )
+    print_config: bool = option(
+        False, "print the resolved options and where each came from, then exit", transient=True
+    )
+    output_dir: str = option(
+        "", "folder that the run is written to (default: output/MODEL-DATASET)", transient=True
+    )
+    resume: str = option(
+        "",
+        "checkpoint file or URL to continue from, or 'auto': the newest good one in --output-dir",
+        transient=True,
+    )
+    start_epoch: int = option(
+        0,
+        "count epochs from here; with --resume, instead of the checkpoint's count",
+        low=0,
+        transient=True,
+    )
+    eval: bool = option(False, "evaluate the model of --resume and exit", transient=True)
+    epochs: int = option(300, "number of epochs", low=1)
+    stop_at_epoch: int | None = option(
+        None,
+        "stop once that many epochs are done in all; --resume continues later",
+        low=1,
+        transient=True,
+    )
+    device: str = option("auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps")
+    seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
+    deterministic: bool = option(
+        False, "use only deterministic algorithms (CUDA: slower; on CPU runs repeat without it)"
+    )
+    plugin: tuple[str, ...] = option(
+        (), "Python files or modules to import first: they may register models and data sets"
+    )
+    overfit_batches: int = option(
+        0,
+        "sanity run: train and evaluate on the same N batches with the evaluation transform, "
+        "without mixing, dropout or smoothing; the loss must reach zero",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model"""
+
+    model: str = option("deit_base_patch16_224", "name: deit_small, cait_S24_224, any timm model …")
+    pretrained: bool = option(False, "start from timm's published weights")
+    finetune: str = option(
+        "", "checkpoint file or https URL to start from, matched by name and shape"
+    )
+    input_size: int = option(224, "height and width of the images the model sees, pixels", low=1)
+
+    # Regularisation.
+    drop: float = option(0.0, "dropout rate", low=0, below=1)
+    drop_path: float = option(0.1, "stochastic depth rate", low=0, below=1)
+    drop_block: float | None = option(None, "DropBlock rate (CNNs)", low=0, below=1)
+
+    # Which parameters are trained.
+    attn_only: bool = option(False, "train only attention, head and position embedding")
+    freeze: tuple[str, ...] = option(
+        (), "patterns of parameter names to keep fixed, e.g. 'blocks.*' or '*' with --unfreeze-at"
+    )
+    unfreeze_at: tuple[str, ...] = option(
+        (), "EPOCH:PATTERN, train those parameters from that epoch on (counted from 0)"
+    )
+
+    # How it is computed.
+    grad_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory"
+    )
+    channels_last: bool | None = option(
+        None, "channels-last memory layout (default: for CNNs, unless --fsdp)"
+    )
+    compile: bool = option(False, "torch.compile the model")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
+        "default",
+        "torch.compile: reduce-overhead and max-autotune record CUDA graphs, for small models",
+    )
+    talking_heads: Literal["auto", "plain", "lean", "fused"] = option(
+        "auto",
+        "CaiT: how attention is computed, with the same result: fused in a Triton kernel (A100, "
+        "H100, H200, half precision), lean (recomputed in the backward pass), plain, or the best "
+        "of these that is possible",
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data"""
+
+    # The data set.
+    data_path: str = option(
+        "", "folder (or CSV file) of the data set; of wds/ also an https, s3, gs … address"
+    )
+    data_set: str = option(
+        "IMNET",
+        "IMNET (folders train/ and val/, one subfolder per class), CIFAR10, CIFAR100 (or CIFAR), "
+        "MNIST, FMNIST, INAT, INAT19, CSV, DIGITS (bundled), or one of timm's readers: "
+        "wds/NAME, hfds/NAME, tfds/NAME",
+    )
+    inat_category: Literal[
+        "kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"
+    ] = option("name", "iNaturalist: the level that is the class")
+    val_fraction: float | None = option(
+        None,
+        "hold out this share of each class where the data set has no validation part",
+        above=0,
+        below=1,
+    )
+    download: bool = option(False, "download the data set if it isn't there (CIFAR, MNIST, FMNIST)")
+    on_bad_image: Literal["error", "skip"] = option(
+        "error",
+        "an image that can't be read: stop and name it, or use another in its place and list it",
+    )
+
+    # Batches and workers.
+    batch_size: int | Literal["auto"] = option(
+        64,
+        "images per step and process; auto: as many as fit the device, with accumulation up to "
+        "--effective-batch",
+        low=1,
+    )
+    effective_batch: int = option(
+        1024, "images per update of all processes together, with --batch-size auto", low=1
+    )
+    eval_batch_size: int | None = option(
+        None, "images per step and process in evaluation (default: 1.5 × batch-size)", low=1
+    )
+    num_workers: int | Literal["auto"] = option(
+        "auto",
+        "workers per process (auto: the machine's cores divided by its processes, at most 10)",
+        low=0,
+    )
+    loader_timeout: float = option(
+        300,
+        "seconds per batch, after which the image that a worker hangs at is treated as "
+        "--on-bad-image says; 0: no limit",
+        low=0,
+    )
+    pin_mem: bool = option(True, "pinned host memory for faster copies to CUDA")
+
+    # Copies that are kept.
+    shard_cache: str = option(
+        "",
+        "folder for copies of remote shards (default: in the system's temporary folder)",
+        transient=True,
+    )
+    shard_cache_gb: float = option(
+        50,
+        "space for copies of remote shards, 10⁹ bytes; the least recently used are removed",
+        above=0,
+    )
+    cache: Literal["auto", "none", "ram", "device"] = option(
+        "auto",
+        "keep decoded images in host memory or on the device (auto: small images of one size); "
+        "the pixels are the same",
+    )
+
+    # Order and preprocessing.
+    sampler: Literal["shuffle", "balanced"] = option(
+        "shuffle",
+        "order of training: each image once per epoch, or drawn with all classes equally likely",
+    )
+    eval_crop_ratio: float = option(0.875, "evaluation: share of the image kept", above=0, high=1)
+    mean: tuple[float, ...] | None = option(
+        None,
+        "normalisation mean, one or three values in 0–1 (default: the model's or data set's)",
+        low=0,
+        high=1,
+        length=(1, 3),
+    )
+    std: tuple[float, ...] | None = option(
+        None,
+        "normalisation std, one or three values (default: the model's or data set's)",
+        above=0,
+        length=(1, 3),
+    )
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """Augmentation"""
+
+    # Colours, policies, and where they are computed.
+    color_jitter: float | None = option(0.3, "brightness, contrast and saturation jitter", low=0)
+    aa: str | None = option(
+        "rand-m9-mstd0.5-inc1",
+        "automatic augmentation: a timm policy (rand-…, augmix-…, original, v0), trivial, or none",
+    )
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = option(
+        "bicubic", "interpolation when training images are resized"
+    )
+    augment_on: Literal["auto", "cpu", "device"] = option(
+        "auto",
+        "where training images are augmented: cpu, one by one with Pillow; device, batch by batch "
+        "(auto, but for --aa augmix and trivial)",
+    )
+    repeated_aug: bool = option(
+        True, "repeated augmentation: three differently augmented copies per image"
+    )
+    train_mode: bool = option(True, "--no-train-mode trains in evaluation mode (no dropout)")
+    ThreeAugment: bool = option(
+        False,
+        "DeiT III's 3-Augment (grey, solarise or blur) in place of --aa",
+        aliases=("three-augment",),
+    )
+
+    # Crops and flips.
+    src: bool = option(False, "simple random crop in place of the random resized crop")
+    scale: tuple[float, ...] = option(
+        (0.08, 1.0),
+        "random resized crop: least and greatest share of the area",
+        above=0,
+        high=1,
+        length=(2, 2),
+    )
+    ratio: tuple[float, ...] = option(
+        (0.75, 4 / 3),
+        "random resized crop: least and greatest width/height",
+        above=0,
+        length=(2, 2),
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1)
+
+    # Random erasing.
+    reprob: float = option(0.25, "probability of random erasing", low=0, high=1)
+    remode: Literal["pixel", "rand", "const"] = option("pixel", "what random erasing fills in")
+    recount: int = option(1, "greatest number of erased rectangles per image", low=1)
+    resplit: bool = option(
+        False, "do not erase from the first of the copies of repeated augmentation"
+    )
+
+    # Mixup and cutmix.
+    mixup: float = option(0.8, "mixup alpha; 0 turns it off", low=0)
+    cutmix: float = option(1.0, "cutmix alpha; 0 turns it off", low=0)
+    cutmix_minmax: tuple[float, ...] | None = option(
+        None,
+        "cutmix: least and greatest side as a share of the image (replaces alpha)",
+        low=0,
+        high=1,
+        length=(2, 2),
+    )
+    mixup_prob: float = option(1.0, "probability that a batch is mixed at all", low=0, high=1)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1)
+    mixup_mode: Literal["batch", "pair", "elem"] = option(
+        "batch", "mix with one random draw per batch, pair or image"
+    )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Loss and distillation"""
+
+    loss: Literal["auto", "ce", "bce", "focal", "quality-focal"] = option(
+        "auto", "auto: cross-entropy, or BCE with --bce-loss or --cosub"
+    )
+    bce_loss: bool = option(
+        False, "DeiT III's binary cross-entropy: every class of a mixed image is a full 1"
+    )
+    smoothing: float = option(0.1, "label smoothing", low=0, below=1)
+    focal_gamma: float = option(2.0, "focusing exponent of the focal losses", low=0)
+    class_weights: Literal["none", "balanced"] = option(
+        "none", "weight the loss of a class by the inverse of its frequency"
+    )
+    cosub: bool = option(
+        False, "cosub: two submodels drawn by stochastic depth, each the teacher of the other"
+    )
+
+    # Distillation.
+    teacher_model: str = option("regnety_160", "distillation: name of the teacher")
+    teacher_path: str = option(
+        "", "distillation: checkpoint or https URL of the teacher, or 'timm' for timm's weights"
+    )
+    distillation_type: Literal["none", "soft", "hard"] = option(
+        "none", "target from the teacher: its probabilities (soft) or its class (hard)"
+    )
+    distillation_alpha: float = option(0.5, "share of the teacher in the loss", low=0, high=1)
+    distillation_tau: float = option(1.0, "temperature of soft distillation", above=0)
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimisation"""
+
+    opt: str = option("adamw", "optimiser: any of timm's (adamw, sgd, lamb, lion, muon …)")
+    opt_eps: float | None = option(1e-8, "optimiser epsilon", above=0)
+    opt_betas: tuple[float, ...] | None = option(
+        None, "optimiser betas", low=0, below=1, length=(1, 3)
+    )
+    momentum: float = option(0.9, "momentum (SGD and its variants)", low=0, below=1)
+    weight_decay: float = option(
+        0.05, "weight decay; biases, norms and embeddings have none", low=0
+    )
+    clip_grad: float | None = option(None, "limit of the gradient; see --clip-mode", above=0)
+    clip_mode: Literal["norm", "value", "agc"] = option(
+        "norm",
+        "limit the global norm, each value, or the norm of each unit relative to its weight (AGC)",
+    )
+
+    # Learning rate.
+    lr: float = option(5e-4, "learning rate for an effective batch of 512", low=0)
+    unscale_lr: bool = option(False, "use --lr as it is, without scaling by effective batch / 512")
+    layer_decay: float | None = option(
+        None, "learning rate factor from each layer to the one below", above=0, high=1
+    )
+    head_lr_scale: float = option(1.0, "learning rate factor of the classifier head", above=0)
+
+    # The update.
+    accum_steps: int = option(1, "batches whose gradients make one update", low=1)
+    amp: Literal["auto", "bf16", "fp16", "off"] = option(
+        "auto", "mixed precision (auto: bf16 or else fp16 on CUDA, off on CPU)"
+    )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = option(
+        "stop",
+        "a loss or gradient that isn't finite: stop and say where, skip the step, or go back to "
+        "the last checkpoint with half the learning rate",
+    )
+    rollback_fp32_steps: int = option(
+        0,
+        "number of updates in full precision after a rollback, with the whole learning rate",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Learning-rate schedule (stepped every update)"""
+
+    sched: Literal[
+        "cosine", "cosine-restarts", "step", "multistep", "plateau", "onecycle", "poly", "constant"
+    ] = option("cosine", "schedule, after a linear warm-up")
+    lr_noise: tuple[float, ...] | None = option(
+        None,
+        "share of the epochs from which (to which) the learning rate is noisy",
+        low=0,
+        high=1,
+        length=(1, 2),
+    )
+    lr_noise_pct: float = option(
+        0.67, "greatest noise, as a share of the learning rate", above=0, high=1
+    )
+    lr_noise_std: float = option(1.0, "std of the noise", low=0)
+    warmup_lr: float = option(1e-6, "learning rate of the first step", low=0)
+    min_lr: float = option(
+        1e-5, "learning rate at the end of cosine, one-cycle and poly, lowest of plateau", low=0
+    )
+    warmup_epochs: float = option(5, "length of the warm-up", low=0)
+    cooldown_epochs: int = option(0, "epochs at the final rate, after --epochs", low=0)
+
+    # Options of single schedules.
+    decay_epochs: float = option(30, "step: epochs between decays", above=0)
+    decay_milestones: tuple[float, ...] = option((), "multistep: epochs of the decays", above=0)
+    decay_rate: float = option(0.1, "step, multistep, plateau: factor per decay", above=0, high=1)
+    patience_epochs: int = option(10, "plateau: epochs without progress before a decay", low=0)
+    restart_epochs: float | None = option(
+        None,
+        "cosine-restarts: length of the first cycle (default: a quarter of the epochs)",
+        above=0,
+    )
+    restart_mul: float = option(
+        1.0, "cosine-restarts: factor from one cycle's length to the next", low=1
+    )
+    restart_decay: float = option(
+        1.0, "cosine-restarts: factor of the peak per restart", above=0, high=1
+    )
+    poly_power: float = option(0.9, "poly: exponent", above=0)
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """Moving average of the weights"""
+
+    model_ema: bool = option(True, "keep an exponential moving average; it is evaluated too")
+    model_ema_decay: float = option(0.99996, "decay per update", low=0, below=1)
+    model_ema_warmup: bool = option(
+        True,
+        "start with a shorter average, decay (1 + step) / (10 + step), so that short runs gain too",
+    )
+    model_ema_force_cpu: bool = option(False, "keep the average in host memory")
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Checkpoints and stopping"""
+
+    save_every: int = option(1, "epochs between checkpoints", low=1)
+    save_every_steps: int = option(0, "updates between checkpoints within an epoch; 0: none", low=0)
+    save_every_minutes: float = option(
+        0.0, "minutes between checkpoints within an epoch; 0: none", low=0
+    )
+    keep: int = option(2, "number of newest checkpoints kept, besides the best", low=1)
+    best_metric: str = option(
+        "test_acc1",
+        "log key that decides which checkpoint is best (…loss: lower is better)",
+        aliases=("monitor",),
+    )
+    early_stop: int = option(
+        0, "stop after this many epochs without progress of --best-metric; 0: never", low=0
+    )
+    early_stop_delta: float = option(0.0, "smallest change that is progress", low=0)
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Logs"""
+
+    print_epoch: int = option(1, "epochs between printed summaries", low=1)
+    log_interval: int = option(50, "updates between reads of the loss from the device", low=1)
+    tensorboard: bool = option(True, "write TensorBoard files")
+    tb_histograms: bool = option(
+        False, "TensorBoard: histograms of weights and gradients per epoch"
+    )
+    tb_graph: bool = option(False, "TensorBoard: graph of the model")
+
+
+@dataclass(frozen=True)
+class DistOptions:
+    """Several processes"""
+
+    distributed: bool = option(False, "require several processes: an error without a launcher")
+    world_size: int = option(1, "number of processes, for a --dist-url that isn't env://", low=1)
+    dist_url: str = option(
+        "env://", "where the processes meet: env://, file://PATH or tcp://HOST:PORT"
+    )
+    dist_eval: bool = option(
+        True, "split evaluation over the processes; the result is the same to the last digit"
+    )
+    dist_timeout: int = option(600, "seconds after which a silent process is given up", low=1)
+    dist_start_timeout: int = option(
+        50, "seconds in which all processes must have started", low=1, transient=True
+    )
+    fsdp: bool = option(
+        False,
+        "shard weights, gradients and optimiser over the processes (FSDP2), for models that don't "
+        "fit one card; checkpoints are folders, see docs/cluster.md",
+    )
+    sync_bn: bool = option(False, "batch norm over the images of all processes together")
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunOptions,
+    "model": ModelOptions,
+    "data": DataOptions,
+    "augment": AugmentOptions,
+    "loss": LossOptions,
+    "optim": OptimOptions,
+    "schedule": ScheduleOptions,
+    "ema": EmaOptions,
+    "save": SaveOptions,
+    "log": LogOptions,
+    "dist": DistOptions,
+}
+"""The sections by the name of their field in ``config.Config``."""

@@ -1,0 +1,97 @@
+"""The processes that train together, and what they exchange."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Give every process the main process's buffers (batch-norm statistics)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        # Not dist.barrier(): with NCCL that would occupy the device.
+        dist.all_reduce(torch.zeros(1))
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every process, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is true on any process; to be called by all."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def on_main_process(processes: Processes, action: Callable[[], None]) -> None:
+    """The main process does ``action``; a UserError from it is raised on all processes."""
+    failure: list[UserError | None] = [None]
+    if processes.is_main:
+        try:
+            action()
+        except UserError as error:
+            failure = [error]
+    if processes.distributed:
+        dist.broadcast_object_list(failure, device=torch.device("cpu"))
+    if failure[0] is not None:
+        raise failure[0]
+
+
+@contextmanager
+def main_process_first(processes: Processes) -> Iterator[None]:
+    """The main process goes through the block alone (it may download), then the others."""
+    if not processes.is_main:
+        barrier()
+    yield
+    if processes.is_main:
+        barrier()

@@ -1,0 +1,71 @@
+"""Exact results of an evaluation, counted in integers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distributed.processes import all_reduce_sum
+
+# Losses are added up as integers of this fraction: sums of integers don't depend on their order, so
+# every number of processes gives the same digits.
+LOSS_UNIT = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact results over a data set, of all processes together."""
+
+    loss: float
+    """Mean cross-entropy."""
+    acc1: float
+    """Top-1 accuracy, %."""
+    acc5: float | None
+    """Top-5 accuracy, %; None below five classes."""
+    count: int
+    """Images evaluated."""
+    correct_per_class: Tensor
+    """(C,) int64, right answers."""
+    count_per_class: Tensor
+    """(C,) int64, images."""
+
+
+class Counts:
+    """Integer counts of an evaluation, on the device."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        # Right answers and images of each class.
+        self.per_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)
+        # Loss in units, top-5 hits, losses that are not finite.
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch: ``logits`` (B, C) float32, ``targets`` (B,) int64."""
+        losses = F.cross_entropy(logits, targets, reduction="none").double()
+        finite = torch.isfinite(losses)
+        self.sums[0] += (torch.where(finite, losses, 0.0) / LOSS_UNIT).round().long().sum()
+        self.sums[2] += (~finite).sum()
+        hits = logits.argmax(1) == targets
+        self.per_class[0].index_add_(0, targets, hits.long())
+        self.per_class[1].index_add_(0, targets, torch.ones_like(targets))
+        if self.num_classes >= 5:
+            self.sums[1] += (logits.topk(5).indices == targets[:, None]).sum()
+
+    def add_up(self) -> None:
+        """Sum over all processes."""
+        all_reduce_sum(self.per_class)
+        all_reduce_sum(self.sums)
+
+    def result(self) -> Evaluation:
+        loss_units, top5, bad = self.sums.tolist()
+        right, count = self.per_class.sum(1).tolist()
+        return Evaluation(
+            loss=float("nan") if bad or not count else loss_units * LOSS_UNIT / count,
+            acc1=100.0 * right / max(count, 1),
+            acc5=100.0 * top5 / max(count, 1) if self.num_classes >= 5 else None,
+            count=count,
+            correct_per_class=self.per_class[0].cpu(),
+            count_per_class=self.per_class[1].cpu(),
+        )

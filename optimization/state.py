@@ -1,0 +1,178 @@
+"""Everything that changes while training, in one object that can be saved and put back."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distributed.wrapping import like
+from errors import CheckpointError
+from optimization.ema import ModelEma
+from optimization.schedule import Schedule
+
+# The keys of an optimiser's groups that come from the configuration; the others are state.
+_CONFIGURED = ("weight_decay", "betas", "eps", "momentum", "lr_scale")
+
+
+@dataclass
+class Progress:
+    """Where training stands."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+    step: int = 0
+    """Batches of this process done in the epoch under way, up to the last update."""
+    samples: int = 0
+    """Images of the epoch under way that all processes together have seen."""
+    update: int = 0
+    """Optimiser steps since the beginning."""
+    best: float | None = None
+    """Best value of the monitored metric."""
+    best_epoch: int = -1
+    """Epoch (counted from 0) of that value."""
+    reference: float | None = None
+    """Value that early stopping compares with: the last real progress."""
+    improved_epoch: int = 0
+    """Epoch of that progress."""
+    loss_sum: float = 0.0
+    """Sum of the batch losses of the epoch under way, over all processes."""
+    loss_count: int = 0
+    """Number of batch losses in that sum."""
+    recent_sum: float = 0.0
+    """The part of ``loss_sum`` since the last report."""
+    recent_count: int = 0
+    """Number of batch losses in that part."""
+    precise_until: int = 0
+    """Updates before this one are made in full precision (after a rollback)."""
+    updates_per_epoch: int = 0
+    """Updates per epoch in the session that wrote the checkpoint."""
+    world_size: int = 1
+    """Number of processes in that session."""
+    batch_size: int = 0
+    """Batch size of one process in that session."""
+    skipped: int = 0
+    """Updates left out because a loss or gradient was not finite."""
+    rollbacks: int = 0
+    """Times training went back to a checkpoint."""
+
+    def end_epoch(self) -> None:
+        """Count an epoch as done."""
+        self.epoch += 1
+        self.step = self.samples = self.loss_count = self.recent_count = 0
+        self.loss_sum = self.recent_sum = 0.0
+
+
+@dataclass
+class TrainState:
+    """Model, optimiser, schedule, loss scaler, moving average and counters.
+
+    ``model`` is the bare module, whose weights are saved; ``net`` is what is called in training:
+    the same module inside DDP or torch.compile.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler | None
+    ema: ModelEma | None
+    wrap: Callable[[nn.Module], nn.Module]
+    progress: Progress = field(default_factory=Progress)
+    warm: bool = False
+    """Whether this session has made an update; not saved."""
+
+    def __post_init__(self) -> None:
+        self.rewrap()
+
+    def rewrap(self) -> None:
+        """Make ``net`` anew: DDP fixes at its making which parameters have gradients."""
+        self.net = self.wrap(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only."""
+        return {
+            "model": self.model.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "progress": asdict(self.progress),
+        }
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned.
+
+        Raises CheckpointError if it belongs to another model or optimiser.
+        """
+        missing = [k for k in ("optimizer", "schedule", "progress") if k not in content]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint holds no {', '.join(missing)}: it can't be resumed; start from "
+                "its weights with --finetune"
+            )
+        check_same_weights(self.model, content["model"])
+        _load_weights(self.model, content["model"])
+        configured = [{k: g[k] for k in _CONFIGURED if k in g} for g in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(_laid_out(self.optimizer, content["optimizer"]))
+            # What this session's configuration says counts, not what the checkpoint has.
+            for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+                group |= values
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint was written with another optimiser or parameter groups ({error}); "
+                "resume with the same --opt, --layer-decay and --head-lr-scale, or use --finetune"
+            ) from None
+        self.schedule.load_state_dict(content["schedule"])
+        if self.scaler and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        if self.ema:
+            # A run that had no average starts one from its weights.
+            average = content.get("model_ema")
+            _load_weights(self.ema.module, content["model"] if average is None else average)
+        self.progress = Progress(**content["progress"])
+
+
+def _load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({k: like(v, own[k]) for k, v in weights.items()})
+
+
+def _laid_out(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's saved ``state`` with each tensor spread as the parameter it belongs to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    laid_out = {
+        i: {k: like(v, parameters[i]) for k, v in values.items()}
+        for i, values in state["state"].items()
+        if i < len(parameters)
+    }
+    return {**state, "state": laid_out}
+
+
+def check_same_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """CheckpointError that says what differs, unless ``weights`` are those of ``model``."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    saved = {k: tuple(v.shape) for k, v in weights.items()}
+    differing = [k for k in own if k in saved and own[k] != saved[k]]
+    missing, surplus = [k for k in own if k not in saved], [k for k in saved if k not in own]
+    if differing or missing or surplus:
+        details = [f"{k} is {saved[k]} there and {own[k]} here" for k in differing[:3]]
+        details += [f"{k} is missing there" for k in missing[:2]]
+        details += [f"{k} is unknown here" for k in surplus[:2]]
+        count = len(differing) + len(missing) + len(surplus)
+        raise CheckpointError(
+            "the checkpoint belongs to another model or class count: "
+            f"{'; '.join(details)}{'; …' if count > len(details) else ''}. Resume with the same "
+            "--model, --input-size and data set, or use --finetune to take over what fits"
+        )
+
+
+def is_better(value: float, best: float | None, *, lower: bool, delta: float = 0.0) -> bool:
+    """Whether ``value`` improves on ``best`` by more than ``delta``; NaN never does."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value < best - delta if lower else value > best + delta

@@ -1,0 +1,214 @@
+"""The data set: a source with its transform, and batches of it."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from augmentation.protocol import Plan, Transform
+from errors import DataError, first_names
+from pipeline.decoding import DECODERS, BadImageError
+from pipeline.sources.base import Source, Subset
+from pipeline.sources.registry import open_source
+from pipeline.workers import WorkerProgress
+from samplers import SampleKey
+
+if TYPE_CHECKING:
+    from config import DataOptions
+
+FEW_CLASSES = 20  # each is named with its count
+IMBALANCE = 10  # a most frequent class this many times the least frequent one is worth a warning
+
+
+class Batch(NamedTuple):
+    """A batch on the host. ``images`` is (0, 3, 0, 0) where every image of it was left out."""
+
+    images: torch.Tensor
+    """(B, 3, H, W): float32, normalised; or uint8, with what is left to do in ``plan``."""
+    targets: torch.Tensor
+    """(B,) int64."""
+    indices: torch.Tensor
+    """(B,) int64, indices of the data set."""
+    positions: torch.Tensor
+    """(B,) int64, places in the epoch's global sequence."""
+    bad: list[str]
+    """"path: reason" of each image that couldn't be read."""
+    plan: Plan | None = None
+    """How to augment uint8 images; None: not at all."""
+
+
+class Sample(NamedTuple):
+    """An image of a batch."""
+
+    image: torch.Tensor | None
+    """(3, H, W), or None where it couldn't be read and has no replacement."""
+    target: int
+    index: int
+    epoch: int
+    position: int
+    bad: list[str]
+
+
+class ImageDataset(torch.utils.data.Dataset[Sample]):
+    """A source with its transform. ``dataset[SampleKey]`` is a function of the key alone.
+
+    With ``on_bad_image`` "skip" an unreadable image is replaced in training, by the next readable
+    one, and left out in evaluation. With "error" it is left out here, and the loader raises.
+    """
+
+    MOST_REPLACEMENTS = 100
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform | None = None,
+        *,
+        is_train: bool = False,
+        on_bad_image: str = "error",
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.is_train = is_train
+        self.on_bad_image = on_bad_image
+        self.given_up: dict[int, str] = {}  # images not to be tried again, and why
+        self.progress = WorkerProgress(0)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.source.classes
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Labels, (N,) int64, or None where a label is only known when its image is read."""
+        return self.source.targets
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample_id(self, index: int) -> str:
+        """The path of an image, or what else it is called, on one line that a terminal can show.
+
+        A file name may hold anything, line ends and a terminal's commands too.
+        """
+        name = self.source.sample_id(index)
+        return name if name.isprintable() else name.encode("unicode_escape").decode()
+
+    def with_transform(self, transform: Transform) -> "ImageDataset":
+        """The same images through another transform."""
+        return self._changed(transform=transform)
+
+    def with_source(self, source: Source) -> "ImageDataset":
+        """The images of another source, treated alike."""
+        return self._changed(source=source)
+
+    def subset(self, indices: Sequence[int]) -> "ImageDataset":
+        """The images of ``indices`` alone, renumbered."""
+        return self.with_source(Subset(self.source, indices))
+
+    def watched_by(self, progress: WorkerProgress) -> "ImageDataset":
+        """The same data set, whose workers note in ``progress`` what they are at."""
+        watched = copy.copy(self)
+        watched.progress = progress
+        return watched
+
+    def _changed(self, **changes: Any) -> "ImageDataset":
+        parts = {"source": self.source, "transform": self.transform, "is_train": self.is_train}
+        return ImageDataset(**{**parts, "on_bad_image": self.on_bad_image, **changes})
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        if not isinstance(key, SampleKey):
+            key = SampleKey(int(key), 0, int(key))
+        bad: list[str] = []
+        replace = self.is_train and self.on_bad_image == "skip"
+        for step in range(min(len(self), self.MOST_REPLACEMENTS) if replace else 1):
+            index = (key.index + step) % len(self)
+            if index in self.given_up:
+                bad.append(f"{self.sample_id(index)}: {self.given_up[index]}")
+                continue
+            self.progress.begin(index)
+            try:
+                encoded, target = self.source.read(index)
+                image = DECODERS[self.transform.decode_as](encoded)
+            except (BadImageError, OSError) as error:
+                bad.append(f"{self.sample_id(index)}: {error}")
+                continue
+            finally:
+                self.progress.end()
+            tensor = self.transform.apply(image, key.epoch, key.position)
+            return Sample(tensor, target, index, key.epoch, key.position, bad)
+        return Sample(None, -1, key.index, key.epoch, key.position, bad)
+
+    def plan(self, epoch: int, positions: np.ndarray) -> Plan | None:
+        """What is left to do with the images at these positions; None: at most to normalise."""
+        return self.transform.plan(epoch, positions)
+
+
+def build_dataset(
+    is_train: bool,
+    data: "DataOptions",
+    *,
+    seed: int,
+    classes: list[str] | None = None,
+) -> ImageDataset:
+    """The training or validation part of ``data.data_set``, which has no transform yet.
+
+    Args:
+        is_train: which part.
+        data: where the images are and how they are split.
+        seed: decides what ``val_fraction`` holds out.
+        classes: those of a trained model, with which a validation part may stand alone; else they
+            are those of the training part.
+
+    Raises:
+        OptionError: the options ask for what can't be had.
+        DataError: something is wrong with the files.
+    """
+    source = open_source(is_train, data, seed=seed, classes=classes)
+    if not len(source):
+        raise DataError(
+            f"{data.data_set}: the {'training' if is_train else 'validation'} part is empty"
+        )
+    return ImageDataset(source, is_train=is_train, on_bad_image=data.on_bad_image)
+
+
+def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
+    """Images per class, (C,) int64, and lines to log; one that warns starts with "warning:"."""
+    if dataset.targets is None:
+        return np.zeros(0, dtype=np.int64), ["images per class: unknown before they are read"]
+    counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
+    least, most = counts.argmin(), counts.argmax()
+    if len(counts) <= FEW_CLASSES:
+        each = zip(dataset.classes, counts, strict=True)
+        lines = ["images per class: " + ", ".join(f"{name} {count}" for name, count in each)]
+    else:
+        lines = [
+            f"images per class: {counts[least]} ({dataset.classes[least]}) to {counts[most]} "
+            f"({dataset.classes[most]})"
+        ]
+    empty = [dataset.classes[i] for i in np.flatnonzero(counts == 0)]
+    if empty:
+        lines.append(f"warning: no images of {len(empty)} classes: {first_names(empty)}")
+    present = counts[counts > 0]
+    if present.max() >= IMBALANCE * present.min():
+        lines.append(
+            f"warning: the most frequent class has {present.max() / present.min():.0f} times the "
+            "images of the least frequent: see --sampler balanced and --class-weights balanced"
+        )
+    return counts, lines
+
+
+def collate(
+    samples: list[Sample],
+    plan: Callable[[int, np.ndarray], Plan | None] = lambda epoch, positions: None,
+) -> Batch:
+    """The readable samples as a batch, with the names of the unreadable ones, and their plan."""
+    good = [sample for sample in samples if sample.image is not None]
+    columns = ([s.target for s in good], [s.index for s in good], [s.position for s in good])
+    return Batch(
+        torch.stack([s.image for s in good]) if good else torch.empty(0, 3, 0, 0),
+        *(torch.tensor(column, dtype=torch.int64) for column in columns),
+        [line for sample in samples for line in sample.bad],
+        plan(good[0].epoch, np.array(columns[2])) if good else None,
+    )

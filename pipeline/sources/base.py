@@ -1,0 +1,162 @@
+"""What a source of images is, the ready-made ones, and what all kinds share."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from config import DataOptions
+
+VAL_NAMES = ("val", "valid", "validation", "test")  # of the validation part
+
+
+class Source:
+    """Images by number. A plug-in's data set is a subclass, or one of the ready-made ones below."""
+
+    classes: list[str]
+    """Names, in the order of the labels."""
+    targets: np.ndarray | None
+    """Label of each image, (N,) int64; None if it is only known when an image is read."""
+    groups: np.ndarray | None = None
+    """Number of the file that holds each image among others, (N,) int64; None: files of their own.
+    """
+    bytes_in_memory: int = 0
+    """Of decoded images that are kept, see ``pipeline.memory``."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def open(self, index: int) -> Any:
+        """What ``decode`` takes: a path, binary file, PIL image or uint8 array."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """The image as of ``open``, and its label."""
+        return self.open(index), int(self.targets[index])
+
+    def sample_id(self, index: int) -> str:
+        """What to call the image in a message."""
+        raise NotImplementedError
+
+
+class FileSource(Source):
+    """Image files below ``root``."""
+
+    def __init__(
+        self, root: Path, paths: Sequence[str], targets: Sequence[int], classes: list[str]
+    ) -> None:
+        self.root = root
+        # A list of strings would be copied to every worker as its reference counts change.
+        self.paths = np.array([os.fsencode(p) for p in paths], dtype=np.bytes_)
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = classes
+
+    def open(self, index: int) -> str:
+        return self.sample_id(index)
+
+    def sample_id(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+
+class ArraySource(Source):
+    """Images in memory: uint8 (N, H, W) or (N, H, W, 3)."""
+
+    def __init__(
+        self, images: np.ndarray, targets: Sequence[int], classes: list[str], name: str
+    ) -> None:
+        self.images = images
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = classes
+        self.name = name
+
+    def open(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def sample_id(self, index: int) -> str:
+        return f"{self.name}#{index}"
+
+
+class Subset(Source):
+    """Some images of another source, in the order of ``indices``."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.classes = source.classes
+        self.targets = None if source.targets is None else source.targets[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def open(self, index: int) -> Any:
+        return self.source.open(self.indices[index])
+
+    def read(self, index: int) -> tuple[Any, int]:
+        return self.source.read(self.indices[index])
+
+    def sample_id(self, index: int) -> str:
+        return self.source.sample_id(self.indices[index])
+
+
+def stratified_split(
+    labels: Sequence[int], fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices for training and for validation, each sorted.
+
+    ``fraction`` of every class is held out, rounded, but a class of two or more has at least one
+    image on either side. A class of one goes to training.
+    """
+    labels = np.asarray(labels)
+    rng = np.random.RandomState(seed % 2**32)  # its stream, unlike Generator's, is fixed for good
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(1, round(len(members) * fraction)), len(members) - 1)
+        held_out[members[:count]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def held_out(source: Source, is_train: bool, fraction: float, seed: int) -> Source:
+    """The part of ``source`` for training, or the ``fraction`` that is held out for validation."""
+    return Subset(source, stratified_split(source.targets, fraction, seed)[0 if is_train else 1])
+
+
+def refuse_val_fraction(data: "DataOptions", what: str) -> None:
+    """Raise OptionError if ``what`` is to be split though it has a validation part."""
+    if data.val_fraction is not None:
+        raise OptionError("val_fraction", f"{what} has its own validation part: leave it out")
+
+
+def data_root(data: "DataOptions") -> Path:
+    """``data_path``, which must exist. Raises OptionError."""
+    if not data.data_path:
+        raise OptionError("data_path", f"{data.data_set} needs the folder of the data set")
+    root = Path(data.data_path).expanduser()
+    if not root.exists():
+        raise OptionError("data_path", f"{root} does not exist")
+    return root
+
+
+def first_existing(paths: Iterable[Path]) -> Path | None:
+    """The first of ``paths`` that is there."""
+    return next((path for path in paths if path.exists()), None)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OptionError if it is missing, DataError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OptionError("data_path", f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} can't be read: {error}") from None
+
+
+# (is_train, data options, seed) to one part of a data set.
+Factory = Callable[[bool, "DataOptions", int], Source]

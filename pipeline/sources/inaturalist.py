@@ -1,0 +1,78 @@
+"""INAT and INAT19: iNaturalist's folders and JSON files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import DataError, OptionError, first_names
+from pipeline.sources.base import (
+    Factory,
+    FileSource,
+    Source,
+    data_root,
+    read_json,
+    refuse_val_fraction,
+)
+
+if TYPE_CHECKING:
+    from config import DataOptions
+
+
+class INatDataset(FileSource):
+    """iNaturalist 2018 or 2019, with any level of the taxonomy as the class.
+
+    ``root`` holds ``train{year}.json``, ``val{year}.json``, ``categories.json`` and the images
+    at the ``file_name`` of the JSON or, as DeiT has them, without its second folder. Classes are in
+    the order in which the training annotations name them, as DeiT numbers them.
+    """
+
+    def __init__(
+        self, root: str | Path, train: bool = True, year: int = 2018, category: str = "name"
+    ) -> None:
+        root = Path(root)
+        levels = read_json(root / "categories.json")
+        part = read_json(root / f"{'train' if train else 'val'}{year}.json")
+        reference = part if train else read_json(root / f"train{year}.json")
+        try:
+            level_of = {int(c.get("id", i)): c for i, c in enumerate(levels)}
+            if category not in levels[0]:
+                known = ", ".join(k for k in levels[0] if k != "id")
+                message = f"{category!r} is not in {root / 'categories.json'}, only {known}"
+                raise OptionError("inat_category", message)
+            label_of: dict[str, int] = {}
+            for annotation in reference["annotations"]:
+                name = level_of[int(annotation["category_id"])][category]
+                label_of.setdefault(name, len(label_of))
+            names = {
+                a["image_id"]: level_of[int(a["category_id"])][category]
+                for a in part["annotations"]
+            }
+            paths = [image["file_name"] for image in part["images"]]
+            unknown = sorted({n for n in names.values() if n not in label_of})
+            if unknown:
+                raise DataError(
+                    f"{root}/val{year}.json: not in train{year}.json: {first_names(unknown)}"
+                )
+            targets = [label_of[names[image["id"]]] for image in part["images"]]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"{root}: the JSON files don't have iNaturalist's form ({error!r})"
+            ) from None
+        if paths and not (root / paths[0]).exists():
+            shortened = [_without_second_folder(path) for path in paths]
+            paths = shortened if (root / shortened[0]).exists() else paths
+        super().__init__(root, paths, targets, list(label_of))
+
+
+def _without_second_folder(path: str) -> str:
+    first, *rest = path.split("/")
+    return "/".join([first, *rest[1:]])
+
+
+def inat(year: int) -> Factory:
+    """The factory of iNaturalist 2018 or 2019; ``inat_category`` is the level of the taxonomy."""
+
+    def factory(is_train: bool, data: "DataOptions", seed: int) -> Source:
+        refuse_val_fraction(data, "iNaturalist")
+        return INatDataset(data_root(data), train=is_train, year=year, category=data.inat_category)
+
+    return factory

@@ -1,0 +1,93 @@
+"""Data sets by name: the table of all kinds, and the way to add one."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from errors import OptionError, did_you_mean
+from pipeline.sources.base import Factory, Source
+from pipeline.sources.cifar import cifar
+from pipeline.sources.csv_files import csv_file, csv_validation_part
+from pipeline.sources.digits import digits
+from pipeline.sources.folders import folder_validation_part, image_folder
+from pipeline.sources.hugging_face import hugging_face_set
+from pipeline.sources.idx import idx
+from pipeline.sources.inaturalist import inat
+from pipeline.sources.shards import webdataset
+from pipeline.sources.tensorflow import tensorflow_set
+
+if TYPE_CHECKING:
+    from config import DataOptions
+
+# --data-set NAME, in capitals.
+FACTORIES: dict[str, Factory] = {
+    "IMNET": image_folder,
+    "CIFAR": cifar("CIFAR100"),
+    "CIFAR10": cifar("CIFAR10"),
+    "CIFAR100": cifar("CIFAR100"),
+    "MNIST": idx("MNIST"),
+    "FMNIST": idx("FashionMNIST"),
+    "INAT": inat(2018),
+    "INAT19": inat(2019),
+    "CSV": csv_file,
+    "DIGITS": digits,
+}
+
+# --data-set PREFIX/NAME: factories that take the name first.
+PREFIXES: dict[str, Callable[[str, bool, "DataOptions"], Source]] = {
+    "wds": webdataset,
+    "hfds": hugging_face_set,
+    "tfds": tensorflow_set,
+}
+
+# Validation parts without a training part, for a model that knows its classes.
+VALIDATION_PARTS: dict[str, Callable[["DataOptions", list[str]], Source | None]] = {
+    "IMNET": folder_validation_part,
+    "CSV": csv_validation_part,
+}
+
+# Mean and std of the training images.
+_NORMALIZATION = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "MNIST": ((0.1307,) * 3, (0.3081,) * 3),
+    "FMNIST": ((0.2860,) * 3, (0.3530,) * 3),
+    "DIGITS": ((0.3053,) * 3, (0.3759,) * 3),
+}
+
+
+def register_dataset(name: str) -> Callable[[Factory], Factory]:
+    """Decorator for plug-ins: ``factory(is_train, data_options, seed) -> Source`` as a data set.
+
+    Both parts must have the same class list.
+    """
+
+    def register(factory: Factory) -> Factory:
+        FACTORIES[name.upper()] = factory
+        return factory
+
+    return register
+
+
+def open_source(
+    is_train: bool, data: "DataOptions", *, seed: int, classes: list[str] | None = None
+) -> Source:
+    """The images of one part of ``data.data_set``; see ``pipeline.dataset.build_dataset``."""
+    prefix, slash, name = data.data_set.partition("/")
+    if slash and prefix.lower() in PREFIXES:
+        return PREFIXES[prefix.lower()](name, is_train, data)
+    known = data.data_set.upper()
+    if known not in FACTORIES:
+        names = [*FACTORIES, *(f"{prefix}/NAME" for prefix in PREFIXES)]
+        hint = did_you_mean(known, FACTORIES, otherwise=f"one of {', '.join(names)}")
+        raise OptionError("data_set", f"unknown data set {data.data_set!r}; {hint}")
+    if classes is not None and known in VALIDATION_PARTS:
+        source = VALIDATION_PARTS[known](data, list(classes))
+        if source is not None:
+            return source
+    return FACTORIES[known](is_train, data, seed)
+
+
+def default_normalization(data_set: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) of the training images of a small set, three values each; None for others."""
+    name = data_set.upper()
+    return _NORMALIZATION.get("CIFAR100" if name == "CIFAR" else name)

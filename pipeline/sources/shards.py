@@ -1,0 +1,171 @@
+"""wds/NAME: tar shards in WebDataset's form, local or remote."""
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from errors import DataError, OptionError, first_names
+from pipeline.remote import RemoteFolder, is_remote
+from pipeline.sources.base import (
+    VAL_NAMES,
+    Source,
+    data_root,
+    first_existing,
+    read_json,
+    refuse_val_fraction,
+)
+from pipeline.sources.shard_index import ShardIndex
+
+if TYPE_CHECKING:
+    from config import DataOptions
+
+
+class ShardSource(Source):
+    """Tar shards in webdataset's form, with random access by an index of each.
+
+    Remote ones are fetched whole when one of their images is first needed.
+
+    The index is read where ``tools.data pack`` left one, else made from the tar's headers.
+
+    A sample is the run of members with the same name up to the first dot: an image and ``.cls``
+    (its label as a number) or ``.json`` with ``label``. Classes have numbers for names, unless
+    ``_info.json`` lists them as ``classes``.
+    """
+
+    MOST_OPEN = 64  # files per process
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        classes: list[str] | None = None,
+        remote: RemoteFolder | None = None,
+    ) -> None:
+        self.shards = list(shards)
+        self.remote = remote
+        self._files: dict[int, IO[bytes]] = {}  # the one used last comes last
+        if remote is None:
+            tables = [ShardIndex.read(shard) or ShardIndex.scan(shard) for shard in self.shards]
+        else:
+            tables = _fetch_indices(remote, self.shards)
+        self.sizes = [table.shard_bytes for table in tables]
+        if not any(len(table.targets) for table in tables):
+            raise DataError(f"no samples in {first_names([str(s) for s in self.shards])}")
+        numbers = np.repeat(np.arange(len(tables)), [len(table.targets) for table in tables])
+        places = np.concatenate([table.places for table in tables])
+        self.entries = np.column_stack([numbers, places])  # (N, 3): shard, offset, size
+        self.groups = numbers
+        self.targets = np.concatenate([table.targets for table in tables])
+        self.keys = np.concatenate([table.keys for table in tables])
+        self.classes = classes or [str(label) for label in range(self.targets.max() + 1)]
+        wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(self.classes)))
+        if len(wrong):
+            raise DataError(
+                f"{self.sample_id(wrong[0])}: label {self.targets[wrong[0]]} is none of the "
+                f"{len(self.classes)} classes of the training part"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def open(self, index: int) -> io.BytesIO:
+        shard, offset, size = self.entries[index].tolist()
+        # Workers that were forked share a file's place, so none may rely on it.
+        return io.BytesIO(os.pread(self._file(shard).fileno(), size, offset))
+
+    def _file(self, shard: int) -> IO[bytes]:
+        file = self._files.pop(shard, None)
+        if file is None:
+            path = self.shards[shard]
+            if self.remote is not None:
+                name = path.relative_to(self.remote.folder).as_posix()
+                path = self.remote.fetch(name, self.sizes[shard])
+            file = open(path, "rb")  # noqa: SIM115 (it stays open)
+            if hasattr(os, "posix_fadvise"):
+                # Others of this file come soon: let the system read it from front to back.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        self._files[shard] = file
+        if len(self._files) > self.MOST_OPEN:
+            self._files.pop(next(iter(self._files))).close()
+        return file
+
+    def sample_id(self, index: int) -> str:
+        return f"{self.shards[self.entries[index, 0]]}:{os.fsdecode(self.keys[index])}"
+
+
+def _fetch_indices(remote: RemoteFolder, shards: Sequence[Path]) -> list[ShardIndex]:
+    """The indices of remote shards, which can't be scanned without fetching them all."""
+
+    def fetch(shard: Path) -> ShardIndex:
+        name = ShardIndex.path(shard).relative_to(remote.folder).as_posix()
+        try:
+            remote.fetch(name)
+        except OSError as error:
+            raise DataError(f"{error}; python -m tools.data pack writes the index") from None
+        index = ShardIndex.read(shard, there=False)
+        if index is None:
+            ShardIndex.path(shard).unlink(missing_ok=True)
+            raise DataError(f"{remote.address}/{name} is not the index of its shard")
+        return index
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(fetch, shards))
+
+
+def _remote_shards(is_train: bool, data: "DataOptions") -> Source:
+    """The shards of ``_info.json`` at an address."""
+    remote = RemoteFolder(data.data_path, data.shard_cache, int(data.shard_cache_gb * 1e9))
+    try:
+        # It may have changed since: small enough to be fetched each time.
+        remote.path("_info.json").unlink(missing_ok=True)
+        info = read_json(remote.fetch("_info.json"))
+    except OSError as error:
+        raise OptionError("data_path", f"{error}; python -m tools.data pack writes it") from None
+    names = ("train", "training") if is_train else VAL_NAMES
+    known = info.get("splits", {})
+    files = next((known[s]["filenames"] for s in names if s in known), None)
+    if not files:
+        raise OptionError("data_path", f"{remote.address}/_info.json has no split {names[0]}")
+    classes = info.get("classes")
+    if classes is None and not is_train:
+        classes = _remote_shards(True, data).classes
+    return ShardSource([remote.path(file) for file in files], classes, remote)
+
+
+def webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
+    """Shards of a split: those of ``_info.json``, or ``*train*.tar`` and ``*val*.tar``."""
+    refuse_val_fraction(data, "a sharded set")
+    if is_remote(data.data_path):
+        return _remote_shards(is_train, data)
+    root = data_root(data)
+    train = _shards(root, ("train", "training"))
+    if not train:
+        raise OptionError("data_path", f"{root} has no shards *train*.tar and no _info.json")
+    source = ShardSource(train, _shard_info(root).get("classes"))
+    if is_train:
+        return source
+    val = _shards(root, VAL_NAMES)
+    if not val:
+        raise OptionError("data_path", f"{root} has no shards *val*.tar (nor *test*.tar)")
+    return ShardSource(val, source.classes)
+
+
+def _shards(root: Path, splits: Sequence[str]) -> list[Path]:
+    known = _shard_info(root).get("splits")
+    if known is not None:
+        files = next((known[s]["filenames"] for s in splits if s in known), [])
+        return [root / file for file in files]
+    for split in splits:
+        found = sorted({*root.glob(f"*{split}*.tar"), *root.glob(f"{split}/**/*.tar")})
+        if found:
+            return found
+    return []
+
+
+def _shard_info(root: Path) -> dict[str, Any]:
+    info = first_existing((root / "_info.json", root / "info.json"))
+    return {} if info is None else {"splits": {}, **read_json(info)}

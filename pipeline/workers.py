@@ -1,0 +1,130 @@
+"""Loader workers: how many, what each is at, and how they end."""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import get_worker_info
+
+from distributed.liveness import process_runs
+from utils import cores
+
+BATCHES_AHEAD = 2  # batches that a worker makes ahead
+
+
+class _Row(NamedTuple):
+    pid: int
+    index: int  # of the image that the worker is at, -1 for none
+    since: float  # time.monotonic()
+
+
+class WorkerProgress:
+    """Which image each worker is at, in memory that the workers share with the main process."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._table = torch.zeros(num_workers, len(_Row._fields), dtype=torch.float64)
+        self._table.share_memory_()
+
+    def begin(self, index: int) -> None:
+        """This worker begins with the image ``index``; outside of a worker nothing is noted."""
+        worker = get_worker_info()
+        if worker is not None:
+            row = (os.getpid(), index, time.monotonic())
+            self._table[worker.id] = torch.tensor(row, dtype=torch.float64)
+
+    def end(self) -> None:
+        """This worker is done with its image."""
+        self.begin(-1)
+
+    def _rows(self) -> list[_Row]:
+        """Those of the workers that have begun."""
+        return [_Row(int(pid), int(i), since) for pid, i, since in self._table.tolist() if pid]
+
+    def slower_than(self, seconds: float) -> list[int]:
+        """Images that workers have been at for longer."""
+        now = time.monotonic()
+        return [row.index for row in self._rows() if row.index >= 0 and now - row.since > seconds]
+
+    def some_died(self) -> bool:
+        """Whether a worker is gone."""
+        return any(not process_runs(row.pid) for row in self._rows())
+
+    def died_over(self) -> list[int]:
+        """Images over which workers died."""
+        return [r.index for r in self._rows() if r.index >= 0 and not process_runs(r.pid)]
+
+    def kill(self) -> None:
+        """End all workers, also one that hangs in the operating system."""
+        for row in self._rows():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(row.pid, signal.SIGKILL)
+        self._table.zero_()
+
+
+def init_worker(worker: int) -> None:
+    """Set up a worker: one thread, and signals that only the main process acts on."""
+    torch.set_num_threads(1)
+    # Ctrl-C and SLURM's warnings go to every process; the main one decides what they mean.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # So does SIGTERM, but with that the main process ends its workers as well: obey it alone.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
+
+
+def _exit_on_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def auto_num_workers(local_world_size: int) -> int:
+    """One worker per core and training process of this machine, at most 10."""
+    return min(10, cores() // local_world_size)
+
+
+# --- shared memory -------------------------------------------------------------------------------
+
+
+def batch_bytes(batch_size: int, input_size: int, *, by_batch: bool) -> int:
+    """Bytes of a training batch on its way from a worker.
+
+    Its images are uint8 where they are augmented by the batch on the device, else float32.
+    """
+    return batch_size * 3 * input_size**2 * (1 if by_batch else 4)
+
+
+def shared_memory_needed(batch: int, num_workers: int, local_world_size: int = 1) -> int:
+    """Bytes of shared memory that the workers of all processes of a machine fill at most.
+
+    Each worker has BATCHES_AHEAD batches of training there and as many of evaluation, which are 1.5
+    times as large; one more is being handed over. ``batch`` is in bytes (``batch_bytes``).
+    """
+    if not num_workers:
+        return 0
+    return math.ceil(2.5 * batch * (BATCHES_AHEAD * num_workers + 1)) * local_world_size
+
+
+def free_shared_memory(folder: str = "/dev/shm") -> int | None:
+    """Bytes of shared memory that are free; None where that isn't known."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def most_workers(batch: int, local_world_size: int, free: int | None) -> int | None:
+    """Workers per process whose batches fit ``free`` bytes of shared memory; None: any number.
+
+    The inverse of ``shared_memory_needed``.
+    """
+    if free is None:
+        return None
+    return max(0, int(free / local_world_size / (2.5 * batch) - 1) // BATCHES_AHEAD)

@@ -1,0 +1,80 @@
+"""augmentation/pixel_ops.py, against Pillow."""
+
+import pytest
+import timm.data.auto_augment as timm_ops
+import torch
+from PIL import Image
+from pixels import as_tensor, batch, pixels
+
+from augmentation.pixel_ops import GEOMETRY, LEVELS, blur
+from augmentation.transforms import ThreeAugment
+
+FILL = (124, 116, 104)
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "values"),
+    [
+        ("autocontrast", timm_ops.auto_contrast, [None]),
+        ("equalize", timm_ops.equalize, [None]),
+        ("invert", timm_ops.invert, [None]),
+        ("posterize", timm_ops.posterize, [0, 1, 3, 4, 8]),
+        ("solarize", timm_ops.solarize, [0, 26, 128, 256]),
+        ("solarize_add", timm_ops.solarize_add, [0, 55, 128]),
+        ("saturation", timm_ops.color, [0.1, 0.7, 1.9]),
+        ("contrast", timm_ops.contrast, [0.1, 0.7, 1.9]),
+        ("brightness", timm_ops.brightness, [0.1, 0.7, 1.9]),
+        ("sharpness", timm_ops.sharpness, [0.1, 0.7, 1.9]),
+        ("grey", lambda image: ThreeAugment.grey(image), [None]),
+    ],
+)
+def test_levels_are_pillows(kind, theirs, values):
+    x = batch(len(values))
+    arguments = torch.tensor([0.0 if v is None else v for v in values])
+    ours = LEVELS[kind](x, arguments)
+    for i, value in enumerate(values):
+        image = Image.fromarray(pixels(seed=i))
+        expected = as_tensor(theirs(image, *(() if value is None else (value,))))
+        assert (ours[i].int() - expected.int()).abs().max() <= 1, value
+
+
+def test_flat_images_stay_as_they_are():
+    x = torch.full((2, 3, 8, 8), 77, dtype=torch.uint8)
+    for kind in ("autocontrast", "equalize"):
+        assert torch.equal(LEVELS[kind](x, torch.zeros(2)), x)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.8, 2.0])
+def test_blur_is_near_pillows(std):
+    ours = blur(batch(1), torch.tensor([std]))[0].int()
+    expected = as_tensor(timm_ops.gaussian_blur(Image.fromarray(pixels()), std)).int()
+    # Pillow's is three box filters.
+    assert (ours - expected).abs().float().mean() <= 0.5
+    assert (ours - expected).abs().max() <= 12
+
+
+@pytest.mark.parametrize("cubic", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "theirs", "values"),
+    [
+        ("shear_x", timm_ops.shear_x, [0.27, -0.11, 0.0]),
+        ("shear_y", timm_ops.shear_y, [0.27, -0.11, 0.0]),
+        ("translate_x", timm_ops.translate_x_abs, [7.3, -20.6, 0.0]),
+        ("translate_y", timm_ops.translate_y_abs, [7.3, -20.6, 0.0]),
+        ("rotate", timm_ops.rotate, [27.5, -4.2, 0.0]),
+    ],
+)
+def test_geometry_is_pillows(kind, theirs, values, cubic):
+    resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
+    fill = torch.tensor(FILL, dtype=torch.uint8)
+    ours = GEOMETRY[kind](batch(3), torch.tensor(values), cubic, fill)
+    for i, value in enumerate(values):
+        image = Image.fromarray(pixels(seed=i))
+        expected = as_tensor(theirs(image, value, resample=resample, fillcolor=FILL))
+        difference = (ours[i].int() - expected.int()).abs().float()
+        if kind == "rotate" and cubic:
+            # torch's cubic kernel has a = −0.75, Pillow's −1.
+            assert difference.mean() <= 1.5
+        else:
+            # A place on the very border may fall to the other side.
+            assert (difference > 1).float().mean() <= 0.005, value

@@ -1,0 +1,202 @@
+"""Reading and writing checkpoints: whole or not at all, and never running what they hold."""
+
+import argparse
+import functools
+import hashlib
+import http.server
+import os
+import pickle
+import shutil
+import ssl
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from checkpointing.files import load_checkpoint, save_checkpoint, weights_of
+from errors import CheckpointError
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth"
+    save_checkpoint(path, {"value": 1})
+
+    def full(content: dict, file) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save_checkpoint(path, {"value": 2})
+    assert load_checkpoint(path) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_the_rename_comes_after_the_data_is_on_disk(tmp_path, monkeypatch):
+    events = []
+    real_sync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (events.append("sync"), real_sync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real_replace(a, b)))
+    save_checkpoint(tmp_path / "x.pth", {})
+    assert events == ["sync", "rename", "sync"]
+
+
+class Hostile:
+    """Its pickle makes a folder when it is read."""
+
+    def __init__(self, trap: Path) -> None:
+        self.trap = trap
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trap),)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    hostile = Hostile(tmp_path / "trap")
+    for name, write in (
+        ("zip.pth", lambda p: torch.save({"model": hostile}, p)),
+        ("plain.pth", lambda p: p.write_bytes(pickle.dumps({"model": hostile}))),
+    ):
+        write(tmp_path / name)
+        with pytest.raises(CheckpointError, match="run code|can't be read"):
+            load_checkpoint(tmp_path / name)
+    assert not hostile.trap.exists()
+    pickle.loads(pickle.dumps(hostile))
+    assert hostile.trap.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign zip", "list"])
+def test_damaged_and_foreign_files_are_named(tmp_path, damage):
+    path = tmp_path / "x.pth"
+    save_checkpoint(path, {"model": nn.Linear(3, 2).state_dict()})
+    data = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("epoch: 3\n")
+    elif damage == "foreign zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("hello.txt", "hello")
+    else:
+        torch.save([1, 2, 3], path)
+    with pytest.raises(CheckpointError, match="x.pth"):
+        load_checkpoint(path)
+
+
+def test_all_bytes_are_covered_by_the_checksum(tmp_path):
+    """A flipped bit in a tensor is found, which torch.load alone would not notice."""
+    path = tmp_path / "x.pth"
+    save_checkpoint(path, {"model": {"w": torch.arange(1000.0)}})
+    data = path.read_bytes()
+    at = data.index(torch.arange(1000.0).numpy().tobytes()) + 1234
+    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    assert not torch.equal(torch.load(path, weights_only=True)["model"]["w"], torch.arange(1000.0))
+    with pytest.raises(CheckpointError, match="checksum|CRC"):
+        load_checkpoint(path)
+
+
+def test_prefixes_and_wrappings_of_others():
+    plain = nn.Linear(3, 2).state_dict()
+    wrapped = {f"module._orig_mod.{k}": v for k, v in plain.items()}
+    for given in (plain, {"model": plain}, {"state_dict": wrapped, "epoch": 3}, {"model": wrapped}):
+        found = weights_of(given)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[k], plain[k]) for k in plain)
+    average = {k: v + 1 for k, v in plain.items()}
+    for key in ("model_ema", "state_dict_ema"):
+        found = weights_of({"model": plain, key: average}, ema=True)
+        assert torch.equal(found["weight"], average["weight"])
+    with pytest.raises(CheckpointError, match="average"):
+        weights_of({"model": plain, "model_ema": None}, ema=True)
+    with pytest.raises(CheckpointError, match="no weights"):
+        weights_of({"epoch": 3})
+
+
+def test_checkpoints_with_a_namespace_load(tmp_path):
+    """DeiT's own training checkpoints hold their options that way."""
+    torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x")
+    loaded = load_checkpoint(tmp_path / "x")
+    assert loaded["args"].lr == 1.0
+
+
+def test_legacy_and_safetensors_formats(tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {"w": torch.randn(4, 5)}
+    torch.save({"model": weights}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "x.safetensors")
+    for name in ("old.pth", "x.safetensors"):
+        found = weights_of(load_checkpoint(tmp_path / name))
+        assert torch.equal(found["w"], weights["w"])
+
+
+def test_urls_https_only_and_fetched_once(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="https"):
+        load_checkpoint("http://example.org/x.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    fetched = []
+
+    def download(url: str, target: str) -> None:
+        fetched.append(url)
+        torch.save({"model": {"w": torch.ones(1)}}, target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert "model" in load_checkpoint("https://example.org/deit.pth?download=1")
+    assert fetched == ["https://example.org/deit.pth?download=1"]
+
+    def unreachable(url: str, target: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(CheckpointError, match="no route.*give a file"):
+        load_checkpoint("https://example.org/other.pth")
+
+
+@pytest.fixture
+def https(tmp_path, monkeypatch):
+    """A real https server on this machine with one checkpoint; its address and the file."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", key, "-out", certificate, "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    torch.save({"model": {"w": torch.ones(3)}}, folder / "small.pth")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://localhost:{server.server_port}/small.pth", folder / "small.pth"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")
+def test_a_checksum_is_compared_with_what_came(https, tmp_path):
+    url, file = https
+    right = hashlib.sha256(file.read_bytes()).hexdigest()
+    cached = tmp_path / "hub" / "checkpoints" / "small.pth"
+    with pytest.raises(CheckpointError, match=f"its sha256 is {right}, expected 00000000"):
+        load_checkpoint(f"{url}#sha256=0000000000")
+    assert not cached.exists()
+    assert "w" in load_checkpoint(f"{url}#sha256={right[:12].upper()}")["model"]
+    cached.write_bytes(cached.read_bytes()[:-1])  # spoilt since
+    with pytest.raises(CheckpointError, match="its sha256 is"):
+        load_checkpoint(f"{url}#sha256={right}")
+    with pytest.raises(CheckpointError, match="hexadecimal"):
+        load_checkpoint(f"{url}#md5=0123456789")
+    with pytest.raises(CheckpointError, match="can't be fetched"):
+        load_checkpoint(url.replace("small", "absent"))
+    assert list(cached.parent.iterdir()) == []  # nothing half

@@ -1,0 +1,54 @@
+"""The checkpoints of a run's folder: their order, which are kept, and the best one."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from checkpointing.files import load_checkpoint
+from checkpointing.folder import checkpoints_in, load_newest, save_in_folder
+from errors import CheckpointError
+
+
+def content(epoch: int = 1, samples: int = 0) -> dict:
+    return {"model": nn.Linear(3, 2).state_dict(), "progress": {"epoch": epoch, "samples": samples}}
+
+
+def test_newest_are_kept_in_order_of_progress(tmp_path):
+    for epoch, samples in ((1, 0), (2, 0), (2, 17), (10, 0), (9, 200)):
+        save_in_folder(tmp_path, content(epoch, samples), keep=9, best=False)
+    names = [p.name for p in checkpoints_in(tmp_path)]
+    assert names == [
+        "checkpoint-0010.pth",
+        "checkpoint-0009-00000200.pth",
+        "checkpoint-0002-00000017.pth",
+        "checkpoint-0002.pth",
+        "checkpoint-0001.pth",
+    ]
+    save_in_folder(tmp_path, content(11), keep=2, best=False)
+    kept = [p.name for p in checkpoints_in(tmp_path)]
+    assert kept == ["checkpoint-0011.pth", "checkpoint-0010.pth"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_outlives_its_checkpoint(tmp_path, monkeypatch, links):
+    if not links:
+
+        def no_links(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", no_links)
+    first = content(1)
+    save_in_folder(tmp_path, first, keep=1, best=True)
+    save_in_folder(tmp_path, content(2), keep=1, best=False)
+    best = load_checkpoint(tmp_path / "best.pth")
+    assert torch.equal(best["model"]["weight"], first["model"]["weight"])
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-0002.pth"]
+
+
+def test_latest_of_an_empty_folder_and_of_a_ruined_one(tmp_path):
+    assert load_newest(tmp_path) is None
+    (tmp_path / "checkpoint-0001.pth").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        load_newest(tmp_path)

@@ -1,0 +1,177 @@
+"""Impossible combinations of options, and options without effect."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import conflicts, load, rules, unused
+from errors import OptionError
+
+# --- conflicts ------------------------------------------------------------------------------------
+
+CONFLICTS = [
+    ("augment_on", "--augment-on device --aa augmix-m5-w4-d2"),
+    ("cache", "--cache device --augment-on cpu"),
+    ("amp", "--fsdp --amp fp16"),
+    ("clip_mode", "--fsdp --clip-grad 0.1 --clip-mode agc"),
+    ("rollback_fp32_steps", "--fsdp --on-nonfinite rollback --rollback-fp32-steps 9 --amp bf16"),
+    ("model_ema_force_cpu", "--fsdp --model-ema-force-cpu"),
+    ("unfreeze_at", "--fsdp --freeze * --unfreeze-at 0:head"),
+    ("compile", "--fsdp --compile"),
+    ("channels_last", "--fsdp --channels-last"),
+    ("tb_histograms", "--fsdp --tb-histograms"),
+    ("tb_graph", "--fsdp --tb-graph"),
+    ("opt", "--fsdp --opt adafactor"),
+    ("accum_steps", "--batch-size auto --accum-steps 2"),
+    ("bce_loss", "--bce-loss"),
+    ("bce_loss", "--bce-loss --smoothing 0 --loss ce"),
+    ("talking_heads", "--talking-heads fused --amp off"),
+    ("cosub", "--cosub --loss focal"),
+    ("cosub", "--cosub --distillation-type hard --teacher-path t.pth"),
+    ("distillation_type", "--distillation-type soft"),
+    ("train_mode", "--distillation-type hard --teacher-path t.pth --no-train-mode"),
+    ("teacher_path", "--teacher-path t.pth"),
+    ("sampler", "--sampler balanced"),
+    ("resplit", "--resplit --no-repeated-aug"),
+    ("ThreeAugment", "--ThreeAugment --aa trivial"),
+    ("scale", "--scale 1 0.5"),
+    ("ratio", "--ratio 2 1"),
+    ("cutmix_minmax", "--cutmix-minmax 0.5 0.5"),
+    ("warmup_epochs", "--epochs 5"),
+    ("decay_milestones", "--sched multistep"),
+    ("lr_noise", "--sched onecycle --lr-noise 0.5"),
+    ("lr_noise", "--sched plateau --lr-noise 0.5"),
+    ("cooldown_epochs", "--sched onecycle --cooldown-epochs 1"),
+    ("eval", "--eval"),
+    ("start_epoch", "--start_epoch 9 --epochs 9"),
+    ("mean", "--mean 0.1 0.2"),
+    ("std", "--std 0.1 0.2"),
+    ("rollback_fp32_steps", "--rollback-fp32-steps 9"),
+    ("pretrained", "--pretrained --finetune f.pth"),
+    ("unfreeze_at", "--unfreeze-at 3:head"),
+    ("unfreeze_at", "--freeze blocks --unfreeze-at head"),
+    ("unfreeze_at", "--freeze blocks --unfreeze-at x:head"),
+    ("attn_only", "--attn-only --freeze blocks"),
+    ("best_metric", "--best-metric ema_acc1 --no-model-ema"),
+    ("best_metric", "--best-metric acc1"),
+]
+
+
+@pytest.mark.parametrize("name, line", CONFLICTS)
+def test_conflict_names_its_option(name, line):
+    with pytest.raises(OptionError) as caught:
+        load(line.split())
+    assert caught.value.option == name
+    assert str(caught.value).startswith("--" + name.replace("_", "-"))
+
+
+def test_every_conflict_is_tried_here():
+    path = Path(rules.__file__)
+    yields = {
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Yield)
+    }
+    reached = set()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != str(path):
+            return None
+        reached.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for _, line in CONFLICTS:
+            with pytest.raises(OptionError):
+                load(line.split())
+    finally:
+        sys.settrace(before)
+    assert len(yields) > 40 and not yields - reached
+
+
+MESSAGES = [
+    ("--bce-loss --smoothing 0 --loss focal", "contradicts --loss focal: leave one out"),
+    ("--cosub --loss ce", "is defined on BCE, not on --loss ce: leave --loss out"),
+    ("--distillation-type soft", "soft needs a teacher: add --teacher-path FILE"),
+    ("--augment-on device --aa trivial", "trivial takes one image at a time"),
+    ("--fsdp --opt adafactor", "with --fsdp: adafactor looks at whole weights: use adamw, adam"),
+    ("--epochs 4 --warmup-epochs 4.5", "4.5 leaves nothing of --epochs 4: lower it"),
+    ("--sched constant --lr-noise 0.5", "is not defined for --sched constant"),
+    ("--start-epoch 9 --epochs 8", "9 leaves nothing of --epochs 8"),
+    ("--freeze * --unfreeze-at 3:", "'3:' is not EPOCH:PATTERN"),
+    ("--best-metric ema_acc5 --no-model-ema", "ema_acc5 needs --model-ema"),
+    ("--best-metric test_ac1", "'test_ac1' is not logged; one of test_acc1, test_acc5"),
+    ("--best-metric test_ac1", "(did you mean test_acc1?)"),
+]
+
+
+@pytest.mark.parametrize("line, message", MESSAGES)
+def test_conflict_says_what_was_given(line, message):
+    with pytest.raises(OptionError) as caught:
+        load(line.split())
+    assert message in str(caught.value)
+
+
+def test_the_first_of_several_conflicts_is_raised():
+    with pytest.raises(OptionError) as caught:
+        load(
+            [
+                "--best-metric",
+                "acc1",
+                "--eval",
+                "--fsdp",
+                "--compile",
+                "--epochs",
+                "5",
+                "--bce-loss",
+            ]
+        )
+    assert caught.value.option == "bce_loss"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--bce-loss --smoothing 0",
+        "--loss bce",
+        "--cosub --smoothing 0 --bce-loss",
+        "--distillation-type hard --teacher-path timm",
+        "--sampler balanced --no-repeated-aug",
+        "--ThreeAugment",
+        "--ThreeAugment --aa none",
+        "--epochs 1 --warmup-epochs 0.5",
+        "--eval --pretrained --epochs 1",
+        "--sched multistep --decay-milestones 30 60",
+        "--freeze * --unfreeze-at 0:head 3:blocks.*",
+        "--best-metric test_loss",
+    ],
+)
+def test_sound_combinations_pass(line):
+    assert not list(conflicts(load(line.split())))
+
+
+# --- options without effect -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, hint",
+    [
+        ("--decay-milestones 3", "--decay-milestones has no effect without --sched multistep"),
+        ("--clip-mode agc", "--clip-mode has no effect without --clip-grad"),
+        ("--mixup 0 --cutmix 0 --mixup-mode elem", "--mixup-mode has no effect without --mixup"),
+        ("--no-model-ema --model-ema-decay 0.9", "--model-ema-decay has no effect"),
+        ("--cutmix 0 --mixup-switch-prob 0.3", "--mixup-switch-prob has no effect without --mixup"),
+        ("--clip-mode agc --clip-grad 1", None),
+        ("--mixup-switch-prob 0.3", None),
+        ("--cutmix 0 --cutmix-minmax 0.2 0.8 --mixup-switch-prob 0.3", None),
+        ("--cutmix 0 --mixup-mode elem", None),
+        ("--sched step --decay-epochs 10 --decay-rate 0.5", None),
+    ],
+)
+def test_options_without_effect_are_named(line, hint):
+    found = unused(load(line.split()))
+    assert not found if hint is None else len(found) == 1 and found[0].startswith(hint)

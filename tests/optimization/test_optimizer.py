@@ -1,0 +1,151 @@
+"""The optimiser: its arguments, steps that are left out, and parameters that join later."""
+
+import math
+
+import pytest
+import torch
+from timm.optim import list_optimizers
+from torch import nn
+
+from config import OptimOptions
+from errors import OptionError
+from optimization.freezing import Freezer
+from optimization.optimizer import build_optimizer, optimizer_supports_found_inf, scaled_lr
+
+
+def test_learning_rate_follows_the_effective_batch():
+    assert scaled_lr(5e-4, 1024) == pytest.approx(1e-3)
+    assert scaled_lr(5e-4, 64) == pytest.approx(6.25e-5)
+    assert scaled_lr(5e-4, 1024, unscale=True) == 5e-4
+
+
+def test_unknown_optimiser_names_the_nearest():
+    with pytest.raises(OptionError, match=r"--opt: unknown optimiser 'admw'.*adamw"):
+        build_optimizer(nn.Linear(2, 2), OptimOptions(opt="admw"), lr=0.1)
+
+
+def test_second_order_optimiser_is_refused():
+    with pytest.raises(OptionError, match="--opt.*second derivatives"):
+        build_optimizer(nn.Linear(2, 2), OptimOptions(opt="adahessian"), lr=0.1)
+
+
+def test_optimiser_of_a_missing_package_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("apex may be installed here")
+    with pytest.raises(OptionError, match="--opt: fusedlamb can't be used here"):
+        build_optimizer(nn.Linear(2, 2), OptimOptions(opt="fusedlamb"), lr=0.1)
+
+
+def test_arguments_reach_the_optimiser():
+    model = nn.Linear(2, 2)
+    options = OptimOptions(opt="adamw", opt_eps=1e-6, opt_betas=(0.8, 0.9), weight_decay=0.3)
+    optimizer = build_optimizer(model, options, lr=0.7)
+    assert type(optimizer) is torch.optim.AdamW
+    decays = {p.ndim: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {1: 0.0, 2: 0.3}
+    for group in optimizer.param_groups:
+        assert (group["eps"], group["betas"], group["lr"]) == (1e-6, (0.8, 0.9), 0.7)
+    sgd = build_optimizer(model, OptimOptions(opt="sgd", momentum=0.5), lr=0.1)
+    assert {g["momentum"] for g in sgd.param_groups} == {0.5}
+
+
+def test_argument_the_optimiser_does_not_take():
+    model = nn.Linear(2, 2)
+    asked = OptimOptions(opt="adamw", momentum=0.5)
+    with pytest.raises(OptionError, match="--momentum: --opt adamw takes none"):
+        build_optimizer(model, asked, lr=0.1, required={"momentum"})
+    build_optimizer(model, asked, lr=0.1)
+    with pytest.raises(OptionError, match="--opt-eps"):
+        lion = OptimOptions(opt="lion", opt_eps=1e-3)
+        build_optimizer(model, lion, lr=0.1, required={"opt_eps"})
+    with pytest.raises(OptionError, match="--opt-betas.*2 values, got 1"):
+        build_optimizer(model, OptimOptions(opt_betas=(0.9,)), lr=0.1)
+    with pytest.raises(OptionError, match="--opt: sgd refuses"):
+        build_optimizer(model, OptimOptions(opt="sgd", momentum=0.0), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended")
+@pytest.mark.parametrize(
+    "name", [n for n in list_optimizers() if not n.startswith(("bnb", "fused", "adahessian"))]
+)
+def test_every_optimiser_takes_a_step(name):
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimOptions(opt=name), lr=0.01)
+    before = model.weight.detach().clone()
+    # ADOPT only looks at its first gradient.
+    for _ in range(2):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    assert torch.isfinite(model.weight).all()
+    assert not torch.equal(model.weight, before)
+
+
+def test_lookahead_wraps_another():
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimOptions(opt="lookahead_adamw"), lr=0.1)
+    assert type(optimizer).__name__ == "Lookahead"
+    assert not optimizer_supports_found_inf(optimizer)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum"])
+def test_found_inf_leaves_out_the_step(name):
+    """Weights, state and everything after are as if the step had never been."""
+    torch.manual_seed(0)
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    skipping = build_optimizer(one, OptimOptions(opt=name), lr=0.1)
+    plain = build_optimizer(two, OptimOptions(opt=name), lr=0.1)
+    assert optimizer_supports_found_inf(skipping)
+
+    def step(model, optimizer, value, found_inf=0.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        del optimizer.found_inf
+
+    step(one, skipping, math.nan, 1.0)
+    for value in (1.0, -3.0):
+        step(one, skipping, value)
+        step(one, skipping, math.inf, 1.0)
+        step(two, plain, value)
+    assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
+    for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        for key, value in plain.state[theirs].items():
+            assert torch.equal(skipping.state[ours][key], value), key
+
+
+def test_only_fused_kernels_of_torch_support_found_inf():
+    model = nn.Linear(2, 2)
+    lamb = build_optimizer(model, OptimOptions(opt="lamb"), lr=0.1)
+    assert not optimizer_supports_found_inf(lamb)
+    assert not optimizer_supports_found_inf(torch.optim.AdamW(model.parameters()))
+
+
+def test_fused_sgd_equals_plain_sgd():
+    torch.manual_seed(0)
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    ours = build_optimizer(one, OptimOptions(opt="sgd", weight_decay=0.0), lr=0.1)
+    plain = torch.optim.SGD(two.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=False)
+    for _ in range(3):
+        x = torch.randn(4, 3)
+        for model, optimizer in ((one, ours), (two, plain)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(one.weight, two.weight)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_parameter_unfrozen_later_is_optimised(name):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = build_optimizer(model, OptimOptions(opt=name), lr=0.1)
+    freezer = Freezer(model, ["0"], ["1:0"])
+    start = model[0].weight.detach().clone()
+    for epoch in range(2):
+        freezer.apply(epoch)
+        assert torch.equal(model[0].weight, start)
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, start)

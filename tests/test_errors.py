@@ -1,0 +1,68 @@
+"""Errors that a user can fix, and the words of their messages."""
+
+import pickle
+
+import pytest
+
+from errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    OptionError,
+    PeerError,
+    UserError,
+    did_you_mean,
+    first_names,
+)
+
+# docs/reliability.md lists them.
+EXIT_CODES = [
+    (UserError("wrong"), 2),
+    (OptionError("lr", "wrong"), 2),
+    (DataError("wrong"), 2),
+    (CheckpointError("wrong"), 2),
+    (DivergedError("wrong"), 3),
+    (PeerError("wrong", 7), 7),
+]
+
+
+@pytest.mark.parametrize("error, code", EXIT_CODES, ids=lambda v: type(v).__name__)
+def test_exit_codes(error, code):
+    assert error.exit_code == code and isinstance(error, UserError)
+
+
+def test_option_error_names_the_flag():
+    error = OptionError("batch_size", "must be at least 1, got 0")
+    assert str(error) == "--batch-size: must be at least 1, got 0"
+    assert error.option == "batch_size" and error.message == "must be at least 1, got 0"
+
+
+def test_option_error_travels_between_processes():
+    error = OptionError("batch_size", "wrong")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is OptionError
+    assert (again.option, again.message, str(again)) == ("batch_size", "wrong", str(error))
+
+
+NAMES = ["adamw", "adam", "sgd"]
+
+
+def test_did_you_mean_names_the_nearest():
+    assert did_you_mean("admw", NAMES) == "did you mean adamw?"
+    assert did_you_mean("admw", NAMES, most=2) == "did you mean adamw or adam?"
+    assert did_you_mean("admw", NAMES, shown=str.upper) == "did you mean ADAMW?"
+
+
+def test_did_you_mean_where_nothing_is_near():
+    assert did_you_mean("xyz", NAMES) == ""
+    assert did_you_mean("xyz", NAMES, otherwise="see the docs") == "see the docs"
+    assert did_you_mean("adamv", NAMES, cutoff=0.99) == ""
+    assert did_you_mean("adamv", []) == ""
+
+
+def test_first_names():
+    assert first_names([]) == ""
+    assert first_names(["a", "b"]) == "a, b"
+    assert first_names(list("abcde")) == "a, b, c, d, e"
+    assert first_names(list("abcdef")) == "a, b, c, d, e, …"
+    assert first_names([1, 2, 3], most=2) == "1, 2, …"

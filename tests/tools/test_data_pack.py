@@ -1,0 +1,169 @@
+"""tools.data pack: what it writes and training reads."""
+
+import errno
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_parts import contents, open_part, save
+from PIL import Image
+
+import main as training
+from pipeline.decoding import decode
+from pipeline.sources.shard_index import ShardIndex
+from tools.data.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shards(pets, tmp_path_factory) -> Path:
+    """``pets`` in shards of about 20 KiB, bytes as they are."""
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    argv = ["pack", "--data-path", str(pets), "--output-dir", str(folder), "--shard-size", "0.02"]
+    assert main(argv) == 0
+    return folder
+
+
+def test_packed_images_are_those_of_the_folder(pets, shards):
+    for is_train in (True, False):
+        packed, loose = open_part("wds/pets", shards, is_train), open_part("IMNET", pets, is_train)
+        assert packed.classes == loose.classes and contents(packed) == contents(loose)
+
+
+def test_the_index_says_what_the_tar_headers_say(shards):
+    tars = sorted(shards.glob("*.tar"))
+    assert len(tars) > 4
+    for shard in tars:
+        read, scanned = ShardIndex.read(shard), ShardIndex.scan(shard)
+        for name in ShardIndex._fields:
+            assert np.array_equal(getattr(read, name), getattr(scanned, name))
+
+
+def test_training_reads_no_header_where_there_is_an_index(pets, shards, monkeypatch):
+    monkeypatch.setattr(
+        "pipeline.sources.shard_index.shard_samples", lambda shard: pytest.fail("scanned")
+    )
+    assert len(open_part("wds/pets", shards)) == 30
+
+
+def test_an_index_of_another_shard_is_not_believed(shards, tmp_path, caplog):
+    """Nor one that is damaged: the shard is scanned."""
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    want = contents(open_part("wds/pets", folder))
+    first, second, third = sorted(folder.glob("train-*.tar"))[:3]
+    index = ShardIndex.path
+    shutil.copy(index(second), index(first))
+    index(second).write_bytes(index(second).read_bytes()[:200])
+    third.write_bytes(third.read_bytes() + bytes(10240))  # as tar files may be longer
+    assert contents(open_part("wds/pets", folder)) == want
+    said = [r.getMessage() for r in caplog.records]
+    assert sum("is of another shard" in line for line in said) == 2
+    assert sum("can't be read" in line for line in said) == 1
+
+
+def test_info_is_what_timm_and_webdataset_read(pets, shards):
+    info = json.loads((shards / "_info.json").read_text())
+    assert list(info["splits"]) == ["train", "validation"]
+    train = info["splits"]["train"]
+    assert train["num_samples"] == sum(train["shard_lengths"]) == 30
+    wds = pytest.importorskip("webdataset")
+    files = [str(shards / name) for name in train["filenames"]]
+    samples = list(wds.WebDataset(files, shardshuffle=False))
+    loose = contents(open_part("IMNET", pets))
+    assert [(s["jpg"], int(s["cls"])) for s in samples] == loose
+    from timm.data.readers.reader_wds import _parse_split_info
+
+    assert _parse_split_info("train", info).shard_lengths == tuple(train["shard_lengths"])
+
+
+def test_short_side(pets, tmp_path):
+    """Larger images get that short side and keep their shape; others keep their bytes."""
+    root = shutil.copytree(pets, tmp_path / "pets")
+    save(root / "train/ant/small.png", np.full((20, 30), 9))
+    tall = np.random.default_rng(1).integers(0, 255, (100, 50, 3))
+    save(root / "train/ant/tall.png", tall)
+    argv = ["pack", "--data-path", str(root), "--output-dir", str(tmp_path / "s")]
+    assert main([*argv, "--short-side", "25", "--quality", "90"]) == 0
+    packed, loose = open_part("wds/x", tmp_path / "s"), open_part("IMNET", root)
+    names = [Path(loose.sample_id(i)).name for i in range(len(loose))]
+    for name, (new, _), (old, _) in zip(names, contents(packed), contents(loose), strict=True):
+        image = Image.open(io.BytesIO(new))
+        if name == "small.png":
+            assert new == old
+        else:
+            assert image.format == "JPEG"
+            assert image.size == ((25, 50) if name == "tall.png" else (38, 25))
+
+
+def test_pixels_are_packed_without_loss(tmp_path):
+    argv = ["pack", "--data-set", "DIGITS", "--output-dir", str(tmp_path / "digits")]
+    assert main(argv) == 0
+    packed, own = open_part("wds/digits", tmp_path / "digits"), open_part("DIGITS", tmp_path)
+    assert packed.classes == own.classes and packed.targets.tolist() == own.targets.tolist()
+    for index in (0, 700, 1437):
+        pixels = np.asarray(decode(packed.source.open(index)))
+        assert np.array_equal(pixels[..., 0], own.source.open(index))
+
+
+def test_pack_stops_at_a_damaged_image_or_leaves_it_out(pets, tmp_path, capsys):
+    root = shutil.copytree(pets, tmp_path / "pets")
+    (root / "train/bee/3.jpg").write_bytes(b"nothing")
+    argv = ["pack", "--data-path", str(root), "--output-dir", str(tmp_path / "s")]
+    assert main(argv) == 2
+    assert "bee/3.jpg: not an image" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["pets"]
+    assert main([*argv, "--on-bad-image", "skip"]) == 0
+    assert "left out: " in capsys.readouterr().out
+    assert len(open_part("wds/x", tmp_path / "s")) == 29
+
+
+def test_pack_overwrites_nothing(pets, tmp_path, capsys):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "mine").touch()
+    argv = ["pack", "--data-path", str(pets), "--output-dir", str(tmp_path / "s")]
+    assert main(argv) == 2 and "there already" in capsys.readouterr().err
+    (tmp_path / ".t.partial").mkdir()
+    assert main([*argv[:-1], str(tmp_path / "t")]) == 2
+    assert "another pack is at work" in capsys.readouterr().err
+    assert (tmp_path / ".t.partial").exists() and (tmp_path / "s" / "mine").exists()
+
+
+def test_a_full_disk_leaves_nothing_and_says_what_helps(pets, tmp_path, capsys, monkeypatch):
+    def full(self, shard):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardIndex, "write", full)
+    argv = ["pack", "--data-path", str(pets), "--output-dir", str(tmp_path / "s")]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "no space left" in said and "--short-side" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_of_the_page(pets, tmp_path, monkeypatch):
+    """Every command of docs/data.md does what it should, on small images."""
+    shutil.copytree(pets, tmp_path / "pets")
+    shutil.copytree(pets / "train", tmp_path / "flat")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [x for block in re.findall(r"```sh\n(.*?)```", text, re.S) for x in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    small = ["--model", "modern_lenet", "--input-size", "28", "--epochs", "1", "--batch-size", "2"]
+    small += ["--warmup-epochs", "0", "--device", "cpu", "--num-workers", "0", "--no-tensorboard"]
+    ran = 0
+    for words in filter(None, commands):
+        if words[:3] == ["python", "-m", "tools.data"]:
+            code = main(words[3:])
+        elif words[:2] == ["python", "main.py"]:
+            code = training.main([*words[2:], *([] if "--eval" in words else small)])
+        else:
+            continue
+        assert code == 0, words
+        ran += 1
+    assert ran >= 8

@@ -1,0 +1,155 @@
+"""tools.serve as a command: its options, its end, the commands of docs/serve.md, the load."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serving import (
+    ROOT,
+    metrics,
+    png,
+    predict,
+    wait_for,
+)
+from tiny_images import COLOURS
+
+from tools.serve import __main__ as serve
+from tools.serve import load
+
+
+def blocks(kind):
+    text = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_commands_of_the_page_work(checkpoint, images, tmp_path):
+    """All of docs/serve.md, in order, from a folder as it describes."""
+    (tmp_path / "output/pets").mkdir(parents=True)
+    shutil.copy(checkpoint, tmp_path / "output/pets/best.pth")
+    shutil.copytree(images / "val/blue", tmp_path / "pets")
+    for name, number in (("cat", 1), ("dog", 2)):
+        with Image.open(images / f"val/blue/{number}.png") as image:
+            image.save(tmp_path / f"{name}.jpg")
+            image.save(tmp_path / f"pets/{name}.jpg")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ran, services = [], []
+    try:
+        for line in "".join(blocks("sh")).splitlines():
+            line = line.replace("8000", str(port)).replace("python ", f"{sys.executable} ", 1)
+            ran.append(line)
+            if " -m tools.serve " in line:
+                end(services)
+                services.append(
+                    subprocess.Popen(
+                        [*shlex.split(line), "--port", str(port)], cwd=tmp_path, env=environment
+                    )
+                )
+                wait_for(port)
+                continue
+            done = subprocess.run(
+                line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, (line, done.stderr)
+            if "/predict" in line:
+                answers = json.loads(done.stdout)["images"]
+                assert all(answer["predictions"] for answer in answers)
+        for block in blocks("python"):
+            code = block.replace("8000", str(port))
+            with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, {})
+            assert out.getvalue().split()[0] in COLOURS
+    finally:
+        end(services)
+    assert len(ran) >= 8
+
+
+def end(services):
+    for service in services:
+        service.terminate()
+        service.wait(30)
+    services.clear()
+
+
+def test_sigterm_answers_what_is_in_hand(checkpoint, tmp_path):
+    """The real command: where it listens, load with malformed requests, an end that drains."""
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.jpg")
+    line = [sys.executable, "-m", "tools.serve", str(checkpoint), "--port", "0"]
+    line += ["--device", "cpu", "--max-batch", "64", "--max-wait-ms", "1500", "--threads", "1"]
+    process = subprocess.Popen(
+        line,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    url = process.stdout.readline().strip()
+    port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url)[1])
+    wait_for(port)
+    answers = []
+    client = threading.Thread(target=lambda: answers.append(predict(port, png(9, 9))))
+    client.start()
+    while not metrics(port)["serve_pending",]:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    client.join()
+    assert answers[0][0] == 200
+    assert process.wait(30) == 0
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_load_counts_failures_and_refusals(port, tmp_path, capsys):
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").write_bytes(png(20 + number, 20))
+    argv = [f"http://127.0.0.1:{port}", str(tmp_path), "--clients", "3", "--seconds", "1.5"]
+    assert load.main([*argv, "--malformed-every", "4"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["answered"] > 10 and not figures["failed"]
+    assert set(figures["refused"]) == {"400", "415", "422"}
+    share = sum(figures["refused"].values()) / (
+        figures["answered"] + sum(figures["refused"].values())
+    )
+    assert share == pytest.approx(1 / 4, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--timeout", "0"], "--timeout: is not above zero"),
+        (["--max-wait-ms", "-1"], "--max-wait-ms: is below zero"),
+        (["--max-images", "300"], "--max-images: a request of 300 never fits"),
+        (["--port", "70000"], "--port: 127.0.0.1:70000 can't be listened on"),
+        (["--reference", "nowhere.json"], "--reference: nowhere.json can't be read"),
+    ],
+)
+def test_options_that_cannot_be(checkpoint, options, said, capsys):
+    threads = torch.get_num_threads()
+    assert serve.main([str(checkpoint), "--device", "cpu", *options]) == 2
+    torch.set_num_threads(threads)
+    assert said in capsys.readouterr().err
+
+
+def test_a_taken_port_is_named(checkpoint, port, capsys):
+    threads = torch.get_num_threads()
+    assert serve.main([str(checkpoint), "--device", "cpu", "--port", str(port)]) == 2
+    torch.set_num_threads(threads)
+    assert f"127.0.0.1:{port} can't be listened on" in capsys.readouterr().err

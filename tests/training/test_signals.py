@@ -1,0 +1,126 @@
+"""Signals: the first saves and ends the run, a second Ctrl-C leaves at once."""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import (
+    STOPPED,
+    Terminal,
+    arguments,
+    logged,
+    newest,
+    start_process,
+    stopped_after,
+    train,
+)
+
+import main
+from checkpointing.folder import checkpoints_in
+from training.signals import StopRequest
+
+
+def wait_for(path: Path, process) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_request_is_kept_until_it_is_asked_for(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.agreed() and stop.signal is None
+        signal.raise_signal(number)
+        assert stop.agreed() and stop.signal == number
+        # The one that came first counts.
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.agreed() and stop.signal == number
+    assert signal.getsignal(number) is before
+
+
+def test_a_stop_in_mid_epoch_saves_where_it_stood(images, tmp_path, capsys):
+    with stopped_after(8):
+        assert train(images, tmp_path) == STOPPED
+    output = capsys.readouterr().out
+    saved = tmp_path / "checkpoint-0001-00000008.pth"  # two batches of four into the second epoch
+    assert f"stopped by signal 15; saved {saved}" in output
+    assert f"go on with: python main.py --resume {saved}" in output
+    progress = newest(tmp_path)["progress"]
+    assert (progress["update"], progress["step"], progress["samples"]) == (8, 2, 8)
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(images, tmp_path):
+    options = ("--epochs", "400", "--print-epoch", "1000", "--num-workers", "1")
+    process = start_process(arguments(images, tmp_path, *options))
+    wait_for(tmp_path / "log.txt", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    command = re.search(r"go on with: python main.py (.*)", output)[1]
+    epoch = newest(tmp_path)["progress"]["epoch"]
+    stop = str(epoch + 1)
+    assert main.main([*command.split(), "--stop-at-epoch", stop]) == 0
+    assert [r["epoch"] for r in logged(tmp_path)] == list(range(epoch + 1))
+
+
+def test_a_warning_of_a_cluster_saves_and_leaves(images, tmp_path):
+    """SIGUSR1, as SLURM sends it before a time limit, to a run without SLURM."""
+    process = start_process(arguments(images, tmp_path, "--epochs", "400", "--save-every", "1000"))
+    wait_for(tmp_path / "log.txt", process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1, output
+    assert Path(re.search(r"saved (\S+)", output)[1]) == checkpoints_in(tmp_path)[0]
+
+
+SLOW = """
+import time
+import timm
+from torch import nn
+
+class Slow(nn.Module):
+    def forward(self, x):
+        if self.training and len(x) == 4:
+            print("a step of a minute", flush=True)
+            time.sleep(60)
+        return x
+
+@timm.models.register_model
+def slow(pretrained=False, num_classes=2, **kwargs):
+    return nn.Sequential(Slow(), nn.Flatten(), nn.Linear(192, num_classes))
+"""
+
+
+def test_a_second_ctrl_c_leaves_at_once(images, tmp_path):
+    """On a terminal, in the middle of a step that takes a minute."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    options = ("--plugin", str(tmp_path / "slow.py"), "--model", "slow")
+    terminal = Terminal(arguments(images, tmp_path / "run", *options))
+    terminal.read_until("a step of a minute")
+    terminal.type("\x03")
+    terminal.read_until("stopping after this step; Ctrl-C again leaves at once")
+    # A launcher passes on the signal that the terminal has sent already: still the first.
+    terminal.type("\x03")
+    time.sleep(1.5)
+    assert terminal.running()
+    terminal.type("\x03")
+    assert terminal.wait(20) == 130, terminal.text
+    assert "Traceback" not in terminal.text and "saved" not in terminal.text
+    assert not checkpoints_in(tmp_path / "run")
+
+
+def test_ctrl_c_before_training_leaves_without_a_checkpoint(images, tmp_path):
+    """While plug-ins are imported, for example."""
+    (tmp_path / "slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    options = ("--plugin", str(tmp_path / "slow.py"))
+    terminal = Terminal(arguments(images, tmp_path / "run", *options))
+    terminal.read_until("importing")
+    terminal.type("\x03")
+    assert terminal.wait() == 130, terminal.text
+    assert "interrupted; there was nothing to save" in terminal.text
+    assert "Traceback" not in terminal.text

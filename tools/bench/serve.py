@@ -1,0 +1,247 @@
+"""The service under load, beside the same work without HTTP.
+
+Clients over HTTP with real JPEG files, in turns with the same work in one process: decode and
+transform in a pool of threads, then the model on a batch. Then a long run in which every tenth
+request is malformed. The exit code is 1 where a request was answered wrongly.
+
+On a busy machine whoever has more threads gets more of it: ``cpu_ratio``, the images for the same
+CPU time, says more there than the rates.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+from distributed.liveness import cpu_seconds
+from errors import UserError
+from inference import Classifier
+from tools.bench.common import (
+    MEAN,
+    ROOT,
+    STD,
+    Row,
+    Rows,
+    add_repeats,
+    bench_parser,
+    record,
+    summary,
+)
+from tools.bench.images import photographs
+from tools.common import command, trained
+from utils import cores
+
+CLASSES = 1000
+BATCH = 32  # of the model without HTTP
+MODELS = {"resnet18": 224, "deit_small_patch16_224": 224, "deit_nano_patch4_32": 32}
+
+
+def untrained(name: str, size: int, folder: Path) -> Path:
+    """A checkpoint of a model that has learnt nothing: speed doesn't depend on it."""
+    model = models.build_model(name, CLASSES, input_size=size, required=("input_size",))
+    preprocessing = {
+        "input_size": size,
+        "crop_ratio": 0.875,
+        "interpolation": "bicubic",
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
+    content = {
+        "config": {"model": name},
+        "class_names": [f"class {number}" for number in range(CLASSES)],
+        "preprocessing": preprocessing,
+        "model": model.state_dict(),
+    }
+    path = folder / f"{name}.pth"
+    torch.save(content, path)
+    return path
+
+
+@contextmanager
+def served(checkpoint: Path, device: str) -> Iterator[tuple[str, int]]:
+    """URL and process of a service of ``checkpoint``, with its defaults."""
+    line = [sys.executable, "-m", "tools.serve", str(checkpoint)]
+    line += ["--device", device, "--port", "0", "--timeout", "60"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        if not url:
+            raise UserError("the service did not start, see above")
+        yield url, process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def measure_clients(
+    url: str, images: Path, clients: int, seconds: float, every: int = 0
+) -> dict[str, Any]:
+    """The figures of ``tools.serve.load`` in a process of its own."""
+    line = [sys.executable, "-m", "tools.serve.load", url, str(images)]
+    line += ["--clients", str(clients), "--seconds", str(seconds)]
+    line += ["--malformed-every", str(every)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    if not done.stdout:
+        raise UserError(f"the clients failed: {done.stderr[-500:]}")
+    return json.loads(done.stdout)
+
+
+class WithoutHttp:
+    """The same work in this process."""
+
+    def __init__(self, classifier: Classifier, paths: Sequence[Path], device: torch.device) -> None:
+        self.classifier, self.device = classifier, device
+        self.paths = [str(path) for path in paths]
+        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+        self.batch = torch.stack([self._tensor(p) for p in (self.paths * BATCH)[:BATCH]])
+
+    def whole(self, seconds: float) -> tuple[float, int]:
+        """Images per second from files to answers, and how many they were."""
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            chunk = [self.paths[(count + i) % len(self.paths)] for i in range(BATCH)]
+            self._answer(torch.stack(list(self.pool.map(self._tensor, chunk))))
+            count += BATCH
+        return count / (time.perf_counter() - start), count
+
+    def forward(self, seconds: float) -> float:
+        """Images per second of the model alone."""
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            self._answer(self.batch)
+            count += BATCH
+        return count / (time.perf_counter() - start)
+
+    def _tensor(self, path: str) -> torch.Tensor:
+        return trained.read_image(path, self.classifier)
+
+    def _answer(self, images: torch.Tensor) -> None:
+        trained.probabilities(self.classifier.model, images.to(self.device)).cpu()
+
+
+class Turns:
+    """Turns of the service and of the work without HTTP, and their figures."""
+
+    def __init__(self, url: str, process: int, images: Path, clients: int) -> None:
+        self.url, self.process, self.images, self.clients = url, process, images, clients
+        names = ("ours", "theirs", "forward", "client_cores", "cpu_ratio")
+        self.figures: dict[str, list[float]] = {name: [] for name in names}
+
+    def take(self, bare: WithoutHttp, seconds: float, *, counts: bool) -> None:
+        """One turn of ``seconds`` each; the first sets things up and doesn't count."""
+        used = cpu_seconds(self.process)
+        clients = self.ask(seconds)
+        served_cpu = (cpu_seconds(self.process) - used) / clients["answered"]
+        used = time.process_time()
+        whole, count = bare.whole(seconds)
+        bare_cpu = (time.process_time() - used) / count
+        forward = bare.forward(seconds / 2)
+        if not counts:
+            return
+        self.figures["ours"].append(clients["images_per_second"])
+        self.figures["theirs"].append(whole)
+        self.figures["forward"].append(forward)
+        self.figures["cpu_ratio"].append(bare_cpu / served_cpu)
+        self.figures["client_cores"].append(clients["client_cores"])
+
+    def ask(self, seconds: float, malformed_every: int = 0) -> dict[str, Any]:
+        """The clients' figures."""
+        return measure_clients(self.url, self.images, self.clients, seconds, malformed_every)
+
+
+def measure_model(
+    name: str, paths: Sequence[Path], folder: Path, arguments: argparse.Namespace
+) -> Row:
+    """A model's row: the service against the work without HTTP, then the malformed run."""
+    size = MODELS[name]
+    checkpoint = untrained(name, size, folder)
+    opened = argparse.Namespace(
+        model=str(checkpoint), ema=False, device=arguments.device, plugin=[]
+    )
+    model = trained.open_model(opened)
+    bare = WithoutHttp(model.classifier, paths, model.device)
+    load = [os.getloadavg()[0]]
+    with served(checkpoint, arguments.device) as (url, process):
+        turns = Turns(url, process, paths[0].parent, arguments.clients)
+        for turn in command.progress(range(-1, arguments.repeats), name):
+            turns.take(bare, arguments.seconds if turn >= 0 else 2.0, counts=turn >= 0)
+        malformed = turns.ask(arguments.long, malformed_every=10)
+    load.append(os.getloadavg()[0])
+    medians = {key: statistics.median(values) for key, values in turns.figures.items()}
+    return {
+        "title": f"{name}, {size}×{size}, {arguments.clients} clients",
+        **summary(turns.figures["ours"], turns.figures["theirs"]),
+        "forward_only": medians["forward"],
+        "share_of_forward_only": medians["ours"] / medians["forward"],
+        "cpu_ratio": medians["cpu_ratio"],
+        "client_cores": medians["client_cores"],
+        "load_average": load,
+        "malformed_run": malformed,
+    }
+
+
+def measure(arguments: argparse.Namespace) -> Rows:
+    """A row for each model."""
+    torch.set_num_threads(cores())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = photographs(folder, arguments.images)
+        for model in MODELS:
+            if model in arguments.models:
+                row = measure_model(model, paths, folder, arguments)
+                print(_shown(row), flush=True)
+                yield row
+
+
+def _shown(row: Row) -> str:
+    malformed = row["malformed_run"]
+    return (
+        f"{row['title']}: {row['ours']:.0f} against {row['theirs']:.0f} images/s, "
+        f"{row['ratio']:.3f}× ({row['least']:.3f} to {row['most']:.3f}); model alone "
+        f"{row['forward_only']:.0f}; for the same CPU time {row['cpu_ratio']:.2f}×; "
+        f"clients used {row['client_cores']:.2f} cores; malformed run: {malformed['answered']} "
+        f"answered, failed {malformed['failed']}, refused {malformed['refused']}"
+    )
+
+
+def answered_well(row: Row) -> bool:
+    """Whether all good requests were answered, and all malformed ones refused with a 4xx."""
+    malformed = row["malformed_run"]
+    refused_well = all(re.fullmatch("4..", status) for status in malformed["refused"])
+    return not malformed["failed"] and refused_well
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 1 where a request was answered wrongly."""
+    parser = bench_parser("serve", __doc__, device="cpu")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--images", default="", help="a folder of JPEG files")
+    parser.add_argument("--clients", type=command.positive, default=32)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
+    parser.add_argument("--long", type=float, default=60.0, help="seconds of the malformed run")
+    add_repeats(parser, default=5)
+
+    def carry_out(arguments: argparse.Namespace) -> int:
+        rows = record("serve", parser, arguments, measure(arguments))
+        return 0 if all(map(answered_well, rows)) else 1
+
+    return command.run(carry_out, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

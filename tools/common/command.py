@@ -1,0 +1,119 @@
+"""What the commands of this folder share: errors as one line, a run's options, progress, optional
+packages."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+import main
+from errors import UserError, did_you_mean
+
+Item = TypeVar("Item")
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of ``python -m tools.NAME``; ``description`` may have several paragraphs."""
+    return argparse.ArgumentParser(
+        prog=f"python -m tools.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+class RunParser(argparse.ArgumentParser):
+    """A tool's own options; all others are those of ``main.py``, resolved as ``config``."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = self.parse_known_args(args, namespace)
+        known.config = main.load_config(rest)
+        return known
+
+
+def run_parser(name: str, description: str) -> RunParser:
+    """The parser of a tool that is told of a run as ``main.py`` is.
+
+    A tool's own options must not have the name of an option of the configuration.
+    """
+    return RunParser(
+        prog=f"python -m tools.{name}",
+        description=description,
+        epilog="All options of main.py are taken too, --config as well: docs/options.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, as argparse's type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value
+
+
+def run_subcommand(
+    name: str, subcommands: Mapping[str, str], argv: Sequence[str] | None = None
+) -> int:
+    """Run ``python -m tools.NAME SUBCOMMAND …``, the ``main`` of a module of that package.
+
+    Args:
+        name: the package ``tools.NAME``.
+        subcommands: names of its modules, and what each does.
+        argv: the command line's arguments; None: this process's.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in subcommands:
+        return importlib.import_module(f"tools.{name}.{argv[0]}").main(argv[1:])
+    helps = argv[:1] in (["-h"], ["--help"])
+    out = sys.stdout if helps else sys.stderr
+    if argv and not helps:
+        hint = did_you_mean(argv[0], subcommands)
+        print(f"error: unknown command {argv[0]!r}{hint and f'; {hint}'}", file=out)
+    print(f"usage: python -m tools.{name} COMMAND …", file=out)
+    width = max(map(len, subcommands))
+    for subcommand, what in subcommands.items():
+        print(f"  {subcommand:<{width + 1}} {what}", file=out)
+    return 0 if helps else 2
+
+
+def run(
+    command: Callable[[argparse.Namespace], int | None],
+    arguments: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse ``argv``, carry out ``command``; returns the exit code (docs/reliability.md)."""
+    try:
+        return command(arguments.parse_args(argv)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever reads the output (head, less) has seen enough.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def require(module: str, package: str | None = None) -> ModuleType:
+    """Import an optional ``module`` of ``package``. Raises UserError with the install command."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"this needs {package or module} ({error}): pip install -r requirements-tools.txt"
+        ) from None
+
+
+def progress(items: Iterable[Item], what: str, *, total: int | None = None) -> Iterable[Item]:
+    """``items`` with a bar on a terminal's standard error; silent elsewhere."""
+    return tqdm(items, desc=what, total=total, leave=False, disable=None, file=sys.stderr)

@@ -1,0 +1,35 @@
+"""Recipes that a tool recommends: YAML files that ``main.py --config`` takes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from config import CHECKPOINT, COMMAND_LINE, Config
+from errors import UserError
+
+
+def write(path: Path, config: Config, changes: Mapping[str, Any], note: str) -> None:
+    """Write ``changes`` of ``config``'s run, on top of its config file and command line.
+
+    The file builds on the config file by ``base:`` and holds the rest itself. It is replaced whole.
+    Raises UserError where it can't be written.
+    """
+    base = config.run.config
+    content: dict[str, Any] = {}
+    if base:
+        content["base"] = os.path.relpath(Path(base).expanduser(), path.parent)
+    given = (COMMAND_LINE, CHECKPOINT)
+    content |= {k: v for k, v in config.recipe().items() if config.origin[k] in given}
+    content |= changes
+    text = f"# {note}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        from utils import written_whole
+
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from None

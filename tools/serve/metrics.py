@@ -1,0 +1,105 @@
+"""What ``/metrics`` says, in Prometheus' format."""
+
+import logging
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from tools.serve.batcher import Answer
+from tools.serve.drift import Drift, DriftMonitor
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+TENTHS = tuple(n / 10 for n in range(1, 11))
+CHECKS = 10  # for drift, in the time of a window
+
+logger = logging.getLogger("serve")
+
+
+class Metrics:
+    """Counters and gauges of one service, and the monitor of drift."""
+
+    def __init__(self, class_names: list[str], monitor: DriftMonitor | None) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.class_names, self.monitor = class_names, monitor
+        self.requests = Counter(
+            "serve_requests", "Requests answered", ("path", "status"), registry=registry
+        )
+        self.seconds = Histogram(
+            "serve_request_seconds",
+            "From the request to the end of its answer",
+            ("path",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.refused = Counter(
+            "serve_images_refused", "Images without an answer", ("status",), registry=registry
+        )
+        self.answers = Counter(
+            "serve_answers", "Answers by likeliest class", ("class",), registry=registry
+        )
+        self.confidence = Histogram(
+            "serve_confidence",
+            "Probability of the likeliest class",
+            buckets=TENTHS,
+            registry=registry,
+        )
+        self.pending = Gauge("serve_pending", "Images in hand", registry=registry)
+        self.batch = Histogram(
+            "serve_batch_images", "Images in a batch", buckets=IMAGES, registry=registry
+        )
+        self.model_seconds = Histogram(
+            "serve_model_seconds",
+            "The model's time for a batch",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._since_check = 0
+        self._drifting = {"classes": False, "confidence": False}
+        if monitor:
+            self.index = Gauge(
+                "serve_drift_class_psi", "Stability index of the class mix", registry=registry
+            )
+            self.distance = Gauge(
+                "serve_drift_confidence_ks", "Distance of the confidences", registry=registry
+            )
+            self.warned = Gauge(
+                "serve_drift_warning", "1 beyond the limit", ("kind",), registry=registry
+            )
+            for kind in self._drifting:
+                self.warned.labels(kind).set(0)
+
+    def count_batch(self, size: int, seconds: float) -> None:
+        """Take note of a batch."""
+        self.batch.observe(size)
+        self.model_seconds.observe(seconds)
+
+    def count_answer(self, answer: Answer) -> None:
+        """Take note of an answer; warns in the log when drift begins and when it ends."""
+        index = int(answer.probabilities.argmax())
+        confidence = float(answer.probabilities[index])
+        self.answers.labels(self.class_names[index]).inc()
+        self.confidence.observe(confidence)
+        if self.monitor is None:
+            return
+        self.monitor.add(index, confidence)
+        self._since_check += 1
+        if self._since_check * CHECKS >= self.monitor.window and (drift := self.monitor.check()):
+            self._since_check = 0
+            self._report(self.monitor, drift)
+
+    def _report(self, monitor: DriftMonitor, drift: Drift) -> None:
+        self.index.set(drift.index)
+        self.distance.set(drift.distance)
+        most = monitor.largest_change(self.class_names)
+        evidence = {
+            "classes": f"stability index {drift.index:.2f}; {most['class']!r} was "
+            f"{most['before']:.0%} of the answers, is {most['now']:.0%}",
+            "confidence": f"Kolmogorov-Smirnov distance {drift.distance:.2f}",
+        }
+        for kind, found in (("classes", drift.classes), ("confidence", drift.confidence)):
+            self.warned.labels(kind).set(found)
+            if found and not self._drifting[kind]:
+                logger.warning("drift of the %s: %s", kind, evidence[kind])
+            elif self._drifting[kind] and not found:
+                logger.info("drift of the %s is over: %s", kind, evidence[kind])
+            self._drifting[kind] = found

@@ -1,0 +1,143 @@
+"""The model behind the service: what clients may ask of it, its threads, its answers."""
+
+import asyncio
+import base64
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from errors import UserError
+from tools import explain
+from tools.common import trained
+from tools.serve import images
+from tools.serve.batcher import Answer, Batcher
+from tools.serve.drift import DriftMonitor
+from tools.serve.images import RefusedError
+from tools.serve.metrics import Metrics
+
+SHOWN_SIDE = 224  # pixels that an explanation has at least
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, and all of them together, may ask for."""
+
+    body: int = 16 * 2**20
+    """Bytes of a request's body."""
+    pixels: int = 50_000_000
+    """Of an image, as its header says."""
+    images: int = 32
+    """In a request."""
+    pending: int = 256
+    """Images in hand, of all requests together."""
+    seconds: float = 10.0
+    """From a request's first byte to its answer."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How images are brought together; see ``Batcher``."""
+
+    max_batch: int = 16
+    """Images that the model takes at a time."""
+    max_wait: float = 0.005
+    """Seconds that an image waits for others, at most."""
+    decoders: int = 1
+    """Decoding threads."""
+
+
+class Service:
+    """A model that answers requests: threads, limits, metrics."""
+
+    def __init__(
+        self,
+        model: trained.Trained,
+        name: str,
+        *,
+        limits: Limits,
+        batching: Batching,
+        drift: DriftMonitor | None = None,
+    ) -> None:
+        self.model, self.name, self.limits = model, name, limits
+        self.classifier = model.classifier
+        self.metrics = Metrics(self.classifier.class_names, drift)
+        self.pending = 0
+        self.batcher = Batcher(
+            lambda content: images.decoded(content, self.classifier.transform, limits.pixels),
+            self._predict,
+            max_batch=batching.max_batch,
+            max_wait=batching.max_wait,
+            decoders=batching.decoders,
+            on_batch=self.metrics.count_batch,
+        )
+        # An explanation costs several answers: one at a time.
+        self.explainer = ThreadPoolExecutor(1, "explain")
+        self.explaining = asyncio.Semaphore(1)
+
+    def close(self) -> None:
+        """Answer what is in hand, then end the threads."""
+        self.batcher.close()
+        self.explainer.shutdown()
+
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[None]:
+        """Count ``count`` images as pending meanwhile. Raises RefusedError (503) for too many."""
+        if self.pending + count > self.limits.pending:
+            raise RefusedError(503, "too many requests are waiting: try again in a second")
+        self._add_pending(count)
+        try:
+            yield
+        finally:
+            self._add_pending(-count)
+
+    async def answer(self, content: bytes) -> Answer:
+        """The model's answer to an image file. Raises RefusedError."""
+        try:
+            answer = await asyncio.wrap_future(self.batcher.ask(content))
+        except RefusedError as error:
+            self.metrics.refused.labels(error.status).inc()
+            raise
+        self.metrics.count_answer(answer)
+        return answer
+
+    async def explain(self, answer: Answer, class_index: int | None) -> str:
+        """The image as the model sees it under its heat map, a PNG as a data URL.
+
+        Raises RefusedError (422) where the model can't be explained.
+        """
+        await self.explaining.acquire()
+        task = asyncio.get_running_loop().run_in_executor(
+            self.explainer, self._explain, answer.tensor, class_index
+        )
+        # A client whose time is up leaves the thread at work.
+        task.add_done_callback(self._end_explaining)
+        try:
+            return await asyncio.shield(task)
+        except UserError as error:
+            raise RefusedError(422, str(error)) from None
+
+    def _end_explaining(self, task: asyncio.Future[str]) -> None:
+        self.explaining.release()
+        task.exception()  # or asyncio would warn of an exception that nobody has read
+
+    def _add_pending(self, count: int) -> None:
+        self.pending += count
+        self.metrics.pending.set(self.pending)
+
+    def _predict(self, images: torch.Tensor) -> torch.Tensor:
+        return trained.probabilities(self.classifier.model, images.to(self.model.device)).cpu()
+
+    def _explain(self, tensor: torch.Tensor, class_index: int | None) -> str:
+        heat = explain.heatmap(self.classifier, tensor, class_index)
+        preprocessing = self.model.content["preprocessing"]
+        seen = explain.seen(tensor, preprocessing["mean"], preprocessing["std"])
+        size = [max(SHOWN_SIDE, side) for side in seen.size]
+        drawn = explain.overlay(seen.resize(size, Image.Resampling.NEAREST), heat)
+        buffer = io.BytesIO()
+        drawn.save(buffer, "PNG")
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

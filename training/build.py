@@ -1,0 +1,287 @@
+"""From options to objects: model, criterion, and the state that training changes."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import engine
+import losses
+import models
+import utils
+from architectures.factory import wants_channels_last
+from architectures.summary import ModelSummary
+from architectures.talking_heads import Choice, set_path
+from architectures.weights import load_pretrained_weights
+from augmentation.mixing import Mixer
+from augmentation.transforms import Preprocessing
+from cait_models import Attention_talking_head
+from checkpointing.files import load_checkpoint, weights_of
+from config import Config
+from distributed.batch_norm import synchronise_batch_norm
+from distributed.processes import Processes
+from distributed.wrapping import replicate, shard
+from errors import OptionError
+from optimization.ema import ModelEma
+from optimization.freezing import Freezer
+from optimization.optimizer import build_optimizer, scaled_lr
+from optimization.schedule import build_schedule
+from optimization.state import Progress, TrainState
+from pipeline.sources.registry import default_normalization
+from training.data import Data
+from training.peaks import device_peak
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains, and with what."""
+
+    config: Config
+    processes: Processes
+    device: torch.device
+    data: Data
+    preprocessing: Preprocessing
+    summary: ModelSummary
+    criterion: nn.Module
+    state: TrainState
+    freezer: Freezer
+    mixer: Mixer | None
+    settings: engine.StepSettings
+
+
+def _channels_last(config: Config, model: nn.Module) -> bool:
+    asked = False if config.dist.fsdp else config.model.channels_last
+    return wants_channels_last(model, asked)
+
+
+def build_model(
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    resumed: dict[str, Any] | None = None,
+) -> tuple[nn.Module, Preprocessing]:
+    """The model on its device, with its starting weights, and the preprocessing it is to have.
+
+    A run that is ``resumed`` from a checkpoint needs no other weights to start from.
+    """
+    options = config.model
+    model = models.build_model(
+        options.model,
+        num_classes,
+        input_size=options.input_size,
+        drop=options.drop,
+        drop_path=options.drop_path,
+        drop_block=options.drop_block,
+        pretrained=options.pretrained and resumed is None,
+        grad_checkpointing=options.grad_checkpointing,
+        required=config.explicit(),
+    )
+    choose_talking_heads(model, options.talking_heads)
+    started_from = resumed or {}
+    if options.finetune and resumed is None:
+        started_from = load_checkpoint(options.finetune)
+        report = load_pretrained_weights(model, weights_of(started_from))
+        log.info("finetune %s: %s", options.finetune, report.summary())
+        if config.run.eval and (report.missing or report.skipped):
+            raise OptionError(
+                "finetune", "these weights don't fill the model, there is nothing to evaluate yet"
+            )
+    if config.dist.sync_bn and dist.is_initialized() and not config.run.eval:
+        model = synchronise_batch_norm(model, device)
+    channels_last = _channels_last(config, model)
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    if not config.dist.fsdp or config.run.eval:
+        # A model that is to be sharded may be too large for one device.
+        model.to(device, memory_format=layout)
+    return model, _preprocessing(config, model, started_from)
+
+
+def choose_talking_heads(model: nn.Module, choice: Choice) -> None:
+    """Compute CaiT's attention as ``--talking-heads`` says. Raises OptionError without any."""
+    if choice != "auto" and not any(isinstance(m, Attention_talking_head) for m in model.modules()):
+        raise OptionError("talking_heads", "the model has no talking heads: leave it out")
+    set_path(choice)
+
+
+def _preprocessing(config: Config, model: nn.Module, started_from: dict[str, Any]) -> Preprocessing:
+    """Normalisation as asked for, else of the weights to start from, else of the data set."""
+    saved = started_from.get("preprocessing")
+    own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    if saved is not None:
+        mean, std = tuple(saved["mean"]), tuple(saved["std"])
+    elif config.model.pretrained or config.model.finetune:
+        mean, std = own
+    else:
+        mean, std = default_normalization(config.data.data_set) or own
+    mean, std = config.data.mean or mean, config.data.std or std
+    return Preprocessing(
+        input_size=config.model.input_size,
+        crop_ratio=config.data.eval_crop_ratio,
+        interpolation="bicubic",
+        mean=three_values(mean),
+        std=three_values(std),
+    )
+
+
+def three_values(values: Sequence[float]) -> tuple[float, ...]:
+    """One value for each colour."""
+    return tuple(values) * (3 // len(values))
+
+
+def build_criterion(
+    config: Config, data: Data, preprocessing: Preprocessing, device: torch.device
+) -> nn.Module:
+    """The loss of ``--loss``, class weights and distillation, on the device."""
+    counts = None
+    if config.loss.class_weights != "none":
+        if data.train.targets is None:
+            raise OptionError(
+                "class_weights",
+                f"needs the label of every image beforehand, which {config.data.data_set} "
+                "doesn't give: leave it out",
+            )
+        counts = torch.bincount(
+            torch.as_tensor(data.train.targets), minlength=len(data.class_names)
+        )
+    teacher = losses.build_teacher(
+        config.loss,
+        num_classes=len(data.class_names),
+        input_size=config.model.input_size,
+        class_names=data.class_names,
+        normalization=(preprocessing.mean, preprocessing.std),
+    )
+    criterion = losses.build_criterion(
+        config.loss, num_classes=len(data.class_names), class_counts=counts, teacher=teacher
+    )
+    return criterion.to(device)
+
+
+def build_state(
+    config: Config,
+    model: nn.Module,
+    data: Data,
+    processes: Processes,
+    device: torch.device,
+) -> tuple[TrainState, Freezer]:
+    """Optimiser, schedule, scaler and moving average around ``model``."""
+    if config.dist.fsdp and not processes.distributed:
+        raise OptionError(
+            "fsdp",
+            "one process has nobody to share with: start with torchrun --nproc-per-node N, or "
+            "leave it out",
+        )
+    amp = utils.amp_dtype(config.optim.amp, device)
+    average = copy.deepcopy(model) if config.ema.model_ema else None
+    if config.dist.fsdp:
+        for module in filter(None, (model, average)):
+            shard(module, device, amp)
+    lr = scaled_lr(config.optim.lr, effective_batch(config, processes), config.optim.unscale_lr)
+    # The optimiser gets all parameters, so it comes before any is frozen.
+    optimizer = build_optimizer(model, config.optim, lr=lr, required=config.explicit())
+    freezer = Freezer(
+        model,
+        attn_only=config.model.attn_only,
+        freeze=config.model.freeze,
+        unfreeze_at=config.model.unfreeze_at,
+    )
+    freezer.apply(0)
+    updates = data.updates_per_epoch(config)
+    schedule = build_schedule(
+        config.schedule,
+        lr=lr,
+        epochs=config.run.epochs,
+        updates_per_epoch=updates,
+        lower_is_better=config.save.best_metric.endswith("loss"),
+        seed=config.run.seed,
+        required=config.explicit(),
+    )
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(device.type) if amp == torch.float16 else None,
+        ema=None if average is None else _moving_average(config, model, average),
+        wrap=_wrapper(config, processes, device),
+        progress=Progress(
+            updates_per_epoch=updates,
+            world_size=processes.world_size,
+            batch_size=config.data.batch_size,
+        ),
+    )
+    return state, freezer
+
+
+def _moving_average(config: Config, model: nn.Module, average: nn.Module) -> ModelEma:
+    return ModelEma(
+        model,
+        config.ema.model_ema_decay,
+        warmup=config.ema.model_ema_warmup,
+        device=torch.device("cpu") if config.ema.model_ema_force_cpu else None,
+        average=average,
+    )
+
+
+def _wrapper(
+    config: Config, processes: Processes, device: torch.device
+) -> Callable[[nn.Module], nn.Module]:
+    """What puts the model into DDP and ``torch.compile``."""
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if processes.distributed and not config.dist.fsdp:
+            # Freezing changes what takes part, but the model is wrapped anew then.
+            module = replicate(module, device, static=config.optim.accum_steps == 1)
+        return compiled(config, module)
+
+    return wrap
+
+
+def step_settings(
+    config: Config,
+    processes: Processes,
+    device: torch.device,
+    data: Data,
+    model: nn.Module,
+    macs: int = 0,
+) -> engine.StepSettings:
+    """How the engine is to make a step; ``data`` has its transforms, ``macs`` are the model's."""
+    amp = utils.amp_dtype(config.optim.amp, device)
+    return engine.StepSettings(
+        device=device,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        rank=processes.rank,
+        amp=amp,
+        accum_steps=config.optim.accum_steps,
+        clip_grad=config.optim.clip_grad,
+        clip_mode=config.optim.clip_mode,
+        train_mode=config.augment.train_mode,
+        on_nonfinite=config.optim.on_nonfinite,
+        log_interval=config.log.log_interval,
+        channels_last=_channels_last(config, model),
+        input_size=config.model.input_size,
+        prepare=data.prepare,
+        macs=macs,
+        peak=device_peak(device, amp),
+    )
+
+
+def compiled(config: Config, module: nn.Module) -> nn.Module:
+    """``module``, compiled if ``--compile`` says so."""
+    return torch.compile(module, mode=config.model.compile_mode) if config.model.compile else module
+
+
+def effective_batch(config: Config, processes: Processes) -> int:
+    """Images of one update: batch × processes × accumulated batches."""
+    return config.data.batch_size * processes.world_size * config.optim.accum_steps
+
+
+def total_epochs(config: Config) -> int:
+    """Epochs of a run, the cool-down included."""
+    return config.run.epochs + config.schedule.cooldown_epochs

@@ -1,0 +1,226 @@
+"""The data of a run: sets, their order, their loaders, and how images become the model's input."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from augmentation.batch import Normalise, augments_by_batch, build_train_transform
+from augmentation.protocol import Transform
+from augmentation.transforms import CentreCrop, Preprocessing
+from config import Config
+from distributed.processes import Processes, main_process_first
+from errors import OptionError
+from pipeline.cache import CachedLoader, apply_cache
+from pipeline.dataset import ImageDataset, build_dataset
+from pipeline.loader import Loader, LoaderSettings
+from pipeline.workers import auto_num_workers, batch_bytes, free_shared_memory, most_workers
+from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
+from utils import cores
+
+log = logging.getLogger(__name__)
+
+
+class Sets(NamedTuple):
+    """The training and the validation set, without transforms yet, and how training is loaded."""
+
+    train: ImageDataset
+    val: ImageDataset
+    sampler: EpochSampler
+    settings: LoaderSettings
+    steps: int
+    """Batches per epoch and process."""
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.train.classes)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two sets, how they are ordered and loaded, and what they are called."""
+
+    train: ImageDataset
+    val: ImageDataset
+    class_names: list[str]
+    sampler: EpochSampler
+    train_loader: Loader | CachedLoader
+    val_loader: Loader | CachedLoader
+    steps: int
+    """Batches per epoch and process."""
+    prepare: Normalise
+    """What makes the model's input of uint8 batches, on the device."""
+
+    def updates_per_epoch(self, config: Config) -> int:
+        return math.ceil(self.steps / config.optim.accum_steps)
+
+    def batches(self, epoch: int, samples: int = 0) -> Loader | CachedLoader:
+        """The batches of ``epoch`` after the first ``samples`` images."""
+        self.sampler.set_epoch(epoch, samples)
+        return self.train_loader
+
+    def source_description(self, device: torch.device) -> str:
+        """Where training images come from and are augmented."""
+        source = self.train_loader.introduction()
+        if self.train.transform.by_batch:
+            return f"{source}; augmented by the batch on {device}"
+        return f"{source}; augmented one by one on the host"
+
+    def ways_to_feed_faster(self, config: Config) -> list[str]:
+        """What to change where the device waits for images, the easiest first."""
+        if self.train_loader.from_store:
+            on_device = config.data.cache == "device"
+            return ["a larger --batch-size"] if on_device else ["--cache device"]
+        workers, available = self.train_loader.num_workers, cores()
+        ways = []
+        if workers < available:
+            ways.append(
+                f"--num-workers {available} (now {workers}, the machine has {available} cores)"
+            )
+        if not self.train.transform.by_batch:
+            ways.append("--augment-on device")
+        if not self.train_loader.cached:
+            ways.append("--cache ram, if the decoded images fit")
+        ways.append("smaller files: python -m tools.data pack --short-side 256")
+        return ways
+
+
+def build_sets(config: Config, processes: Processes) -> Sets:
+    """The data sets of ``--data-set``; with ``--overfit-batches`` the few images, twice.
+
+    All that can be checked without the model is checked here: raises OptionError or DataError for
+    what is wrong with the options or the files, for options that these sets can't fulfil, and for
+    a ``--best-metric`` that this number of classes doesn't have.
+    """
+    with main_process_first(processes):
+        train = build_dataset(True, config.data, seed=config.run.seed)
+        val = build_dataset(False, config.data, seed=config.run.seed)
+    metric = config.save.best_metric
+    if metric.endswith("acc5") and len(train.classes) < 5:
+        raise OptionError("best_metric", f"{metric} needs at least 5 classes: use {metric[:-1]}1")
+    if config.run.overfit_batches:
+        count = config.run.overfit_batches * config.data.batch_size * processes.world_size
+        if count > len(train):
+            raise OptionError(
+                "overfit_batches", f"{count} images are more than the {len(train)} there are"
+            )
+        order = ShuffleSampler(len(train), seed=config.run.seed).order(0)[:count].tolist()
+        train = val = train.subset(order)
+    sampler = build_sampler(config, train, processes)
+    settings = loader_settings(config, processes, config.data.batch_size, drop_last=True)
+    steps = len(Loader(train, sampler, settings))
+    if config.optim.accum_steps > steps:
+        raise OptionError(
+            "accum_steps", f"an epoch has only {steps} batches to accumulate: lower it"
+        )
+    return Sets(train, val, sampler, settings, steps)
+
+
+def build_data(
+    config: Config,
+    processes: Processes,
+    sets: Sets,
+    preprocessing: Preprocessing,
+    device: torch.device,
+) -> Data:
+    """Transforms, loaders and caches of this process.
+
+    Raises OptionError for images that can't be cached as asked for.
+    """
+    transform: Transform = CentreCrop(preprocessing)
+    val = sets.val.with_transform(transform)
+    if not config.run.overfit_batches:
+        transform = build_train_transform(preprocessing, config.augment, config.run.seed)
+    train = sets.train.with_transform(transform)
+    train_loader: Loader | CachedLoader = Loader(train, sets.sampler, sets.settings)
+    val_loader: Loader | CachedLoader = build_val_loader(config, val, processes)
+    cache = config.data.cache
+    if config.run.overfit_batches and cache == "auto":
+        cache = "none"  # labels or pixels that change from read to read are to show
+    train_loader = apply_cache(cache, train_loader, device=device, visible=processes.is_main)
+    val_loader = apply_cache(cache, val_loader, device=device, visible=processes.is_main)
+    return Data(
+        train=train_loader.dataset,
+        val=val_loader.dataset,
+        class_names=sets.class_names,
+        sampler=sets.sampler,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        steps=sets.steps,
+        prepare=transform if transform.by_batch else Normalise(preprocessing),
+    )
+
+
+def build_sampler(config: Config, train: ImageDataset, processes: Processes) -> EpochSampler:
+    """The order of training, of which this process has its share."""
+    seed, groups = config.run.seed, train.source.groups
+    world = {"num_replicas": processes.world_size, "rank": processes.rank}
+    if config.data.sampler == "balanced":
+        if train.targets is None:
+            raise OptionError(
+                "sampler",
+                "balanced needs the label of every image beforehand, which "
+                f"{config.data.data_set} doesn't give: leave it out",
+            )
+        return BalancedSampler(train.targets, seed=seed, **world)
+    if config.augment.repeated_aug and not config.run.overfit_batches:
+        return RASampler(len(train), seed=seed, groups=groups, **world)
+    return ShuffleSampler(len(train), seed=seed, groups=groups, **world)
+
+
+def build_val_loader(config: Config, val: ImageDataset, processes: Processes) -> Loader:
+    """This process's share of the validation set in order, or all of it with ``--no-dist-eval``."""
+    shared = config.dist.dist_eval
+    sampler = EvalSampler(
+        len(val),
+        num_replicas=processes.world_size if shared else 1,
+        rank=processes.rank if shared else 0,
+    )
+    # At most the whole set: batches are filled up, and a process may have few images.
+    batch_size = min(
+        config.data.eval_batch_size or math.ceil(1.5 * config.data.batch_size), len(val)
+    )
+    return Loader(val, sampler, loader_settings(config, processes, batch_size, drop_last=False))
+
+
+def loader_settings(
+    config: Config, processes: Processes, batch_size: int, *, drop_last: bool
+) -> LoaderSettings:
+    """How batches are loaded. Raises OptionError if the workers' batches don't fit /dev/shm."""
+    return LoaderSettings(
+        batch_size=batch_size,
+        num_workers=_num_workers(config, processes),
+        pin_memory=config.data.pin_mem and config.run.device != "cpu",
+        drop_last=drop_last,
+        seed=config.run.seed,
+        timeout=config.data.loader_timeout,
+    )
+
+
+def _num_workers(config: Config, processes: Processes) -> int:
+    """``--num-workers``, as many as the shared memory has room for."""
+    batch = batch_bytes(
+        config.data.batch_size,
+        config.model.input_size,
+        by_batch=augments_by_batch(config.augment),
+    )
+    most = most_workers(batch, processes.local_world_size, free_shared_memory())
+    wanted = config.data.num_workers
+    workers = auto_num_workers(processes.local_world_size) if wanted == "auto" else wanted
+    if most is None or workers <= most:
+        return workers
+    if wanted == "auto":
+        log.warning(
+            "%d workers instead of %d: /dev/shm has no room for more; in a container, see "
+            "--shm-size",
+            most,
+            workers,
+        )
+        return most
+    raise OptionError(
+        "num_workers",
+        f"/dev/shm has room for the batches of {most} workers, not of {workers}: lower it, or "
+        "--batch-size, or give the container --shm-size=8g",
+    )

@@ -1,0 +1,157 @@
+"""A run from top to bottom: processes, data, model, criterion, state, then the epochs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import utils
+from architectures.summary import summarise
+from augmentation.mixing import build_mixer
+from config import Config, to_yaml
+from distributed.processes import Processes, on_main_process
+from distributed.rendezvous import joined
+from errors import OptionError
+from training.announce import announce_start
+from training.batch_size import out_of_memory_advice, probe, train_with_largest_batch
+from training.build import Parts, build_criterion, build_model, build_state, step_settings
+from training.console import setup_messages
+from training.data import build_data, build_sets
+from training.evaluation import evaluate_checkpoint
+from training.lock import RunLock
+from training.plugins import import_plugins
+from training.resume import find_start, open_folder, output_folder, resume, start_at
+from training.signals import StopRequest
+from training.trainer import Trainer
+
+CONFIG_FILE = "config.yaml"
+
+
+def run(config: Config) -> int:
+    """Train (or, with ``--eval``, evaluate) as ``config`` says; returns the exit code."""
+    with joined(config.dist, config.run.device) as processes:
+        device = set_up_process(config, processes)
+        if config.run.eval:
+            return evaluate_checkpoint(config, processes, device)
+        if config.run.overfit_batches:
+            config = overfitting(config)
+        check_restarts(config)
+        folder = output_folder(config)
+        with held_folder(config, processes, folder), out_of_memory_advice(config, device):
+            if config.data.batch_size != "auto":
+                return train(config, processes, device, folder)
+
+            def attempt(chosen: Config) -> int:
+                return train(chosen, processes, device, folder, probing=True)
+
+            return train_with_largest_batch(config, folder, processes, device, attempt)
+
+
+def train(
+    config: Config,
+    processes: Processes,
+    device: torch.device,
+    folder: Path,
+    *,
+    probing: bool = False,
+) -> int:
+    """Train into ``folder``; with ``probing``, raise BatchTooLarge first if a step doesn't fit."""
+    start = find_start(config, folder)
+    parts = assemble(config, processes, device, start.content if start else None)
+    if start:
+        resume(parts, folder, start)
+    elif config.run.start_epoch:
+        start_at(parts.state.progress, config.run.start_epoch, parts.data.updates_per_epoch(config))
+    if probing:
+        probe(parts)
+    if processes.is_main:
+        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    trainer = Trainer(parts, folder, start.content.get("bad_images", ()) if start else ())
+    announce_start(parts, folder)
+    with StopRequest() as stop:
+        return trainer.fit(stop)
+
+
+def assemble(
+    config: Config,
+    processes: Processes,
+    device: torch.device,
+    resumed: dict[str, Any] | None = None,
+) -> Parts:
+    """Data, model, criterion and state of a run.
+
+    A run that is ``resumed`` from a checkpoint needs no weights to start from.
+    """
+    sets = build_sets(config, processes)
+    utils.seed_all(config.run.seed)
+    model, preprocessing = build_model(config, len(sets.class_names), device, resumed)
+    summary = summarise(model, config.model.input_size)
+    data = build_data(config, processes, sets, preprocessing, device)
+    criterion = build_criterion(config, data, preprocessing, device)
+    state, freezer = build_state(config, model, data, processes, device)
+    return Parts(
+        config=config,
+        processes=processes,
+        device=device,
+        data=data,
+        preprocessing=preprocessing,
+        summary=summary,
+        criterion=criterion,
+        state=state,
+        freezer=freezer,
+        mixer=build_mixer(config.augment, len(data.class_names)),
+        settings=step_settings(config, processes, device, data, model, macs=summary.macs),
+    )
+
+
+def set_up_process(config: Config, processes: Processes) -> torch.device:
+    """Messages, device, determinism and plug-ins of this process; returns the device."""
+    setup_messages(processes)
+    device = utils.pick_device(config.run.device, processes.local_rank)
+    utils.set_determinism(config.run.deterministic)
+    import_plugins(config.run.plugin)
+    return device
+
+
+def check_restarts(config: Config) -> None:
+    """Raise OptionError if torchrun is to restart a run that would begin anew."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.run.resume:
+        raise OptionError(
+            "resume",
+            "torchrun is to start this run again after a failure (--max-restarts): add "
+            "--resume auto, so that it goes on",
+        )
+
+
+@contextmanager
+def held_folder(config: Config, processes: Processes, folder: Path) -> Iterator[None]:
+    """Inside, the run's folder is there and held by this run alone."""
+    locks: list[RunLock] = []
+    on_main_process(processes, lambda: locks.append(open_folder(config, folder)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def overfitting(config: Config) -> Config:
+    """The sanity run of ``--overfit-batches``: nothing that keeps the loss from zero."""
+    return config.replace(
+        "--overfit-batches",
+        mixup=0.0,
+        cutmix=0.0,
+        cutmix_minmax=None,
+        smoothing=0.0,
+        drop=0.0,
+        drop_path=0.0,
+        drop_block=None,
+        repeated_aug=False,
+        resplit=False,
+        reprob=0.0,
+        cosub=False,
+        sampler="shuffle",
+    )

@@ -1,0 +1,285 @@
+"""The epochs of a run: train, evaluate, log, save, stop."""
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import engine
+from checkpointing.folder import checkpoints_in
+from distributed.processes import barrier, broadcast_buffers
+from engine import StepReport, StepRequest
+from errors import DataError
+from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, RunLogger, write_or_warn, write_per_class
+from optimization.counts import Evaluation
+from optimization.state import is_better
+from pipeline.dataset import Batch
+from training.announce import announce_end, announce_interruption
+from training.bad_images import BadImages
+from training.build import Parts, total_epochs
+from training.nonfinite import list_images, recover
+from training.saving import Saver
+from training.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+DATA_WAIT = 0.1  # share of the time that images may be waited for without a warning
+
+
+class Trainer(engine.Hooks):
+    """Runs the epochs and writes what comes of them.
+
+    Args:
+        parts: what is trained, and with what.
+        folder: the run's.
+        bad_images: those of earlier sessions, "path: reason".
+    """
+
+    def __init__(self, parts: Parts, folder: Path, bad_images: Sequence[str] = ()) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.state = parts.state
+        self.folder = folder
+        self.bad_images = BadImages(folder, bad_images)
+        self.saver = Saver(parts, folder, self.bad_images)
+        self.total_epochs = total_epochs(parts.config)
+        self.logger = self._open_logger()
+        self.stop = StopRequest()
+        self._warned_of_data_wait = False
+
+    def _open_logger(self) -> RunLogger:
+        progress = self.state.progress
+        return RunLogger(
+            self.folder if self.parts.processes.is_main else None,
+            tensorboard=self.config.log.tensorboard,
+            print_epoch=self.config.log.print_epoch,
+            epoch=progress.epoch,
+            update=progress.update,
+        )
+
+    def fit(self, stop: StopRequest) -> int:
+        """Train to the last epoch, an early stop or a signal; returns the exit code."""
+        self.stop = stop
+        if self.config.log.tb_graph:
+            side = self.config.model.input_size
+            self.logger.graph(
+                self.state.model, torch.zeros(1, 3, side, side, device=self.parts.device)
+            )
+        if self.config.optim.on_nonfinite == "rollback" and not checkpoints_in(self.folder):
+            self.saver.save()
+        while self.state.progress.epoch < self.total_epochs:
+            start, rollbacks = time.monotonic(), self.state.progress.rollbacks
+            freezer = self.parts.freezer
+            changed = freezer.apply(self.state.progress.epoch)
+            if changed and self.parts.processes.distributed:
+                self.state.rewrap()
+            if not self._train_epoch():
+                return self._leave_interrupted()
+            if self.state.progress.rollbacks > rollbacks:
+                continue
+            self._finish_epoch(start)
+            if self._stops_early():
+                break
+            progress = self.state.progress
+            if stop.agreed() and progress.epoch < self.total_epochs:
+                return self._leave_interrupted()
+            if self.config.run.stop_at_epoch and progress.epoch >= self.config.run.stop_at_epoch:
+                break
+        return self._leave_finished()
+
+    # --- an epoch ---------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> bool:
+        """Train to the end of the epoch under way; False if asked to stop before."""
+        parts, progress = self.parts, self.state.progress
+        batches = parts.data.batches(progress.epoch, progress.samples)
+        steps = progress.step + len(batches)
+        self.logger.start_epoch(progress.epoch, self.total_epochs, steps, progress.step)
+        try:
+            return engine.train_one_epoch(
+                self.state,
+                parts.criterion,
+                self._watched(batches),
+                parts.settings,
+                steps=steps,
+                mixer=parts.mixer,
+                hooks=self,
+            )
+        except engine.NonFinite as failure:
+            self.logger.end_bar()
+            self.saver.writer.wait()
+            recover(parts, self.folder, failure, self.saver.writer.saved)
+            self.logger.close()
+            self.logger = self._open_logger()
+            return True
+        except DataError:
+            if self.stop.signal is None:
+                raise
+            # The signal went to the workers too.
+            return False
+
+    def _watched(self, batches: Any) -> Iterator[Batch]:
+        """Pass batches through; note bad images, move the bar, show the first batch."""
+        for number, batch in enumerate(self.bad_images.watch(batches)):
+            self.logger.advance(self.state.progress.step)
+            if number == 0 and self.state.progress.update == 0:
+                self._show(batch)
+            yield batch
+
+    def _show(self, batch: Batch) -> None:
+        """The images of ``batch`` as the model sees them, in TensorBoard."""
+        parts = self.parts
+        images = parts.settings.inputs(batch)
+        if parts.mixer is not None:
+            images, _ = parts.mixer(images.clone(), parts.settings.place(batch.targets), 0)
+        self.logger.images(images, parts.preprocessing.mean, parts.preprocessing.std)
+
+    def report(self, report: StepReport) -> None:
+        """Log a step; say once what to change where images keep the device waiting."""
+        self.logger.step(report)
+        slow = report.data_wait > DATA_WAIT and not report.warm_up
+        if slow and not self._warned_of_data_wait:
+            self._warned_of_data_wait = True
+            log.warning(
+                "%.0f %% of the time goes into waiting for images: %s",
+                100 * report.data_wait,
+                "; ".join(self.parts.data.ways_to_feed_faster(self.config)),
+            )
+
+    def request(self) -> StepRequest:
+        """What all processes do after this update: stop, save or go on."""
+        if self.stop.agreed():
+            return StepRequest.STOP
+        return StepRequest.SAVE if self.saver.due() else StepRequest.CONTINUE
+
+    def save(self) -> None:
+        self.saver.save()
+
+    def skipped(self, count: int, step: int, update: int) -> None:
+        """Say that updates were left out, and keep the names of the first one's images."""
+        path = list_images(self.parts, self.folder, step, update, None)
+        log.warning(
+            "%d updates left out, loss or gradient not finite; the first was update %d, see %s",
+            count,
+            update,
+            path,
+        )
+
+    # --- after an epoch ---------------------------------------------------------------------------
+
+    def _finish_epoch(self, start: float) -> None:
+        """Evaluate, log and save after an epoch that began at ``start`` (monotonic seconds)."""
+        state, config, progress = self.state, self.config, self.state.progress
+        if config.log.tb_histograms:
+            self.logger.histograms(state.model, progress.update)
+        record: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "train_lr": state.schedule.last,
+            "train_loss": progress.loss_sum / max(progress.loss_count, 1),
+        }
+        scores, results = self._evaluate_all()
+        record |= scores
+        best = self._note_score(record[config.save.best_metric], results)
+        state.schedule.end_epoch(record[config.save.best_metric])
+        self.bad_images.gather(is_main=self.parts.processes.is_main)
+        record |= {
+            "n_parameters": self.parts.summary.parameters,
+            "update": progress.update,
+            "skipped_updates": progress.skipped,
+            "bad_images": len(self.bad_images.listed),
+            "epoch_seconds": time.monotonic() - start,
+        }
+        progress.end_epoch()
+        self.logger.epoch(record, epochs=self.total_epochs, best=best)
+        last = progress.epoch in (self.total_epochs, config.run.stop_at_epoch)
+        if best or last or progress.epoch % config.save.save_every == 0:
+            self.saver.save(record, best=best)
+
+    def _evaluate_all(self) -> tuple[dict[str, Any], dict[str, Evaluation]]:
+        """Scores of the model and of its average by log key; the evaluations by their prefix."""
+        modules = {"test": self.state.model}
+        if self.state.ema:
+            modules["ema"] = self.state.ema.module
+        record: dict[str, Any] = {}
+        results = {}
+        for prefix, module in modules.items():
+            # Each process has batch statistics of its own; those that are saved are evaluated.
+            broadcast_buffers(module)
+            title = "evaluate" if prefix == "test" else "evaluate EMA"
+            results[prefix] = result = self._evaluate(module, title)
+            record |= {f"{prefix}_loss": result.loss, f"{prefix}_acc1": result.acc1}
+            if result.acc5 is not None:
+                record[f"{prefix}_acc5"] = result.acc5
+        return record, results
+
+    def _evaluate(self, model: nn.Module, title: str) -> Evaluation:
+        parts, loader = self.parts, self.parts.data.val_loader
+        self.logger.start_evaluation(len(loader), title)
+        if next(model.parameters()).device != parts.settings.device:
+            # A moving average that lives in host memory.
+            model = copy.deepcopy(model).to(parts.settings.device)
+        result = engine.evaluate(
+            model,
+            self.bad_images.watch(loader),
+            parts.settings,
+            num_classes=len(parts.data.class_names),
+            batch_size=loader.batch_size,
+            shared=self.config.dist.dist_eval,
+            progress=self.logger.advance,
+        )
+        self.logger.end_bar()
+        if result.count == 0:
+            raise DataError("no validation image could be read")
+        return result
+
+    def _note_score(self, score: float, results: dict[str, Evaluation]) -> bool:
+        """Whether ``score`` is the best so far; then the accuracies per class are written."""
+        progress, options = self.state.progress, self.config.save
+        lower = options.best_metric.endswith("loss")
+        best = is_better(score, progress.best, lower=lower)
+        delta = options.early_stop_delta
+        if is_better(score, progress.reference, lower=lower, delta=delta):
+            progress.reference, progress.improved_epoch = score, progress.epoch
+        if best:
+            progress.best, progress.best_epoch = score, progress.epoch
+            shown = results["ema" if options.best_metric.startswith("ema_") else "test"]
+            names = self.parts.data.class_names
+            if len(names) <= PER_CLASS_LIMIT and self.parts.processes.is_main:
+                write_or_warn(
+                    self.folder, PER_CLASS_FILE, lambda path: write_per_class(path, names, shown)
+                )
+        return best
+
+    def _stops_early(self) -> bool:
+        """Whether ``--early-stop`` ends training here; then it is saved here."""
+        patience, progress = self.config.save.early_stop, self.state.progress
+        if not patience or progress.epoch - 1 - progress.improved_epoch < patience:
+            return False
+        log.info("early stop: no better %s for %d epochs", self.config.save.best_metric, patience)
+        self.saver.save_now()
+        return True
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _leave_interrupted(self) -> int:
+        """Save where training stands, say how to go on; returns the exit code."""
+        self.logger.end_bar()
+        self.saver.save_now()
+        # Launchers end all processes as soon as one leaves: none may before this is written.
+        barrier()
+        self.logger.close()
+        return announce_interruption(self.config, self.folder, self.saver, self.stop.signal)
+
+    def _leave_finished(self) -> int:
+        """Wait for the last checkpoint, say what was reached; returns the exit code."""
+        self.saver.writer.wait()
+        if self.logger.records:
+            final = {k: v for k, v in self.logger.records[-1].items() if isinstance(v, float)}
+            self.logger.hyper_parameters(self.config.recipe(), final)
+        self.logger.close()
+        return announce_end(self.parts, self.folder, self.saver, len(self.bad_images.listed))
