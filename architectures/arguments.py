@@ -66,19 +66,16 @@ def _class_of(
     ``entry`` is its function, which a plug-in may replace.
     """
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):  # shapes alone: no memory, no random numbers
-                return type(timm.create_model(name, num_classes=num_classes))
-        except OSError:
-            raise
-        except Exception:  # of any kind: its construction needs real values
-            pass
-        try:
-            return type(timm.create_model(name, num_classes=num_classes))
-        except OSError:
-            raise
-        except Exception:  # likewise; building it with all options shows the reason
-            return None
+        # Shapes alone need no memory and no random numbers; some constructions need real values.
+        for device in ("meta", "cpu"):
+            try:
+                with torch.device(device):
+                    return type(timm.create_model(name, num_classes=num_classes))
+            except OSError:
+                raise
+            except Exception:  # of any kind: building it with all options shows the reason
+                continue
+    return None
 
 
 def _builds_with_size(name: str, num_classes: int) -> bool:

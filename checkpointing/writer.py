@@ -48,9 +48,12 @@ class CheckpointWriter(ABC):
         keep: number of checkpoints that stay in it.
 
     Attributes:
+        needs_content: whether this process writes anything; where not, ``save`` may be left out.
         saved: the newest checkpoint that was written whole.
         error: why the last write failed, or None.
     """
+
+    needs_content = True
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self.folder = folder
@@ -104,6 +107,8 @@ class PlainWriter(CheckpointWriter):
 
 class IdleWriter(CheckpointWriter):
     """Writes nothing: the main process writes the file."""
+
+    needs_content = False
 
     def save(self, content: Mapping[str, Any], *, best: bool = False) -> None:
         pass

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import main
@@ -144,6 +145,25 @@ def run_processes(
     if codes is None:
         torture.kill(pids)
     return codes, log.read_text()
+
+
+def on_each_process(folder: Path, world: int, work: Callable[[int], Any]) -> list[Any]:
+    """What ``work(rank)`` returns, as JSON, on each of ``world`` forked processes that have met."""
+    pids = []
+    for rank in range(world):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            meet = f"file://{folder}/meet"
+            dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+            (folder / f"{rank}.json").write_text(json.dumps(work(rank)))
+            code = 0
+        finally:
+            os._exit(code)
+    assert torture.wait(pids, time.monotonic() + 60, None) == [0] * world
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 def train_together(images: Path, folder: Path, *more: str, world: int = 2) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 import engine
-from augmentation.batch import augments_by_batch
 from checkpointing.files import load_checkpoint, save_checkpoint
 from config import Config
 from distributed.processes import Processes
@@ -33,11 +32,11 @@ from errors import UserError
 from loggers import duration
 from pipeline.dataset import build_dataset
 from pipeline.decoding import BadImageError, decode
-from pipeline.workers import batch_bytes, free_shared_memory, shared_memory_needed
+from pipeline.workers import free_shared_memory, shared_memory_needed
 from tools.common import command
 from tools.common.stage import Trial, single_process
 from training.batch_size import out_of_memory_advice
-from training.data import loader_settings
+from training.data import loader_settings, worker_batch_bytes
 from training.plugins import import_plugins
 from training.resume import make_writable, output_folder, refuse_other_run
 from training.saving import versions
@@ -104,9 +103,7 @@ def check_shared_memory(run: PlannedRun) -> Iterator[str]:
     if not workers or free is None:
         yield "not needed: no workers" if not workers else "no /dev/shm here"
         return
-    by_batch = augments_by_batch(config.augment)
-    batch = batch_bytes(config.data.batch_size, config.model.input_size, by_batch=by_batch)
-    need = shared_memory_needed(batch, workers)
+    need = shared_memory_needed(worker_batch_bytes(config), workers)
     yield f"{free / GIB:.2f} GiB free, up to {need / GIB:.2f} GiB used by {workers} workers"
 
 

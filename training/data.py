@@ -199,14 +199,17 @@ def loader_settings(
     )
 
 
+def worker_batch_bytes(config: Config) -> int:
+    """Bytes of a training batch on its way from a worker."""
+    by_batch = augments_by_batch(config.augment)
+    return batch_bytes(config.data.batch_size, config.model.input_size, by_batch=by_batch)
+
+
 def _num_workers(config: Config, processes: Processes) -> int:
     """``--num-workers``, as many as the shared memory has room for."""
-    batch = batch_bytes(
-        config.data.batch_size,
-        config.model.input_size,
-        by_batch=augments_by_batch(config.augment),
+    most = most_workers(
+        worker_batch_bytes(config), processes.local_world_size, free_shared_memory()
     )
-    most = most_workers(batch, processes.local_world_size, free_shared_memory())
     wanted = config.data.num_workers
     workers = auto_num_workers(processes.local_world_size) if wanted == "auto" else wanted
     if most is None or workers <= most:

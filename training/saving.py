@@ -48,7 +48,8 @@ class Saver:
     def save(self, metrics: dict[str, Any] | None = None, *, best: bool = False) -> None:
         """Hand a checkpoint to the writer, which writes it while training goes on."""
         self._saved_at = time.monotonic()
-        self.writer.save(self._content(metrics or {}), best=best)
+        if self.writer.needs_content:
+            self.writer.save(self._content(metrics or {}), best=best)
 
     def save_now(self) -> None:
         """Save where training stands, unless that is on disk already, and wait for it."""

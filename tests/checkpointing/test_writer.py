@@ -1,20 +1,16 @@
 """Writers of both kinds: what they save, when, and what becomes of errors."""
 
-import json
-import os
-import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from runs import on_each_process
 from torch import nn
 
 from checkpointing.files import load_checkpoint
 from checkpointing.folder import BEST, checkpoints_in
 from checkpointing.writer import IdleWriter, PlainWriter, open_writer
 from distributed.wrapping import shard
-from tools import torture
 
 
 def content(weights: torch.Tensor, epoch: int, samples: int = 0) -> dict:
@@ -83,25 +79,6 @@ def test_one_process_writes(tmp_path):
 # --- sharded --------------------------------------------------------------------------------------
 
 
-def in_two_processes(folder: Path, work) -> list[dict]:
-    """What ``work(rank)`` returns on each of two processes."""
-    pids = []
-    for rank in range(2):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            meet = f"file://{folder}/meet"
-            dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-            (folder / f"{rank}.json").write_text(json.dumps(work(rank)))
-            code = 0
-        finally:
-            os._exit(code)
-    assert torture.wait(pids, time.monotonic() + 60, None) == [0, 0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
 def save_sharded(folder: Path, rank: int, failing: bool) -> dict:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
@@ -128,7 +105,7 @@ def save_sharded(folder: Path, rank: int, failing: bool) -> dict:
 
 
 def test_sharded_checkpoints_hold_the_whole_model(tmp_path):
-    reports = in_two_processes(tmp_path, lambda rank: save_sharded(tmp_path, rank, False))
+    reports = on_each_process(tmp_path, 2, lambda rank: save_sharded(tmp_path, rank, False))
     # Statistics of batch norm are the main process's, in the running model too.
     expected = {"saved": "checkpoint-0002.shards", "error": "None", "mean": [1.0] * 4}
     assert reports == [expected, expected]
@@ -147,7 +124,7 @@ def test_sharded_checkpoints_hold_the_whole_model(tmp_path):
 
 
 def test_an_error_on_one_process_is_known_to_all(tmp_path):
-    reports = in_two_processes(tmp_path, lambda rank: save_sharded(tmp_path, rank, True))
+    reports = on_each_process(tmp_path, 2, lambda rank: save_sharded(tmp_path, rank, True))
     for report in reports:
         assert report["saved"] == "checkpoint-0002.shards"
         assert "No space left on device" in report["error"]

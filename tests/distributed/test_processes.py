@@ -1,13 +1,11 @@
 """Exchanges between processes, and the same calls in one process alone."""
 
-import json
-import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from runs import on_each_process
 from torch import nn
 
 from distributed.processes import (
@@ -21,29 +19,13 @@ from distributed.processes import (
     on_main_process,
 )
 from errors import DataError, UserError
-from tools import torture
 
 WORLD = 3
 
 
 def on_all(folder: Path, work) -> list:
     """What ``work(processes)`` returns on each of three processes."""
-    pids = []
-    for rank in range(WORLD):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            meet = f"file://{folder}/meet"
-            dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=WORLD)
-            result = work(Processes(rank, WORLD, rank, WORLD))
-            (folder / f"{rank}.json").write_text(json.dumps(result))
-            code = 0
-        finally:
-            os._exit(code)
-    assert torture.wait(pids, time.monotonic() + 60, None) == [0] * WORLD
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return on_each_process(folder, WORLD, lambda rank: work(Processes(rank, WORLD, rank, WORLD)))
 
 
 def exchanges(processes: Processes) -> dict:

@@ -1,13 +1,10 @@
 """Training and evaluation on several processes give what they should, to the last digit."""
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import (
@@ -16,6 +13,7 @@ from runs import (
     assert_same_state,
     logged,
     newest,
+    on_each_process,
     run_processes,
     train_together,
 )
@@ -28,7 +26,6 @@ from pipeline.dataset import ImageDataset
 from pipeline.loader import Loader, LoaderSettings
 from pipeline.sources.base import ArraySource
 from samplers import EvalSampler, ShuffleSampler
-from tools import torture
 
 
 def run(images: Path, folder: Path, *options: str, world: int = 2, **variables: str) -> tuple:
@@ -143,26 +140,11 @@ def test_evaluation_is_exact_for_every_size_and_world_size(world, tmp_path):
     collect()
     sizes = sorted({1, world - 1, world, world + 1, 3 * world, *sizes})
     expected = [fingerprint(evaluate_random(size, 1, 0)) for size in sizes]
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 1
-        try:
-            meet = f"file://{tmp_path}/meet"
-            dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
-            found = [fingerprint(evaluate_random(size, world, rank)) for size in sizes]
-            (tmp_path / f"{rank}.json").write_text(json.dumps(found))
-            code = 0
-        finally:
-            os._exit(code)
-    assert torture.wait(pids, time.monotonic() + 60, None) == [0] * world
-    for rank in range(world):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == json.loads(
-            json.dumps(expected)
-        )
+
+    def work(rank: int) -> list:
+        return [fingerprint(evaluate_random(size, world, rank)) for size in sizes]
+
+    assert on_each_process(tmp_path, world, work) == [json.loads(json.dumps(expected))] * world
 
 
 def test_nonfinite_on_one_process_is_one_decision(images, tmp_path):

@@ -5,6 +5,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -112,6 +113,18 @@ def require(module: str, package: str | None = None) -> ModuleType:
         raise UserError(
             f"this needs {package or module} ({error}): pip install -r requirements-tools.txt"
         ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, whole, into a folder that is made if need be. Raises UserError."""
+    from utils import written_whole  # brings torch, which --help needn't wait for
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from None
 
 
 def progress(items: Iterable[Item], what: str, *, total: int | None = None) -> Iterable[Item]:

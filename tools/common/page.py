@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from errors import UserError
-from utils import written_whole
+from tools.common import command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,12 +85,7 @@ class Page:
             f"<title>{html.escape(self.title)}</title><style>{STYLE}</style></head>"
             f"<body>{''.join(self._parts)}</body></html>"
         )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} can't be written: {error.strerror}") from None
+        command.write_text(path, text)
 
 
 def _cell(value: object) -> str:

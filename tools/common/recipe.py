@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from config import CHECKPOINT, COMMAND_LINE, Config
-from errors import UserError
+from tools.common import command
 
 
 def write(path: Path, config: Config, changes: Mapping[str, Any], note: str) -> None:
@@ -25,11 +25,4 @@ def write(path: Path, config: Config, changes: Mapping[str, Any], note: str) -> 
     content |= {k: v for k, v in config.recipe().items() if config.origin[k] in given}
     content |= changes
     text = f"# {note}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        from utils import written_whole
-
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from None
+    command.write_text(path, text)

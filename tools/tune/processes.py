@@ -58,8 +58,10 @@ class TrainingProcess:
 
     def new_records(self) -> list[dict[str, Any]]:
         """The whole lines of log.txt that have come since the last call."""
+        from loggers import LOG_FILE  # brings torch, which --help needn't wait for
+
         try:
-            with open(self.folder / "log.txt", "rb") as file:
+            with open(self.folder / LOG_FILE, "rb") as file:
                 file.seek(self.read)
                 content = file.read()
         except FileNotFoundError:
