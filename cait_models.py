@@ -9,13 +9,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import cait as timm_cait
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from architectures.layers import Mlp, PatchEmbed, classifier, init_linear, run_blocks
-from architectures.registry import ALIASES, register
+from architectures.interface import ClassAttentionModel
+from architectures.layers import Mlp, PatchEmbed, classifier, init_linear
+from architectures.published import adapted
+from architectures.registry import ALIASES, published, register
 from architectures.talking_heads import exporting, talking_heads_attention
+
+# A symbolic trace passes over them; they are called in this module.
+torch.fx.wrap("talking_heads_attention")
+torch.fx.wrap("_gelu_linear")
 
 
 class Attention_talking_head(nn.Module):
@@ -31,20 +37,37 @@ class Attention_talking_head(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj_l = nn.Linear(num_heads, num_heads)
         self.proj_w = nn.Linear(num_heads, num_heads)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.register_state_dict_post_hook(_mixing_last)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, d)
         dropout_p = self.attn_drop if self.training else 0.0
-        mixing = (self.proj_l.weight, self.proj_l.bias, self.proj_w.weight, self.proj_w.bias)
-        x = talking_heads_attention(q, k, v, *mixing, q.shape[-1] ** -0.5, dropout_p)
+        x = talking_heads_attention(
+            q,
+            k,
+            v,
+            self.proj_l.weight,
+            self.proj_l.bias,
+            self.proj_w.weight,
+            self.proj_w.bias,
+            self.head_dim**-0.5,
+            dropout_p,
+        )
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+def _mixing_last(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The published order of names. The parameters keep theirs, by which optimisers count."""
+    for name in ("proj_l.weight", "proj_l.bias", "proj_w.weight", "proj_w.bias"):
+        state[prefix + name] = state.pop(prefix + name)
 
 
 class Class_Attention(nn.Module):
@@ -71,10 +94,10 @@ class Class_Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (  # (B, tokens, D) -> (B, heads, tokens, d)
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (self.q(x[:, :1]), self.k(x), self.v(x))
-        )
+        # (B, tokens, D) -> (B, heads, tokens, d)
+        q = self.q(x[:, :1]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         dropout_p = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # (B, heads, 1, d)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
@@ -101,6 +124,16 @@ class _GeluLinear(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
+def _gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Linear of GELU, which keeps ``x`` alone where that can be differentiated."""
+    if torch.jit.is_scripting():
+        return F.linear(F.gelu(x), weight, bias)
+    else:
+        if exporting():
+            return F.linear(F.gelu(x), weight, bias)
+        return _GeluLinear.apply(x, weight, bias)
+
+
 class LeanMlp(Mlp):
     """The same MLP; training keeps little more than half as much of it for the backward pass.
 
@@ -108,10 +141,12 @@ class LeanMlp(Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = self.drop1.p > 0 and self.training
-        if dropped or not self.training or exporting():
-            return super().forward(x)
-        return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
+        x = self.fc1(x)
+        if self.training and self.drop1.p == 0:
+            x = _gelu_linear(x, self.fc2.weight, self.fc2.bias)
+        else:
+            x = self.fc2(self.drop1(self.act(x)))
+        return self.drop2(x)
 
 
 class LayerScale_Block(nn.Module):
@@ -158,15 +193,14 @@ class LayerScale_Block_CA(LayerScale_Block):
         return cls_token + self.drop_path(self.gamma_2 * self.mlp(self.norm2(cls_token)))
 
 
-class CaiT(nn.Module):
+class CaiT(ClassAttentionModel):
     """Patches through ``depth`` self-attention blocks, then a class token through
     ``depth_token_only`` class-attention blocks that read them.
 
     ``img_size`` is in pixels, one number or (height, width). Stochastic depth is the same in every
-    block (paper, section 4.1), none in the class-attention blocks, nor any dropout.
+    block (paper, section 4.1), none in the class-attention blocks, nor any dropout. What happens
+    around the blocks, and timm's interface, is in ``architectures/interface.py``.
     """
-
-    timm_module = timm_cait  # whose models have published weights, see TIMM_NAMES
 
     def __init__(
         self,
@@ -174,6 +208,7 @@ class CaiT(nn.Module):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "token",
         embed_dim: int = 192,
         depth: int = 24,
         num_heads: int = 4,
@@ -185,10 +220,14 @@ class CaiT(nn.Module):
         init_values: float = 1e-5,
         depth_token_only: int = 2,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = embed_dim
-        self.grad_checkpointing = False
+        super().__init__(
+            embed_dim=embed_dim,
+            depth=depth,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+        )
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
@@ -211,52 +250,9 @@ class CaiT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of the layers from input to output, for layer-wise learning rates."""
-        return {
-            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
-            "blocks": r"^blocks\.(\d+)",
-            "blocks_token_only": [
-                (r"^blocks_token_only\.(\d+)", None),
-                (r"^norm", (99999,)),  # timm's mark for "with the layer before"
-            ],
-        }
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes``; only ``global_pool`` "token" is possible."""
-        if global_pool not in (None, "token"):
-            raise ValueError(f"CaiT classifies by its class token, not by pooling ({global_pool})")
-        self.num_classes = num_classes
-        self.head = classifier(self.num_features, num_classes).to(self.norm.weight)
-        self.head.apply(init_linear)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) images -> (B, 1 + N, D) normalised tokens, the class token first."""
-        x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
-        x = run_blocks(self.blocks, x, self.grad_checkpointing)
-        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
-        for block in self.blocks_token_only:
-            cls_token = block(x, cls_token)
-        return self.norm(torch.cat((cls_token, x), dim=1))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 1 + N, D) tokens -> (B, classes) logits, or (B, D) features with ``pre_logits``."""
-        x = x[:, 0]
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) images -> (B, classes) logits."""
-        return self.forward_head(self.forward_features(x))
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) images -> (B, N, D) patches with their positions."""
+        return self.pos_drop(self.patch_embed(x) + self.pos_embed)
 
 
 # timm's name of each: the one with the published weights.
@@ -276,15 +272,20 @@ TIMM_NAMES = {
 ALIASES |= {name.lower(): name for name in TIMM_NAMES}
 ALIASES |= {timm_name: name for name, timm_name in TIMM_NAMES.items()}
 
+default_cfgs = generate_default_cfgs(
+    {
+        tagged: cfg
+        for name, timm_name in TIMM_NAMES.items()
+        for tagged, cfg in published(timm_name, name).items()
+    }
+)
 
-def _cait(
-    name: str, img_size: int, dim: int, depth: int, num_heads: int, init_values: float
-) -> Any:
+
+def _cait(name: str, dim: int, depth: int, num_heads: int, init_values: float) -> Any:
     return register(
         name,
         CaiT,
-        TIMM_NAMES[name],
-        img_size=img_size,
+        filter_fn=adapted,
         embed_dim=dim,
         depth=depth,
         num_heads=num_heads,
@@ -292,13 +293,13 @@ def _cait(
     )
 
 
-cait_XXS24_224 = _cait("cait_XXS24_224", 224, dim=192, depth=24, num_heads=4, init_values=1e-5)
-cait_XXS24 = _cait("cait_XXS24", 384, dim=192, depth=24, num_heads=4, init_values=1e-5)
-cait_XXS36_224 = _cait("cait_XXS36_224", 224, dim=192, depth=36, num_heads=4, init_values=1e-5)
-cait_XXS36 = _cait("cait_XXS36", 384, dim=192, depth=36, num_heads=4, init_values=1e-5)
-cait_XS24 = _cait("cait_XS24", 384, dim=288, depth=24, num_heads=6, init_values=1e-5)
-cait_S24_224 = _cait("cait_S24_224", 224, dim=384, depth=24, num_heads=8, init_values=1e-5)
-cait_S24 = _cait("cait_S24", 384, dim=384, depth=24, num_heads=8, init_values=1e-5)
-cait_S36 = _cait("cait_S36", 384, dim=384, depth=36, num_heads=8, init_values=1e-6)
-cait_M36 = _cait("cait_M36", 384, dim=768, depth=36, num_heads=16, init_values=1e-6)
-cait_M48 = _cait("cait_M48", 448, dim=768, depth=48, num_heads=16, init_values=1e-6)
+cait_XXS24_224 = _cait("cait_XXS24_224", dim=192, depth=24, num_heads=4, init_values=1e-5)
+cait_XXS24 = _cait("cait_XXS24", dim=192, depth=24, num_heads=4, init_values=1e-5)
+cait_XXS36_224 = _cait("cait_XXS36_224", dim=192, depth=36, num_heads=4, init_values=1e-5)
+cait_XXS36 = _cait("cait_XXS36", dim=192, depth=36, num_heads=4, init_values=1e-5)
+cait_XS24 = _cait("cait_XS24", dim=288, depth=24, num_heads=6, init_values=1e-5)
+cait_S24_224 = _cait("cait_S24_224", dim=384, depth=24, num_heads=8, init_values=1e-5)
+cait_S24 = _cait("cait_S24", dim=384, depth=24, num_heads=8, init_values=1e-5)
+cait_S36 = _cait("cait_S36", dim=384, depth=36, num_heads=8, init_values=1e-6)
+cait_M36 = _cait("cait_M36", dim=768, depth=36, num_heads=16, init_values=1e-6)
+cait_M48 = _cait("cait_M48", dim=768, depth=48, num_heads=16, init_values=1e-6)

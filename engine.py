@@ -18,7 +18,7 @@ from augmentation.batch import Plan
 from distributed.processes import any_process, world_size
 from distributed.wrapping import flag_like, is_sharded, no_sync
 from optimization.clipping import clip_gradients
-from optimization.counts import Counts, Evaluation
+from optimization.counts import Counts, Evaluation, RealCounts
 from optimization.freezing import frozen_norms
 from optimization.groups import classifier_parameters
 from optimization.meter import Meter
@@ -398,6 +398,7 @@ def evaluate(
     batch_size: int,
     shared: bool = True,
     progress: Callable[[int], None] | None = None,
+    real: RealCounts | None = None,
 ) -> Evaluation:
     """Evaluate ``model`` on ``batches``, each process on its own share.
 
@@ -413,6 +414,7 @@ def evaluate(
         batch_size: images of a full batch.
         shared: each process has a share, which are added up; else each has the whole set.
         progress: called with the number of batches done.
+        real: counts the same answers by several right classes per image.
     """
     model.eval()
     counts = Counts(num_classes, settings.device)
@@ -431,11 +433,16 @@ def evaluate(
             images = torch.cat([images, images.new_zeros(filling, *images.shape[1:])])
         with settings.autocast():
             outputs = model(images)
-        counts.add(outputs[: len(targets)].float(), targets)
+        outputs = outputs[: len(targets)].float()
+        counts.add(outputs, targets)
+        if real:
+            real.add(outputs, settings.place(batch.indices))
         if progress:
             progress(done)
     if together:
         model.reshard()
     if shared:
         counts.add_up()
+        if real:
+            real.add_up()
     return counts.result()

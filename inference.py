@@ -13,8 +13,11 @@ import models
 from architectures.weights import load_pretrained_weights
 from augmentation.transforms import Preprocessing, build_transform
 from checkpointing.files import load_checkpoint, weights_of
+from checkpointing.published import FOLDER, HUB, Published, is_published, read_published
+from checkpointing.sharded import REST
 from config import AugmentOptions
-from errors import CheckpointError, UserError
+from errors import CheckpointError, OptionError, UserError, first_names
+from pipeline import imagenet
 
 
 class Classifier(NamedTuple):
@@ -31,15 +34,16 @@ class Classifier(NamedTuple):
 def load_for_inference(
     path: str | Path, *, device: torch.device | str = "cpu", ema: bool = False
 ) -> Classifier:
-    """The model of a checkpoint or of an exported ``.onnx`` or ``.safetensors`` file.
+    """The model of a checkpoint, of an exported ``.onnx`` or ``.safetensors`` file, or a published
+    one (``timm/NAME``, ``hf-hub:OWNER/NAME``, a folder in timm's hub form).
 
     Args:
-        path: file or, of a checkpoint, https URL.
+        path: file, folder, name or, of a checkpoint, https URL.
         device: where the model is to be.
         ema: take the moving average of the weights.
 
     Raises:
-        CheckpointError: the file can't be read, or holds weights alone, or no average.
+        CheckpointError: it can't be read or fetched, or holds weights alone, or no average.
     """
     try:
         if Path(str(path)).suffix == ".onnx":
@@ -54,7 +58,15 @@ def load_for_inference(
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds; an exported safetensors file looks like one with less in it."""
+    """What a checkpoint holds; exported safetensors files and published models look like one with
+    less in it. Raises CheckpointError."""
+    if is_published(path):
+        return _as_checkpoint(read_published(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / REST).is_file():
+        raise CheckpointError(
+            f"{path} is a folder without config.json: name a checkpoint in it, as best.pth"
+        )
     content = load_checkpoint(path)
     if Path(str(path)).suffix != ".safetensors" or "://" in str(path):
         return content
@@ -63,6 +75,34 @@ def read_content(path: str | Path) -> dict[str, Any]:
     with safe_open(Path(path).expanduser(), "pt") as file:
         metadata = file.metadata() or {}
     return {"model": content, **read_metadata(metadata)} if "preprocessing" in metadata else content
+
+
+def _as_checkpoint(published: Published) -> dict[str, Any]:
+    try:
+        preprocessing = Preprocessing.of_model(published.cfg)
+    except OptionError as error:
+        raise CheckpointError(error.message) from None
+    return {
+        "model": published.weights,
+        "config": {"model": published.name},
+        "class_names": _class_names(published),
+        "preprocessing": preprocessing.to_dict(),
+    }
+
+
+def _class_names(published: Published) -> list[str]:
+    """Those that come with the weights, else ImageNet's by their number, else "class 0" …"""
+    count, given = published.cfg["num_classes"], published.cfg.get("label_names")
+    if not given:
+        return list(imagenet.class_names(count) or (f"class {i}" for i in range(count)))
+    if isinstance(given, Mapping):  # by number, which may have gaps
+        given = [given.get(str(i), f"class {i}") for i in range(count)]
+    if len(given) != count:
+        raise CheckpointError(
+            f"{published.name} has {count} classes and {len(given)} label_names: correct them in "
+            "its config.json"
+        )
+    return list(map(str, given))
 
 
 def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:
@@ -152,15 +192,12 @@ def from_content(
     options, class_names = content["config"], list(content["class_names"])
     trained = Preprocessing.from_dict(content["preprocessing"])
     preprocessing = preprocessing or trained
-    model = models.build_model(
-        options["model"],
-        len(class_names),
-        input_size=preprocessing.input_size,
-        required=("input_size",),
-    )
+    model = _build(options["model"], len(class_names), preprocessing.input_size)
     weights = weights_of(content, ema=ema)
     if preprocessing.input_size != trained.input_size:
-        load_pretrained_weights(model, weights)
+        report = load_pretrained_weights(model, weights)
+        if report.missing:
+            raise CheckpointError(f"the weights lack {first_names(report.missing)}")
         weights = model.state_dict()
     try:
         model.load_state_dict(weights)
@@ -171,3 +208,18 @@ def from_content(
         ) from None
     model.to(device).eval()
     return Classifier(model, build_transform(False, preprocessing, AugmentOptions()), class_names)
+
+
+def _build(name: str, num_classes: int, input_size: int) -> nn.Module:
+    """The architecture, without weights."""
+    try:
+        return models.build_model(
+            name, num_classes, input_size=input_size, required=("input_size",)
+        )
+    except OptionError as error:
+        if not name.startswith((HUB, FOLDER)) or error.option != "model":
+            raise
+        raise CheckpointError(
+            f"the weights are here, but the architecture is read from the config.json of {name}: "
+            f"{error.message}"
+        ) from None

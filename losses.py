@@ -6,22 +6,16 @@ whatever the precision of the outputs. ``criterion.copies`` is how often the eng
 through the model at once: with 2 the outputs have 2B rows, the first B of the first copy.
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import models
-from architectures.weights import load_pretrained_weights
 from augmentation.mixing import one_hot
-from checkpointing.files import class_names_of, load_checkpoint, weights_of
 from config import LossOptions
-from errors import CheckpointError, OptionError
+from errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +269,7 @@ def build_criterion(
         options: the loss and its parts.
         num_classes: C.
         class_counts: training images of each class, (C,), for balanced class weights.
-        teacher: what :func:`build_teacher` returned.
+        teacher: what ``teachers.build_teacher`` returned.
 
     Raises:
         OptionError: class weights without known counts.
@@ -311,103 +305,3 @@ def build_criterion(
         options.distillation_alpha,
         options.distillation_tau,
     )
-
-
-def build_teacher(
-    options: LossOptions,
-    *,
-    num_classes: int,
-    input_size: int,
-    class_names: Sequence[str] | None = None,
-    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> nn.Module | None:
-    """The teacher with its weights, on the CPU, or None without distillation.
-
-    Raises:
-        OptionError: the weights are of another model, class count, list of classes or
-            normalisation (the teacher sees the images as the student does).
-    """
-    if options.distillation_type == "none":
-        return None
-    with _blamed_on("teacher_model"):
-        name = models.resolve_name(options.teacher_model)
-        teacher = models.build_model(name, num_classes, input_size=input_size)
-    with _blamed_on("teacher_path"):
-        if options.teacher_path == "timm":
-            return _published_teacher(name, num_classes, input_size)
-        content = load_checkpoint(options.teacher_path)
-        _check_classes(class_names_of(content), class_names)
-        _check_normalization(content.get("preprocessing"), normalization)
-        weights = weights_of(content)
-        _check_class_count(teacher, weights, num_classes)
-        report = load_pretrained_weights(teacher, weights)
-    if report.missing or report.skipped:
-        raise OptionError(
-            "teacher_path",
-            f"{options.teacher_path} doesn't hold a {options.teacher_model} ({report.summary()}): "
-            "name its model with --teacher-model",
-        )
-    return teacher
-
-
-@contextlib.contextmanager
-def _blamed_on(option: str) -> Iterator[None]:
-    """Errors about a model or checkpoint inside concern the teacher's ``option``."""
-    try:
-        yield
-    except OptionError as error:
-        if error.option == option:
-            raise
-        message = str(error).partition(": ")[2]
-        raise OptionError(option, message) from error
-    except CheckpointError as error:
-        raise OptionError(option, str(error)) from error
-
-
-def _published_teacher(name: str, num_classes: int, input_size: int) -> nn.Module:
-    published = timm.get_pretrained_cfg(name)
-    known = published.num_classes if published is not None else 0
-    if known != num_classes:
-        raise OptionError(
-            "teacher_path",
-            f"timm's weights of {name} know {known} classes, the data set has {num_classes}: "
-            "give the checkpoint of a teacher trained on it",
-        )
-    return models.build_model(name, num_classes, input_size=input_size, pretrained=True)
-
-
-def _check_classes(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:
-    if theirs is None or ours is None or list(theirs) == list(ours):
-        return
-    if len(theirs) != len(ours):
-        what = f"the teacher knows {len(theirs)} classes, the data set has {len(ours)}"
-    else:
-        index = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-        what = f"the teacher's class {index} is {theirs[index]!r}, the data set's {ours[index]!r}"
-    raise OptionError("teacher_path", f"{what}: it must be trained on the same classes")
-
-
-def _check_normalization(
-    theirs: Mapping[str, Any] | None, ours: tuple[Sequence[float], Sequence[float]] | None
-) -> None:
-    if theirs is None or ours is None:
-        return
-    if any(list(theirs[k]) != list(v) for k, v in zip(("mean", "std"), ours, strict=True)):
-        mean, std = (" ".join(f"{x:g}" for x in theirs[key]) for key in ("mean", "std"))
-        raise OptionError(
-            "teacher_path",
-            f"the teacher was trained with another normalisation: add --mean {mean} --std {std}",
-        )
-
-
-def _check_class_count(teacher: nn.Module, weights: Mapping[str, Tensor], num_classes: int) -> None:
-    """OptionError if a layer's weights differ from the model's in the class count alone."""
-    for key, own in teacher.state_dict().items():
-        known = weights[key].shape[0] if key in weights and weights[key].ndim else 0
-        alike = known and weights[key].shape[1:] == own.shape[1:]
-        if own.ndim == 2 and alike and own.shape[0] == num_classes != known:
-            raise OptionError(
-                "teacher_path",
-                f"the teacher knows {known} classes, the data set has {num_classes}: "
-                "it must be trained on the same classes",
-            )

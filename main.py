@@ -29,7 +29,10 @@ def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     if not source or source == "auto":
         return {}
     from checkpointing.files import options_of
+    from checkpointing.published import is_published, name_for_timm
 
+    if is_published(source):
+        return {"model": name_for_timm(source)}
     saved = options_of(source)
     # A checkpoint may come from anywhere: it doesn't get to name code to import.
     found = {k: v for k, v in saved.items() if k != "plugin" and is_option(k)}
@@ -38,12 +41,24 @@ def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def as_run(config: Config) -> Config:
+    """``config`` with what a run takes from the weights it starts from."""
+    if not (config.model.pretrained or config.model.finetune or config.run.eval):
+        return config
+    from training.image_options import with_options_of_weights
+    from training.plugins import import_plugins
+    from training.resume import output_folder
+
+    import_plugins(config.run.plugin)
+    return with_options_of_weights(config, output_folder(config))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (docs/reliability.md lists them)."""
     try:
         config = load_config(argv)
         if config.run.print_config:
-            print(to_yaml(config, origins=True, everything=True), end="")
+            print(to_yaml(as_run(config), origins=True, everything=True), end="")
             return 0
         from training.run import run
 

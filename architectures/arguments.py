@@ -32,7 +32,7 @@ def takes_argument(name: str, argument: str, num_classes: int = 1000) -> bool:
     entry = timm.model_entrypoint(name)
     _check_entry(name, entry)
     # Models registered by this project name what they are built by.
-    build = getattr(entry, "build", entry)
+    build = getattr(entry, "model_cls", entry)
     if isinstance(build, type):
         return argument in _names_of_class(build)
     parameters = inspect.signature(build).parameters

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import timm.models
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from architectures.arguments import takes_argument
@@ -135,25 +136,55 @@ def _complete_cfg(model: nn.Module, name: str) -> None:
 def _with_published_weights(
     model: nn.Module, name: str, num_classes: int, values: Mapping[str, Any]
 ) -> nn.Module:
-    """``model`` with the weights timm publishes for it; raises OptionError where there are none."""
+    """``model`` with the weights timm publishes for it; raises OptionError where there are none, or
+    where they don't fill it."""
     cfg = model.pretrained_cfg
-    if not any(cfg.get(source) for source in ("hf_hub_id", "url", "file", "state_dict")):
+    if not has_published_weights(cfg):
         raise OptionError("pretrained", f"no weights of {name} are published: leave it out")
     try:
-        twins = getattr(model, "timm_module", None)
-        if twins is None:
-            model = _timm_model(name, num_classes, values, pretrained=True)
-            _complete_cfg(model, name)
-            return model
-        twin = getattr(twins, cfg["architecture"])(pretrained=True, pretrained_cfg=cfg)
+        # Of their own classes timm demands that they are complete.
+        published = _timm_model(name, cfg["num_classes"], values, pretrained=True)
     except (OSError, RuntimeError) as error:
+        if str(error).startswith("Error(s) in loading"):
+            reason = str(error).splitlines()[1].strip()
+            hint = ": leave --input-size out" if "size mismatch" in str(error) else ""
+            message = f"the weights of {name} don't fill the model ({reason}){hint}"
+            raise OptionError("pretrained", message) from error
         raise OptionError(
             "pretrained",
             f"the weights of {name} couldn't be fetched ({first_line(error)}): "
             "get the file on a machine with a network and use --finetune FILE",
         ) from error
-    log.info("%s: %s", name, load_pretrained_weights(model, twin.state_dict()).summary())
+    if cfg["num_classes"] == num_classes:
+        _complete_cfg(published, name)
+        return published
+    log.info("%s: %s", name, load_pretrained_weights(model, published.state_dict()).summary())
     return model
+
+
+def published_cfg(name: str) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` of a model by name, which isn't built; without gaps.
+
+    Raises OptionError for an unknown model, or one whose configuration can't be fetched.
+    """
+    name = resolve_name(name)
+    source, colon, place = name.partition(":")
+    try:
+        if not colon:
+            cfg = timm.get_pretrained_cfg(name)
+            found = cfg.to_dict() if cfg else {}
+        elif source == "hf-hub":
+            found = timm.models.load_model_config_from_hf(place)[0]
+        else:
+            found = load_model_config_from_path(place)[0]
+    except OSError as error:
+        raise OptionError("model", f"{name} can't be fetched ({first_line(error)})") from error
+    return plain_cfg(224, "head") | {"architecture": name} | found
+
+
+def has_published_weights(cfg: Mapping[str, Any]) -> bool:
+    """Whether timm's ``pretrained_cfg`` of a model says where weights are."""
+    return any(cfg.get(place) for place in ("hf_hub_id", "url", "file", "state_dict"))
 
 
 def first_line(error: Exception) -> str:

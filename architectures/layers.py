@@ -1,7 +1,22 @@
 """Layers that DeiT and CaiT share."""
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+@torch.fx.wrap  # a comparison, which a symbolic trace can't look into
+def sized(x: Tensor, img_size: tuple[int, int]) -> Tensor:
+    """``x`` (B, C, H, W); ValueError unless (H, W) is ``img_size``."""
+    height, width = x.shape[-2], x.shape[-1]
+    if height != img_size[0] or width != img_size[1]:
+        raise ValueError(
+            f"the model was built for {img_size[0]}×{img_size[1]} pixels, "
+            f"the images have {height}×{width}"
+        )
+    return x
 
 
 class PatchEmbed(nn.Module):
@@ -31,13 +46,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(
-                "the model was built for {}×{} pixels, the images have {}×{}".format(
-                    *self.img_size, *x.shape[-2:]
-                )
-            )
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
+        x = self.proj(sized(x, self.img_size))
+        return x.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
 
 
 class Mlp(nn.Module):
@@ -69,7 +79,7 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def run_blocks(blocks: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, grad_checkpointing: bool) -> Tensor:
     """``x`` through all blocks; ``grad_checkpointing`` recomputes each in the backward pass."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if grad_checkpointing else block(x)

@@ -1,20 +1,27 @@
-"""Registering models with timm."""
+"""Registering models with timm, so that they are built, loaded and taken apart as timm's own."""
 
+import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import timm.models
-from torch import nn
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
 
 # Names under which a model is known besides its own, in lower case; the modules that define models
 # add theirs.
 ALIASES: dict[str, str] = {}
 
+# How timm takes features from a model that has ``forward_intermediates``: of its last 3 blocks.
+LAST_BLOCKS = {"out_indices": 3, "feature_cls": "getter"}
 
-def plain_cfg(size: int, classifier: str | tuple[str, ...] = "head") -> dict[str, Any]:
-    """timm's ``pretrained_cfg`` for a model without published weights."""
+
+def plain_cfg(
+    size: int, classifier: str | tuple[str, ...] = "head", **fields: Any
+) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` for a model without published weights, whose ``fields`` win."""
     return {
         "num_classes": 1000,
         "input_size": (3, size, size),
@@ -23,43 +30,57 @@ def plain_cfg(size: int, classifier: str | tuple[str, ...] = "head") -> dict[str
         "mean": timm.data.IMAGENET_DEFAULT_MEAN,
         "std": timm.data.IMAGENET_DEFAULT_STD,
         "classifier": classifier,
+    } | fields
+
+
+def published(architecture: str, name: str, suffix: str = "") -> dict[str, PretrainedCfg]:
+    """timm's configurations of ``architecture``, weights included, as those of our model ``name``.
+
+    The keys are ``NAME.TAG`` for ``timm.models.generate_default_cfgs``: timm's tags in timm's
+    order, with ``suffix`` after them.
+    """
+    return {
+        f"{name}.{cfg.tag}{suffix}": dataclasses.replace(cfg, architecture=None, tag=None)
+        for cfg in timm.models.get_arch_pretrained_cfgs(architecture).values()
     }
 
 
 def register(
     name: str,
-    build: Callable[..., nn.Module],
-    cfg: str | dict[str, Any],
+    cls: Callable[..., nn.Module],
+    *,
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+    features: Mapping[str, Any] = LAST_BLOCKS,
+    module: str | None = None,
     **architecture: Any,
 ) -> Callable[..., nn.Module]:
-    """Register ``build(**architecture)`` with timm as ``name``; keyword arguments given later win.
+    """Register ``cls(**architecture)`` with timm as ``name``; keyword arguments given later win.
 
-    ``cfg`` is the model's ``pretrained_cfg``, or the name under which timm publishes weights for
-    the same architecture: then theirs is taken. The weights themselves come through
-    ``models.build_model``, which fits them to other sizes and class counts.
+    Its ``pretrained_cfg`` comes from ``default_cfgs`` of ``module`` (the name of the one that
+    defines ``cls`` if None), made by ``timm.models.generate_default_cfgs`` above this call. An
+    ``img_size`` needn't be given where that says ``fixed_input_size``. ``filter_fn`` takes a
+    published state dict and the model, and returns one with the model's names and shapes.
+    ``features`` says how ``features_only`` works: timm's ``feature_cfg``.
     """
 
-    def entry(
-        pretrained: bool = False,
-        pretrained_cfg: str | None = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | None = None,
-        **kwargs: Any,
-    ) -> nn.Module:
-        if pretrained:
-            raise ValueError(f"use models.build_model({name!r}, ..., pretrained=True)")
-        model = build(**(architecture | kwargs))
-        if isinstance(cfg, str):
-            tagged = f"{cfg}.{pretrained_cfg}" if pretrained_cfg else cfg
-            model.pretrained_cfg = timm.get_pretrained_cfg(tagged).to_dict()
-        else:
-            model.pretrained_cfg = {"architecture": name} | cfg
-        model.pretrained_cfg |= pretrained_cfg_overlay or {}
-        return model
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        feature_cfg = dict(features)
+        if "out_indices" in kwargs:
+            feature_cfg["out_indices"] = kwargs.pop("out_indices")
+        return timm.models.build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg=feature_cfg,
+            **(architecture | kwargs),
+        )
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__module__ = build.__module__
-    entry.build = build  # whose signature says which arguments the model takes
+    entry.__module__ = module or cls.__module__
+    entry.model_cls = cls  # whose signature says which arguments the model takes
+    entry.filter_fn = filter_fn  # for weights from elsewhere
+    entry.filter_fn = filter_fn
     with warnings.catch_warnings():
         # DeiT takes the place of timm's models of the same names on purpose.
         warnings.filterwarnings("ignore", f"Overwriting {name} in registry")

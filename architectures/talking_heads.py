@@ -127,12 +127,15 @@ def talking_heads_attention(
     the softmax weights (whose rows then needn't sum to one). ``scale`` multiplies the products of
     queries and keys; ``dropout_p`` is the share of mixed weights that are dropped: 0 in evaluation.
     """
-    path = choose_path(q, dropout_p)
-    if path == "plain":
+    if torch.jit.is_scripting():  # TorchScript compiles this branch alone
         return _plain(q, k, v, w_pre, b_pre, w_post, b_post, scale, dropout_p)
-    if path == "lean":
-        return _lean(q, k, v, w_pre, b_pre, w_post, b_post, scale)
-    return _fused(q, k, v, w_pre, b_pre, w_post, b_post, scale)[0]
+    else:
+        path = choose_path(q, dropout_p)
+        if path == "plain":
+            return _plain(q, k, v, w_pre, b_pre, w_post, b_post, scale, dropout_p)
+        if path == "lean":
+            return _lean(q, k, v, w_pre, b_pre, w_post, b_post, scale)
+        return _fused(q, k, v, w_pre, b_pre, w_post, b_post, scale)[0]
 
 
 # --- plain --------------------------------------------------------------------------------------

@@ -28,7 +28,12 @@ from augmentation.erasing import draws_per_image, erase, noise_table, random_box
 from augmentation.pixel_ops import GEOMETRY, LEVELS
 from augmentation.policy import KINDS, ON_DEVICE, Policy
 from augmentation.protocol import Plan, StoreTransform, Transform
-from augmentation.transforms import SMALL, Preprocessing, TrainTransform
+from augmentation.transforms import (
+    SMALL,
+    Preprocessing,
+    TrainTransform,
+    erasing_probability,
+)
 from samplers import NUM_REPEATS
 from utils import derive_seed
 
@@ -94,7 +99,8 @@ class BatchAugment(Normalise, StoreTransform):
                 self.jitter = 0.0
         fill = [min(255, round(255 * m)) for m in preprocessing.mean]
         self._constants["fill"] = torch.tensor(fill, dtype=torch.uint8)
-        if options.reprob > 0 and options.remode != "const":
+        self.erasing = erasing_probability(options)
+        if self.erasing > 0 and options.remode != "const":
             generator = torch.Generator().manual_seed(derive_seed(seed, "noise") % 2**63)
             self._constants["noise"] = noise_table(self.size, generator)
 
@@ -190,11 +196,11 @@ class BatchAugment(Normalise, StoreTransform):
 
     def _boxes(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         options, batch = self.options, len(positions)
-        if not options.reprob > 0:
+        if not self.erasing > 0:
             return np.zeros((batch, 0, 4), dtype=np.int64), np.zeros((batch, 0), dtype=np.int64)
         draws = self._draws(ERASE, epoch, positions, draws_per_image(options.recount))
         spared = options.resplit & (positions % NUM_REPEATS == 0)
-        return random_boxes(draws, options.reprob, options.recount, self.size, spared)
+        return random_boxes(draws, self.erasing, options.recount, self.size, spared)
 
     # --- on the device, per batch ----------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,14 @@ from timm.data.auto_augment import (
     auto_augment_transform,
     rand_augment_transform,
 )
+from timm.data.config import resolve_data_config
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from timm.data.transforms import (
+    CenterCropOrPad,
+    RandomResizedCropAndInterpolation,
+    ResizeKeepRatio,
+    str_to_pil_interp,
+)
 from torchvision import transforms
 from torchvision.transforms import functional
 from torchvision.transforms.functional import InterpolationMode
@@ -41,13 +47,16 @@ class Preprocessing:
     input_size: int
     """Height and width in pixels."""
     crop_ratio: float
-    """Share of the resized image's short side that is kept."""
+    """Share of the resized image that is kept, in length."""
     interpolation: str
-    """"bicubic" or "bilinear"."""
+    """One of Pillow's filters by name: "bicubic", "bilinear" …"""
     mean: tuple[float, ...]
     """Three values, of images in 0–1."""
     std: tuple[float, ...]
     """Three values."""
+    crop_mode: str = "center"
+    """What is resized to input_size / crop_ratio before the centre is cut out: "center", the short
+    side; "squash", both sides; "border", the long side, with the mean colour around it."""
 
     def to_dict(self) -> dict[str, Any]:
         """As primitives, for a checkpoint."""
@@ -55,8 +64,36 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """The inverse of ``to_dict``."""
+        """The inverse of ``to_dict``.
+
+        Checkpoints without a crop mode hold a crop ratio for small inputs that was never used.
+        """
+        if "crop_mode" not in values and values["input_size"] <= SMALL:
+            values = {**values, "crop_ratio": 1.0}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    @classmethod
+    def of_model(cls, cfg: Mapping[str, Any]) -> "Preprocessing":
+        """What a model's ``pretrained_cfg`` asks for, read as timm's ``resolve_data_config`` does.
+
+        Raises OptionError for images that are not square or have not three colours.
+        """
+        found = resolve_data_config(pretrained_cfg=dict(cfg))
+        channels, height, width = found["input_size"]
+        if channels != 3 or height != width:
+            raise OptionError(
+                "model",
+                f"{cfg.get('architecture') or 'it'} takes {channels} × {height} × {width} images, "
+                "only square ones of three colours are supported: choose another",
+            )
+        return cls(
+            input_size=height,
+            crop_ratio=found["crop_pct"],
+            interpolation=found["interpolation"],
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            crop_mode=found["crop_mode"],
+        )
 
 
 class ResizeShortSide:
@@ -91,6 +128,11 @@ class ThreeAugment:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
+def erasing_probability(options: "AugmentOptions") -> float:
+    """Probability of random erasing; ThreeAugment has none (DeiT's ``new_data_aug_generator``)."""
+    return 0.0 if options.ThreeAugment else options.reprob
+
+
 class TrainTransform(Transform):
     """A training image, augmented: RGB PIL image -> (3, S, S) float32, normalised.
 
@@ -122,7 +164,10 @@ class TrainTransform(Transform):
         steps.append(_to_tensor(preprocessing))
         self.augment = transforms.Compose(steps)
         self.erasing = RandomErasing(
-            options.reprob, mode=options.remode, max_count=options.recount, device="cpu"
+            erasing_probability(options),
+            mode=options.remode,
+            max_count=options.recount,
+            device="cpu",
         )
         self.resplit = options.resplit
 
@@ -176,14 +221,23 @@ def _to_tensor(preprocessing: Preprocessing) -> Callable:
 class CentreCrop(StoreTransform):
     """RGB PIL image -> (3, S, S) uint8, the centre of the resized image; normalised elsewhere.
 
-    Inputs of at most 32 pixels keep the whole short side (DeiT).
+    ``crop_mode`` says what is resized.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         size = preprocessing.input_size
-        short_side = int(size / preprocessing.crop_ratio) if size > SMALL else size
-        resize = ResizeShortSide(short_side, preprocessing.interpolation)
-        self.crop = transforms.Compose([resize, transforms.CenterCrop(size)])
+        side = int(size / preprocessing.crop_ratio)
+        mode = preprocessing.interpolation
+        crop: Callable = transforms.CenterCrop(size)
+        if preprocessing.crop_mode == "squash":
+            resize: Callable = transforms.Resize((side, side), InterpolationMode(mode))
+        elif preprocessing.crop_mode == "border":
+            resize = ResizeKeepRatio(side, longest=1.0, interpolation=mode)
+            fill = tuple(round(255 * value) for value in preprocessing.mean)
+            crop = CenterCropOrPad(size, fill=fill)
+        else:
+            resize = ResizeShortSide(side, mode)
+        self.crop = transforms.Compose([resize, crop])
 
     def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
         return self.keep(image)

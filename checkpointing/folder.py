@@ -14,6 +14,7 @@ from utils import written_whole
 
 log = logging.getLogger(__name__)
 BEST = "best.pth"
+CONFIG_FILE = "config.yaml"
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|shards)")
 
 

@@ -7,13 +7,23 @@
 - ``files``: YAML
 - ``rules``: impossible combinations
 - ``config``: the resolved options of a run
+- ``peers``: the options of other programs, and what they are here
 - ``table``: the page of all options
 - ``job``: the options of a SLURM job
 
 Nothing in this package imports torch, so that ``--help`` answers at once.
 """
 
-from config.config import CHECKPOINT, COMMAND_LINE, DEFAULT, Config, from_flat, load, resolve
+from config.config import (
+    CHECKPOINT,
+    COMMAND_LINE,
+    DEFAULT,
+    MODEL,
+    Config,
+    from_flat,
+    load,
+    resolve,
+)
 from config.convert import convert
 from config.declared import (
     Option,
@@ -39,13 +49,16 @@ from config.options import (
     option,
 )
 from config.parser import Parser, get_parser
-from config.rules import conflicts, unused
-from config.table import options_table
+from config.peers import PEERS, PeerOption, peer_options
+from config.rules import conflicts, optimizer_name, unused
+from config.table import option_here, options_table, peer_table, same_default
 
 __all__ = [
     "CHECKPOINT",
     "COMMAND_LINE",
     "DEFAULT",
+    "MODEL",
+    "PEERS",
     "AugmentOptions",
     "Config",
     "DataOptions",
@@ -57,6 +70,7 @@ __all__ = [
     "OptimOptions",
     "Option",
     "Parser",
+    "PeerOption",
     "RunOptions",
     "SaveOptions",
     "ScheduleOptions",
@@ -70,9 +84,14 @@ __all__ = [
     "load",
     "nearest_option",
     "option",
+    "option_here",
+    "optimizer_name",
     "options_table",
+    "peer_options",
+    "peer_table",
     "read_yaml",
     "resolve",
+    "same_default",
     "section_options",
     "to_yaml",
     "unused",

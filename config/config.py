@@ -28,6 +28,7 @@ from config.rules import conflicts
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 CHECKPOINT = "checkpoint"
+MODEL = "model"
 
 CheckpointOptions = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """The options that a checkpoint holds, from those of the config file and the command line."""
@@ -49,7 +50,8 @@ class Config:
     log: LogOptions
     dist: DistOptions
     origin: Mapping[str, str]
-    """Where each option is from: ``DEFAULT``, ``CHECKPOINT``, ``COMMAND_LINE`` or a file's path."""
+    """Where each option is from: ``DEFAULT``, ``MODEL`` (the weights that the run starts from),
+    ``CHECKPOINT``, ``COMMAND_LINE`` or a file's path."""
 
     def flat(self) -> dict[str, Any]:
         """Every option by name, as plain YAML/JSON values."""

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from config.declared import UNIONS, Option
 from errors import OptionError
 
+# Values that DeiT and timm know, and what to take.
+_INSTEAD = {("sched", "tanh"): ": take cosine"}
+
 
 def convert(opt: Option, raw: Any) -> Any:
     """``raw`` (from YAML, or a string of the command line) as a value of ``opt``.
@@ -18,7 +21,8 @@ def convert(opt: Option, raw: Any) -> Any:
     try:
         value = _as_type(opt.type, raw)
     except ValueError:
-        raise OptionError(opt.name, f"expected {opt.type_name}, got {raw!r}") from None
+        instead = _INSTEAD.get((opt.name, str(raw)), "")
+        raise OptionError(opt.name, f"expected {opt.type_name}, got {raw!r}{instead}") from None
     for element in value if isinstance(value, tuple) else (value,):
         if isinstance(element, int | float) and not isinstance(element, bool):
             _check_bounds(opt, element)

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Literal
 
 from config.options import SECTIONS
+from config.peers import all_peer_options, flags
 from errors import did_you_mean
 
 # ``int | None`` is the one, ``int | Literal["auto"]`` the other.
@@ -45,7 +46,7 @@ class Option:
     @property
     def default_text(self) -> str:
         """Its default for people; empty where there is nothing to show."""
-        return "" if self.default in ("", ()) else _text(self.default)
+        return value_text(self.default)
 
 
 def _type_names(tp: Any) -> list[str]:
@@ -59,9 +60,10 @@ def _type_names(tp: Any) -> list[str]:
     return ["none" if tp is types.NoneType else tp.__name__]
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value of an option for people; empty where there is nothing to show."""
     if isinstance(value, tuple):
-        return " ".join(_text(element) for element in value)
+        return " ".join(value_text(element) for element in value)
     if isinstance(value, float):
         return f"{value:.5g}"
     return "none" if value is None else str(value)
@@ -112,12 +114,26 @@ def nearest_option(name: str) -> str:
 
 def nearest_of(name: str, known: Mapping[str, Option]) -> str:
     """As :func:`nearest_option`, among the ``known`` options of :func:`by_key`."""
-    return did_you_mean(
+    return _known_to_a_peer(option_key(name), known) or did_you_mean(
         option_key(name),
         known,
         shown=lambda key: known[key].flag,
         otherwise="--help lists them all",
     )
+
+
+def _known_to_a_peer(key: str, known: Mapping[str, Option]) -> str:
+    """What to do in place of an option that another program has; empty where none has it."""
+    for opt in all_peer_options():
+        if key not in (option_key(flag.lstrip("-")) for flag in flags(opt)):
+            continue
+        # It is read in a terminal.
+        why = opt.why.replace("`", "")
+        here = option_key(opt.here or opt.name)
+        if here in known:
+            return f"here it is {known[here].flag}" + (f": {why}" if why else "")
+        return f"run_with_submitit.py takes --{here}" if opt.launcher else why
+    return ""
 
 
 def option_key(name: str) -> str:

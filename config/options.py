@@ -107,7 +107,12 @@ class ModelOptions:
     finetune: str = option(
         "", "checkpoint file or https URL to start from, matched by name and shape"
     )
-    input_size: int = option(224, "height and width of the images the model sees, pixels", low=1)
+    allow_partial: bool = option(
+        False, "--finetune: go on where parts of the model or the checkpoint are left over"
+    )
+    input_size: int = option(
+        224, "height and width of the images the model sees, pixels (with weights: theirs)", low=1
+    )
 
     # Regularisation.
     drop: float = option(0.0, "dropout rate", low=0, below=1)
@@ -167,6 +172,23 @@ class DataOptions:
         below=1,
     )
     download: bool = option(False, "download the data set if it isn't there (CIFAR, MNIST, FMNIST)")
+    class_map: str = option(
+        "",
+        "--eval: file that says which class of the model each class of the set is, NAME INDEX on "
+        "each line, or .json",
+        transient=True,
+    )
+    valid_labels: str = option(
+        "",
+        "--eval: file with the classes of the model that are looked at alone, an index or name on "
+        "each line",
+        transient=True,
+    )
+    real_labels: str = option(
+        "",
+        "--eval: ImageNet-ReaL's real.json, all right classes of each validation image",
+        transient=True,
+    )
     on_bad_image: Literal["error", "skip"] = option(
         "error",
         "an image that can't be read: stop and name it, or use another in its place and list it",
@@ -178,6 +200,7 @@ class DataOptions:
         "images per step and process; auto: as many as fit the device, with accumulation up to "
         "--effective-batch",
         low=1,
+        aliases=("batch",),
     )
     effective_batch: int = option(
         1024, "images per update of all processes together, with --batch-size auto", low=1
@@ -220,7 +243,21 @@ class DataOptions:
         "shuffle",
         "order of training: each image once per epoch, or drawn with all classes equally likely",
     )
-    eval_crop_ratio: float = option(0.875, "evaluation: share of the image kept", above=0, high=1)
+    eval_crop_ratio: float = option(
+        0.875,
+        "evaluation: share of the image's side kept; above 1 it gets a border (with weights: "
+        "theirs)",
+        above=0,
+        high=2,
+    )
+    crop_mode: Literal["center", "squash", "border"] = option(
+        "center",
+        "evaluation: resize the short side and cut out the centre, both sides (squash), or the "
+        "long side with a border around the rest (with weights: theirs)",
+    )
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"] = option(
+        "bicubic", "evaluation: filter of the resizing (with weights: theirs)"
+    )
     mean: tuple[float, ...] | None = option(
         None,
         "normalisation mean, one or three values in 0–1 (default: the model's or data set's)",
@@ -260,7 +297,7 @@ class AugmentOptions:
     train_mode: bool = option(True, "--no-train-mode trains in evaluation mode (no dropout)")
     ThreeAugment: bool = option(
         False,
-        "DeiT III's 3-Augment (grey, solarise or blur) in place of --aa",
+        "DeiT III's 3-Augment (grey, solarise or blur) in place of --aa and random erasing",
         aliases=("three-augment",),
     )
 
@@ -410,7 +447,9 @@ class ScheduleOptions:
     # Options of single schedules.
     decay_epochs: float = option(30, "step: epochs between decays", above=0)
     decay_milestones: tuple[float, ...] = option((), "multistep: epochs of the decays", above=0)
-    decay_rate: float = option(0.1, "step, multistep, plateau: factor per decay", above=0, high=1)
+    decay_rate: float = option(
+        0.1, "step, multistep, plateau: factor per decay", above=0, high=1, aliases=("dr",)
+    )
     patience_epochs: int = option(10, "plateau: epochs without progress before a decay", low=0)
     restart_epochs: float | None = option(
         None,

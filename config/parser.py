@@ -31,13 +31,20 @@ class Parser(argparse.ArgumentParser):
             if not flags:
                 raise UserError(f"unexpected argument {unknown[0]!r}; options start with --")
             flag = flags[0].split("=")[0]
-            raise UserError(f"unknown option {flag}; {nearest_of(flag.lstrip('-'), self.known)}")
+            raise UserError(f"unknown option {flag}; {self._instead_of(flag)}")
         return known
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's; every spelling of an option's name is understood."""
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._normalise(arg) for arg in args], namespace)
+
+    def _instead_of(self, flag: str) -> str:
+        """What to write in place of an unknown option."""
+        parts = flag.removeprefix("--").split("--")
+        if len(parts) > 1 and all(option_key(part) in self.known for part in parts):
+            return f"a space is missing: {' '.join(f'--{part}' for part in parts)}"
+        return nearest_of(flag.lstrip("-"), self.known)
 
     def _normalise(self, arg: str) -> str:
         if not arg.startswith("--"):

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
 # Those that treat each element of a weight by itself, or take norms that sharded tensors have too.
 FSDP_OPTIMIZERS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
 
+# apex's fused kernels by timm's names, and the optimiser of the same update, which needs no apex.
+# FusedLAMB also limits the norm of all gradients to 1; timm's Lamb, written after it, does so too.
+FUSED_OPTIMIZERS = {
+    "fusedlamb": "lamb",
+    "fusedadam": "adam",
+    "fusedadamw": "adamw",
+    "fusedsgd": "sgd",
+    "fusedmomentum": "momentum",
+}
+
 # The log keys of an epoch that --best-metric may name.
 METRICS = (
     "test_acc1",
@@ -24,6 +34,14 @@ METRICS = (
 )
 
 Errors = Iterator[OptionError]
+
+
+def optimizer_name(opt: str) -> str:
+    """The optimiser that ``--opt`` stands for, by its name in timm's registry."""
+    name = opt.lower()
+    prefix = "lookahead_" if name.startswith("lookahead_") else ""
+    base = name.removeprefix(prefix)
+    return prefix + FUSED_OPTIMIZERS.get(base, base)
 
 
 def conflicts(config: "Config") -> Errors:
@@ -262,7 +280,7 @@ def _fsdp_conflicts(config: "Config") -> Iterator[tuple[str, str]]:
         yield "tb_histograms", "no process has whole weights: leave it out"
     if log.tb_graph:
         yield "tb_graph", "no process has whole weights: leave it out"
-    if optim.opt.lower() not in FSDP_OPTIMIZERS:
+    if optimizer_name(optim.opt) not in FSDP_OPTIMIZERS:
         yield "opt", f"{optim.opt} looks at whole weights: use {', '.join(FSDP_OPTIMIZERS)}"
 
 
@@ -294,12 +312,20 @@ _SUBJECTS = (
 def unused(config: "Config") -> list[str]:
     """A line for each option that was given but has no effect beside the others."""
     given = config.explicit()
-    return [
+    lines = [
         f"{by_name(name).flag} has no effect without {need}"
         for need, met, names in _needs(config)
         for name in names
         if name in given and not met
     ]
+    erasing = ("reprob", "remode", "recount", "resplit")
+    if config.augment.ThreeAugment and config.augment.reprob > 0:
+        lines += [
+            f"{by_name(name).flag} has no effect with --ThreeAugment, which never erases"
+            for name in erasing
+            if name in given
+        ]
+    return lines
 
 
 def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
@@ -312,6 +338,7 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
     restarts = ("restart_epochs", "restart_mul", "restart_decay")
     average = ("model_ema_decay", "model_ema_warmup", "model_ema_force_cpu")
     inat = config.data.data_set.upper().startswith("INAT")
+    labels = ("class_map", "valid_labels", "real_labels")
     return (
         ("--sched multistep", sched == "multistep", ("decay_milestones",)),
         ("--sched step", sched == "step", ("decay_epochs",)),
@@ -331,4 +358,6 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
         ("--early-stop", config.save.early_stop > 0, ("early_stop_delta",)),
         ("--compile", config.model.compile, ("compile_mode",)),
         ("--data-set INAT", inat, ("inat_category",)),
+        ("--eval", config.run.eval, labels),
+        ("--finetune", bool(config.model.finetune), ("allow_partial",)),
     )

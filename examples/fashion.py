@@ -7,6 +7,7 @@ Used by configs/fmnist_*.yaml; see docs/finetune.md and docs/extend.md.
 
 from pathlib import Path
 
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, ResNet
 
 from architectures.registry import plain_cfg, register
@@ -28,11 +29,19 @@ def few_fashion(is_train, options, seed):
     return ArraySource(images, labels, CLASSES, f"few_fashion {part}")
 
 
+# What timm knows of the models below.
+default_cfgs = generate_default_cfgs(
+    {
+        "micro_resnet": plain_cfg(28, "fc"),
+        "micro_deit_distilled": plain_cfg(28, ("head", "head_dist"), fixed_input_size=True),
+    }
+)
+
 # A ResNet of four residual blocks, 0.3 M parameters.
 micro_resnet = register(
     "micro_resnet",
     ResNet,
-    plain_cfg(28, "fc"),
+    module=__name__,
     block=BasicBlock,
     layers=(1, 1, 1, 1),
     channels=(32, 48, 64, 96),
@@ -42,8 +51,7 @@ micro_resnet = register(
 micro_deit_distilled = register(
     "micro_deit_distilled",
     DistilledVisionTransformer,
-    plain_cfg(28, ("head", "head_dist")),
-    img_size=28,
+    module=__name__,
     patch_size=7,
     embed_dim=64,
     depth=4,

@@ -12,6 +12,9 @@ from distributed.processes import all_reduce_sum
 # every number of processes gives the same digits.
 LOSS_UNIT = 2.0**-20
 
+# In a table of several right classes per image: no class at all, and one the model can't answer.
+PADDING, NO_OUTPUT = -1, -2
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -69,3 +72,50 @@ class Counts:
             correct_per_class=self.per_class[0].cpu(),
             count_per_class=self.per_class[1].cpu(),
         )
+
+
+@dataclass(frozen=True)
+class RealAccuracy:
+    """Exact accuracy by several right classes per image, of all processes together."""
+
+    acc1: float
+    """%, the answer is among the right ones."""
+    acc5: float | None
+    """%, one of the first five answers is; None below five classes."""
+    count: int
+    """Images that have a right class; the others are not counted."""
+
+
+class RealCounts:
+    """Integer counts by several right classes per image ("Are we done with ImageNet?", Beyer et al.
+    2020, arXiv:2006.07159, section 4), on the device.
+
+    Args:
+        labels: (N, L) int64, of each image of the data set, ``PADDING`` behind the last one.
+        num_classes: C.
+        device: where the logits are.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int, device: torch.device) -> None:
+        self.labels = labels.to(device)
+        self.num_classes = num_classes
+        # Images with a right class, top-1 and top-5 hits.
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, indices: Tensor) -> None:
+        """Count a batch: ``logits`` (B, C), ``indices`` (B,) int64 of the images in the set."""
+        right = self.labels[indices]  # (B, L)
+        self.sums[0] += (right != PADDING).any(1).sum()
+        self.sums[1] += (right == logits.argmax(1)[:, None]).any(1).sum()
+        if self.num_classes >= 5:
+            answers = logits.topk(5).indices[:, :, None]  # (B, 5, 1)
+            self.sums[2] += (right[:, None] == answers).flatten(1).any(1).sum()
+
+    def add_up(self) -> None:
+        """Sum over all processes."""
+        all_reduce_sum(self.sums)
+
+    def result(self) -> RealAccuracy:
+        count, top1, top5 = self.sums.tolist()
+        acc5 = 100.0 * top5 / max(count, 1) if self.num_classes >= 5 else None
+        return RealAccuracy(100.0 * top1 / max(count, 1), acc5, count)

@@ -1,15 +1,18 @@
 """The optimiser, from timm's registry."""
 
+import logging
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from config import OptimOptions
+from config import OptimOptions, optimizer_name
 from distributed.wrapping import is_sharded
 from errors import OptionError, did_you_mean
 from optimization.groups import parameter_groups
+
+log = logging.getLogger(__name__)
 
 # The optimisers of torch whose fused kernels look at ``found_inf`` (torch/optim/{adam,sgd}.py).
 _FLAGGED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -34,7 +37,8 @@ def build_optimizer(
 
     Args:
         model: its parameters are grouped by :func:`parameter_groups`.
-        options: ``opt`` is a name of timm's registry, ``lookahead_NAME`` wraps another.
+        options: ``opt`` is a name of timm's registry, ``lookahead_NAME`` wraps another. The names
+            of apex's fused kernels stand for the optimisers of the same update.
         lr: learning rate, scaled already.
         required: options that were asked for. Where the optimiser takes no such argument, these
             raise; others are left out.
@@ -44,7 +48,9 @@ def build_optimizer(
     """
     from timm.optim import create_optimizer_v2
 
-    name = options.opt.lower()
+    name = optimizer_name(options.opt)
+    if name != options.opt.lower():
+        log.warning("--opt %s: %s is used, the same update without apex", options.opt, name)
     info, optimizer_class = _registered(name)
     arguments = _arguments(name, info, options, required)
     devices = {p.device.type for p in model.parameters()}
@@ -78,11 +84,15 @@ def _registered(name: str) -> tuple[Any, type]:
         raise OptionError("opt", f"unknown optimiser {name!r}; {hint}")
     info = get_optimizer_info(base)
     if info.second_order:
-        raise OptionError("opt", f"{base} needs second derivatives, which training doesn't compute")
+        raise OptionError(
+            "opt", f"{base} needs second derivatives, which training doesn't compute: use adamw"
+        )
     try:
         return info, get_optimizer_class(base, bind_defaults=False)
     except (AssertionError, ImportError) as error:
-        raise OptionError("opt", f"{base} can't be used here: {error}") from None
+        plain = base.removeprefix("fused").removeprefix("bnb").removesuffix("8bit")
+        instead = f"; {plain} needs no further package" if plain in list_optimizers() else ""
+        raise OptionError("opt", f"{base} can't be used here: {error}{instead}") from None
 
 
 def _arguments(

@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 # Processes that the tests start inherit it: with another number of threads sums are rounded
 # differently. torch reads it when it is imported.
@@ -36,6 +38,25 @@ def _fresh_generators():
     import utils
 
     utils.seed_all(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_curves() -> Iterator[Callable]:
+    """The function that draws curves.png, which takes most of the time of a tiny run.
+
+    Runs don't call it but where a test says so with the fixture ``curves``.
+    """
+    import loggers
+
+    usual = loggers.draw_curves
+    with mock.patch.object(loggers, "draw_curves", lambda records, path: None):
+        yield usual
+
+
+@pytest.fixture
+def curves(draw_curves, monkeypatch) -> None:
+    """Runs of this test draw curves.png."""
+    monkeypatch.setattr("loggers.draw_curves", draw_curves)
 
 
 @pytest.fixture(scope="session")

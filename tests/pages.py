@@ -1,6 +1,5 @@
 """What the tests of the pages share: their code blocks, and running their commands on tiny ones."""
 
-import gzip
 import importlib
 import json
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tiny_sets
 
 import main as training
 
@@ -57,15 +57,10 @@ def shrink(command: str, *tiny: str) -> list[str]:
 def write_idx(folder: Path, part: str, count: int) -> None:
     """``count`` random images of ten classes in the files of MNIST's kind, gzipped."""
     rng = np.random.default_rng(0)
-    arrays = {
-        "images-idx3": rng.integers(0, 255, (count, 28, 28), dtype=np.uint8),
-        "labels-idx1": (np.arange(count) % 10).astype(np.uint8),
-    }
-    folder.mkdir(exist_ok=True)
-    for kind, array in arrays.items():
-        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-        with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
-            file.write(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+    images = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8)
+    tiny_sets.write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    tiny_sets.write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)
 
 
 def tool(module: str) -> Callable[[list[str]], int]:

@@ -27,6 +27,8 @@ from tools import torture
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("amber", "blue", "crimson")
 STOPPED = 128 + signal.SIGTERM
+# Seconds until a process that should have ended is a failure: no slow machine needs them.
+PATIENCE = 300
 # Nothing is drawn for a whole batch or process, so 2 × B images give the step of 1 × 2B.
 PLAIN = ("--aa", "none", "--color-jitter", "none", "--reprob", "0", "--mixup", "0", "--cutmix", "0")
 PLAIN += ("--no-repeated-aug", "--drop-path", "0", "--smoothing", "0")
@@ -138,10 +140,10 @@ def run_processes(
     """Exit codes of ``world`` processes that train together, and what they printed.
 
     They are forked from this one, which spares each the seconds of importing torch. None in place
-    of the exit codes: they were killed after 90 seconds.
+    of the exit codes: they were killed after PATIENCE seconds.
     """
     pids = torture.start(argv, world, log, environment)
-    codes = torture.wait(pids, time.monotonic() + 90, None)
+    codes = torture.wait(pids, time.monotonic() + PATIENCE, None)
     if codes is None:
         torture.kill(pids)
     return codes, log.read_text()
@@ -162,7 +164,7 @@ def on_each_process(folder: Path, world: int, work: Callable[[int], Any]) -> lis
             code = 0
         finally:
             os._exit(code)
-    assert torture.wait(pids, time.monotonic() + 60, None) == [0] * world
+    assert torture.wait(pids, time.monotonic() + PATIENCE, None) == [0] * world
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -187,6 +189,8 @@ class Terminal:
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
+            # A suite that was started in the background ignores it, and so would the process.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
             command = [sys.executable, str(ROOT / "main.py"), *argv]
             os.execve(sys.executable, command, os.environ | {"TERM": "xterm"} | environment)
@@ -195,7 +199,7 @@ class Terminal:
         """Press keys; ``"\\x03"`` is Ctrl-C."""
         os.write(self._descriptor, keys.encode())
 
-    def read_until(self, text: str, seconds: float = 60) -> None:
+    def read_until(self, text: str, seconds: float = PATIENCE) -> None:
         """Wait until ``text`` is shown."""
         self._read(seconds, lambda: text in self.text)
 
@@ -204,7 +208,7 @@ class Terminal:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, options) is None
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code, once the process has ended."""
         self._read(seconds, lambda: False)
         os.close(self._descriptor)

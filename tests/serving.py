@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from runs import PATIENCE
 
 from tools.common import trained
 from tools.serve import app
@@ -105,7 +106,7 @@ def metrics(port):
 
 
 def wait_for(port):
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         with contextlib.suppress(OSError):
             if request(port, "GET", "/health")[0] == 200:

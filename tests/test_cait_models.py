@@ -210,8 +210,8 @@ def test_head_can_be_replaced():
     model.reset_classifier(0)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 48)
     assert model.forward_head(torch.zeros(2, 5, 48), pre_logits=True).shape == (2, 48)
-    with pytest.raises(ValueError, match="avg"):
-        model.reset_classifier(5, "avg")
+    with pytest.raises(ValueError, match="max"):
+        model.reset_classifier(5, "max")
 
 
 def test_embeddings_have_no_weight_decay():
@@ -226,6 +226,10 @@ def test_another_size_is_refused():
         CaiT(**(SMALL | {"img_size": 40}))
 
 
-def test_pretrained_through_timm_points_to_build_model():
-    with pytest.raises(ValueError, match="build_model"):
-        timm.create_model("cait_XXS24_224", pretrained=True)
+def test_names_come_in_the_published_order_and_parameters_in_the_old_one():
+    """The first is that of facebookresearch/deit; optimisers in checkpoints count by the second."""
+    model = CaiT(**SMALL)
+    names = [key for key in model.blocks[1].attn.state_dict() if key.endswith("weight")]
+    assert names == ["qkv.weight", "proj.weight", "proj_l.weight", "proj_w.weight"]
+    names = [key for key, _ in model.blocks[1].attn.named_parameters() if key.endswith("weight")]
+    assert names == ["qkv.weight", "proj_l.weight", "proj_w.weight", "proj.weight"]

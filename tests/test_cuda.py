@@ -1,14 +1,13 @@
 """Whole runs on a CUDA card, skipped where there is none."""
 
-import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
+import holding
 import pytest
 import torch
-from runs import assert_equal, logged, newest, start_process
+from runs import PATIENCE, assert_equal, logged, newest, start_process
 
 import main
 from checkpointing.folder import checkpoints_in
@@ -67,9 +66,10 @@ def test_cait_fused(tmp_path):
     assert logged(tmp_path)[-1]["train_loss"] < 3.0
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     # torch's deterministic algorithms ask for it.
-    return start_process(command(folder, *more), CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return start_process(command(folder, *more), **environment)
 
 
 @pytest.mark.parametrize("more", [(), ("--amp", "fp16", "--opt", "sgd", "--lr", "0.05")])
@@ -77,21 +77,19 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path, more):
     options = ("--deterministic", "--epochs", "4", "--save-every-steps", "5", *more)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     untouched = start(whole, *options)
-    out, _ = untouched.communicate(timeout=120)
+    out, _ = untouched.communicate(timeout=PATIENCE)
     assert untouched.returncode == 0, out
-    run = start(parts, *options)
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline:
-        found = checkpoints_in(parts)
-        if found and re.fullmatch(r"checkpoint-000[12]-\d+", found[0].stem):
-            break
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
+    # In the second epoch of 22 updates: what was saved after 25 is on disk before 30 is saved.
+    held = holding.variables(tmp_path, 31)
+    run = start(parts, *options, *holding.OPTIONS, **held)
+    holding.wait_for_hold(tmp_path, 0, lambda: run.poll() is not None, lambda: run.communicate()[0])
+    assert checkpoints_in(parts)[0].stem.startswith("checkpoint-0001-")
+    run.kill()
     run.communicate(timeout=30)
-    assert run.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    assert run.returncode == -signal.SIGKILL
     (parts / "run.lock").unlink(missing_ok=True)
     again = start(parts, *options, "--resume", "auto")
-    out, _ = again.communicate(timeout=120)
+    out, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, out
     assert_equal(weights(whole), weights(parts), "model")
 

@@ -1,8 +1,10 @@
 """Trained models loaded again: from checkpoints, from what is in memory, and what is refused."""
 
 import copy
+import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -102,3 +104,94 @@ def test_what_cannot_be_used_is_refused(content, tmp_path, change, message):
 def test_an_onnx_file_has_one_set_of_weights(tmp_path):
     with pytest.raises(CheckpointError, match="leave --ema out"):
         inference.load_for_inference(tmp_path / "x.onnx", ema=True)
+
+
+# --- published models -----------------------------------------------------------------------------
+
+
+def published(folder, num_classes: int, cfg: dict, **config) -> torch.nn.Module:
+    """A model of timm's in timm's hub form."""
+    name = "test_efficientnet"
+    model = timm.create_model(name, num_classes=num_classes).eval()
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config |= {"architecture": name, "num_classes": num_classes, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+CFG = {
+    "input_size": [3, 48, 48],
+    "crop_pct": 0.75,
+    "crop_mode": "squash",
+    "interpolation": "bilinear",
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.2, 0.3],
+}
+
+
+def test_a_published_model_comes_with_its_own_data_configuration(image, tmp_path):
+    model = published(tmp_path / "model", 3, CFG, label_names=NAMES)
+    classifier = inference.load_for_inference(tmp_path / "model")
+    assert classifier.class_names == NAMES and not classifier.model.training
+    # As timm itself prepares images for it.
+    data = timm.data.resolve_data_config(pretrained_cfg=CFG)
+    expected = timm.data.create_transform(**data, is_training=False)(image)
+    torch.testing.assert_close(classifier.transform(image), expected, atol=1e-6, rtol=0)
+    assert torch.equal(classifier.model(expected[None]), model(expected[None]))
+    with pytest.raises(CheckpointError, match="no moving average"):
+        inference.load_for_inference(tmp_path / "model", ema=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "names"),
+    [
+        (3, {}, ["class 0", "class 1", "class 2"]),
+        (3, {"label_names": {"0": "a", "2": "c"}}, ["a", "class 1", "c"]),
+        (1000, {}, ["tench", "goldfish", "great white shark"]),
+        (1000, {"label_names": [f"n{i}" for i in range(1000)]}, ["n0", "n1", "n2"]),
+    ],
+)
+def test_class_names_of_published_models(tmp_path, count, given, names):
+    published(tmp_path / "model", count, CFG, **given)
+    found = inference.load_for_inference(tmp_path / "model").class_names
+    assert len(found) == len(set(found)) == count and found[:3] == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({}, {"label_names": ["a", "b"]}, "has 3 classes and 2 label_names"),
+        ({"input_size": [3, 48, 32]}, {}, "only square ones"),
+    ],
+)
+def test_published_models_that_cannot_be_used_are_refused(tmp_path, changes, given, message):
+    published(tmp_path / "model", 3, CFG | changes, **given)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/model.*{message}"):
+        inference.load_for_inference(tmp_path / "model")
+
+
+def test_a_checkpoint_of_a_published_architecture_needs_no_published_weights(tmp_path, image):
+    model = published(tmp_path / "model", 3, CFG)
+    weights = {name: 0.5 * x for name, x in model.state_dict().items()}
+    content = {
+        "model": weights,
+        "config": {"model": f"local-dir:{tmp_path}/model"},
+        "class_names": NAMES,
+        "preprocessing": PREPROCESSING.to_dict(),
+    }
+    save_checkpoint(tmp_path / "best.pth", content)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    classifier = inference.load_for_inference(tmp_path / "best.pth")
+    model.load_state_dict(weights)
+    x = classifier.transform(image)[None]
+    assert torch.equal(classifier.model(x), model(x))
+    (tmp_path / "model" / "config.json").unlink()
+    message = "weights are here, but the architecture is read from the config.json of local-dir"
+    with pytest.raises(CheckpointError, match=message):
+        inference.load_for_inference(tmp_path / "best.pth")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="without config.json: name a checkpoint in it"):
+        inference.load_for_inference(tmp_path)

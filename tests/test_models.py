@@ -1,5 +1,7 @@
 """DeiT against timm's implementation, and every registered model."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -10,7 +12,15 @@ from tiny_models import randomise
 from torch import nn
 
 from architectures.summary import summarise
-from models import Attention, DistilledVisionTransformer, VisionTransformer, resolve_name
+from models import (
+    Attention,
+    DistilledVisionTransformer,
+    LayerScaleBlock,
+    ParallelBlock,
+    ParallelLayerScaleBlock,
+    VisionTransformer,
+    resolve_name,
+)
 
 PUBLISHED = [
     "deit_tiny_patch16_224",
@@ -156,7 +166,8 @@ def test_layers_for_layer_decay():
         "head_dist.bias": 4,
     }
     assert {name: layers[name] for name in expected} == expected
-    assert model.no_weight_decay() >= {"pos_embed", "cls_token", "dist_token"}
+    # As in DeiT's repository, where the distillation token decays.
+    assert model.no_weight_decay() == {"pos_embed", "cls_token"}
 
 
 def test_heads_can_be_replaced():
@@ -171,8 +182,8 @@ def test_heads_can_be_replaced():
     torch.testing.assert_close(plain.forward_head(tokens, pre_logits=True), tokens[:, 0])
     features = DistilledVisionTransformer(**SMALL).forward_head(tokens, pre_logits=True)
     torch.testing.assert_close(features, tokens[:, :2].mean(1))
-    with pytest.raises(ValueError, match="avg"):
-        plain.reset_classifier(5, "avg")
+    with pytest.raises(ValueError, match="max"):
+        plain.reset_classifier(5, "max")
 
 
 def test_another_size_is_refused():
@@ -180,6 +191,67 @@ def test_another_size_is_refused():
         VisionTransformer(**SMALL)(images(48, 32))
     with pytest.raises(ValueError, match="40×32 pixels can't be cut into patches of 16"):
         VisionTransformer(**(SMALL | {"img_size": (40, 32)}))
+
+
+# --- DeiT III -----------------------------------------------------------------------------------
+
+
+def branch(block: nn.Module, x: torch.Tensor, norm: str, layer: str, gamma: str) -> torch.Tensor:
+    """One of the results that a block adds to ``x``."""
+    result = getattr(block, layer)(getattr(block, norm)(x))
+    return result * getattr(block, gamma) if hasattr(block, gamma) else result
+
+
+@pytest.mark.parametrize("kind", [LayerScaleBlock, ParallelBlock, ParallelLayerScaleBlock])
+def test_blocks_follow_the_formula(kind):
+    block, x = kind(12, num_heads=3), torch.randn(2, 5, 12)
+    if hasattr(block, "gamma_1"):
+        assert torch.equal(block.gamma_2, torch.full((12,), 1e-4))
+    randomise(block)
+    y = x + branch(block, x, "norm1", "attn", "gamma_1")
+    if kind is not LayerScaleBlock:
+        y = y + branch(block, x, "norm11", "attn1", "gamma_1_1")
+    z = y + branch(block, y, "norm2", "mlp", "gamma_2")
+    if kind is not LayerScaleBlock:
+        z = z + branch(block, y, "norm21", "mlp1", "gamma_2_1")
+    torch.testing.assert_close(block(x), z)
+    dropping = kind(12, num_heads=3, drop_path=1 - 1e-6)  # nothing but the way around
+    torch.testing.assert_close(dropping(x), x)
+    assert not torch.allclose(dropping.eval()(x), x, atol=1e-6)
+
+
+def test_a_model_of_deit_3():
+    model = timm.create_model(
+        "deit_small_patch16_LS", img_size=32, depth=3, drop_rate=0.5, drop_path_rate=0.2
+    )
+    assert [block.drop_path.drop_prob for block in model.blocks] == [0.2] * 3
+    rates = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p}
+    assert rates == {"head_drop": 0.5}
+    assert model.pos_embed.shape == (1, 4, 384)  # the class token has none
+    x, tokens = images(), []
+    model.blocks[0].register_forward_pre_hook(lambda _, arguments: tokens.append(arguments[0]))
+    model.eval()(x)
+    assert torch.equal(tokens[0][:, :1], model.cls_token.expand(2, -1, -1))
+    torch.testing.assert_close(tokens[0][:, 1:], model.patch_embed(x) + model.pos_embed)
+
+
+def test_deit_3_has_the_published_weights():
+    """timm has a name for each size of the images; here that is a part of the tag."""
+    timms = timm.list_pretrained("deit3_*")
+    for theirs in timms:
+        shape, size, tag = re.fullmatch(r"deit3_(\w+)_(\d+)\.(\w+)", theirs).groups()
+        ours = f"deit_{shape}_LS.{tag}" + ("_384" if size == "384" else "")
+        cfg, expected = timm.get_pretrained_cfg(ours), timm.get_pretrained_cfg(theirs)
+        differing = {key for key, value in vars(expected).items() if vars(cfg)[key] != value}
+        assert differing <= {"architecture", "tag"}
+        assert cfg.hf_hub_id == f"timm/{theirs}"
+        with torch.device("meta"):
+            model, published = timm.create_model(ours), timm.create_model(theirs)
+        assert model.patch_embed.img_size == published.patch_embed.img_size
+        counts = [sum(p.numel() for p in m.parameters()) for m in (model, published)]
+        assert counts[0] == counts[1]
+    assert len(timm.list_pretrained("deit_*_LS*")) == len(timms) == 16
+    assert timm.get_pretrained_cfg("deit_small_patch16_LS").tag == "fb_in1k"
 
 
 # --- every registered model -----------------------------------------------------------------------
@@ -192,7 +264,7 @@ REGISTERED = timm.list_models(module="models", exclude_filters="tiny_test_*")
 
 def test_the_family_is_registered():
     assert set(PUBLISHED) < set(TRANSFORMERS)
-    assert len(TRANSFORMERS) == 13 and len(CAIT) == 10
+    assert len(TRANSFORMERS) == 33 and len(CAIT) == 10
     assert set(REGISTERED) == set(TRANSFORMERS)
     small = {"resnet18_cifar", "resnet34_cifar", "simple_cnn", "modern_lenet"}
     assert set(timm.list_models(module="small")) == small
@@ -200,8 +272,11 @@ def test_the_family_is_registered():
 
 @pytest.mark.parametrize("name", TRANSFORMERS + CAIT)
 def test_transformer_learns_at_two_sizes(name):
-    for size in (32, 48):
-        model = timm.create_model(name, num_classes=5, img_size=size, depth=1, drop_path_rate=0.1)
+    patch = 14 if "patch14" in name else 16
+    width = {"embed_dim": 48, "num_heads": 4} if "_LS" in name else {}
+    for size in (2 * patch, 3 * patch):
+        shape = {"img_size": size, "depth": 1} | width
+        model = timm.create_model(name, num_classes=5, drop_path_rate=0.1, **shape)
         outputs = model(images(size))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         assert all(y.shape == (2, 5) for y in outputs)

@@ -1,5 +1,7 @@
 """run_with_submitit.py, with and without a real SLURM of two virtual nodes (slurm/cluster.py)."""
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -9,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
+import holding
 import pytest
 import yaml
-from runs import ROOT, assert_equal, newest
+from runs import PATIENCE, ROOT, assert_equal, newest
 
 import main
 import run_with_submitit
@@ -21,12 +25,12 @@ from checkpointing.folder import checkpoints_in
 from errors import UserError
 from tests.slurm.cluster import Cluster, missing
 
-TIMEOUT = 300  # seconds until a job that does nothing more is a failure
 RUN = (
     *("--data-set", "DIGITS", "--model", "deit_nano_patch4_32", "--input-size", "8"),
-    *("--batch-size", "64", "--num-workers", "0", "--epochs", "5", "--warmup-epochs", "1"),
+    *("--batch-size", "64", "--num-workers", "0", "--epochs", "3", "--warmup-epochs", "1"),
     *("--aa", "none", "--no-repeated-aug", "--no-tensorboard", "--lr", "0.01", "--device", "cpu"),
 )
+UPDATES = 11  # of an epoch of RUN, by two processes
 CPU_NODES = ("--ngpus", "0", "--cpus-per-task", "2")
 # SLURM's signals reach the workers too.
 WORKER = ("--num-workers", "1")
@@ -52,7 +56,7 @@ def undisturbed(cluster, tmp_path_factory) -> dict:
     code, shown = launch(cluster, "--shared-dir", str(shared), *options, *RUN)
     assert code == 0, shown
     assert "1 node(s) × 2 process(es)" in shown
-    assert "64 × 2 process(es)" in shown and "epoch 5/5" in shown
+    assert "64 × 2 process(es)" in shown and "epoch 3/3" in shown
     assert "Traceback" not in shown
     return newest(output(shown))
 
@@ -70,17 +74,17 @@ def array(cluster, tmp_path_factory) -> str:
     return shown
 
 
-def launch(cluster: Cluster, *argv: str) -> tuple[int, str]:
-    """Exit code and output of run_with_submitit.py."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "run_with_submitit.py", *argv],
-        env=cluster.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    return done.returncode, done.stdout
+def launch(cluster: Cluster, *argv: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of run_with_submitit.py; the job gets ``environment`` too."""
+    shown = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, cluster.env | environment),
+        mock.patch.object(run_with_submitit, "POLL_SECONDS", 0.2),
+        contextlib.redirect_stdout(shown),
+        contextlib.redirect_stderr(shown),
+    ):
+        code = run_with_submitit.main(argv)
+    return code, shown.getvalue()
 
 
 def said(what: str, shown: str) -> list[str]:
@@ -92,16 +96,25 @@ def output(shown: str) -> Path:
 
 
 def wait_until(true: Callable[[], object], what: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, what()
         time.sleep(0.1)
 
 
+def has_ended(cluster: Cluster, job: str) -> bool:
+    return cluster.show(job)["JobState"] in (*run_with_submitit.FAILED, "COMPLETED")
+
+
 def wait_for_end(cluster: Cluster, job: str) -> dict[str, str]:
-    ended = (*run_with_submitit.FAILED, "COMPLETED")
-    wait_until(lambda: cluster.show(job)["JobState"] in ended, lambda: cluster.show(job))
+    wait_until(lambda: has_ended(cluster, job), lambda: cluster.show(job))
     return cluster.show(job)
+
+
+def wait_for_hold(cluster: Cluster, shown: str, marks: Path, number: int) -> None:
+    """Until the job is held for the ``number``-th time; a failure as soon as it has ended."""
+    [job] = said("job", shown)
+    holding.wait_for_hold(marks, number, lambda: has_ended(cluster, job), lambda: logs(shown))
 
 
 def logs(shown: str) -> str:
@@ -118,17 +131,18 @@ def test_two_nodes_requeued_twice_end_with_the_weights_of_the_undisturbed_run(
     cluster, undisturbed, tmp_path, request
 ):
     """One task per node; requeued after SLURM's warning, then by an administrator."""
-    options = ("--nodes", "2", "--shared-dir", str(tmp_path), *CPU_NODES)
-    code, shown = launch(cluster, *options, *RUN, *WORKER)
+    options = ("--nodes", "2", "--shared-dir", str(tmp_path), *CPU_NODES, *holding.OPTIONS)
+    # Three steps into the second epoch, and into the third.
+    held = holding.variables(tmp_path, UPDATES + 3, UPDATES)
+    code, shown = launch(cluster, *options, *RUN, *WORKER, **held)
     assert code == 0, shown
     [job] = said("job", shown)
     folder = output(shown)
     assert folder == tmp_path / "jobs" / job / "output"
-    wait_until(lambda: list(folder.glob("checkpoint-0001*")), lambda: logs(shown))
+    wait_for_hold(cluster, shown, tmp_path, 0)
     cluster.run("scancel", "--signal=USR2", job)
-    wait_until(lambda: cluster.show(job)["Restarts"] == "1", lambda: logs(shown))
     request.getfixturevalue("array")  # has the machine while this job waits for its turn
-    wait_until(lambda: list(folder.glob("checkpoint-0002*")), lambda: logs(shown))
+    wait_for_hold(cluster, shown, tmp_path, 1)
     cluster.run("scontrol", "requeue", job)
     state = wait_for_end(cluster, job)
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), logs(shown)
@@ -138,7 +152,7 @@ def test_two_nodes_requeued_twice_end_with_the_weights_of_the_undisturbed_run(
     assert len(re.findall(r"^resumed ", text, re.M)) == 2
     assert "Traceback" not in text
     epochs = re.findall(r'"epoch": (\d+)', (folder / "log.txt").read_text())
-    assert epochs == [str(epoch) for epoch in range(5)]
+    assert epochs == [str(epoch) for epoch in range(3)]
     for part in ("model", "model_ema"):
         assert_equal(newest(folder)[part], undisturbed[part], part)
 
@@ -156,20 +170,19 @@ def test_array_of_two_configs(cluster, array):
 
 @needs_slurm
 def test_scancel_leaves_a_checkpoint_and_ends_the_job(cluster, tmp_path):
-    options = ("--nodes", "2", "--job-dir", str(tmp_path), *CPU_NODES)
-    endless = ("--epochs", "10000", "--save-every", "10000")
-    code, shown = launch(cluster, *options, *RUN, *WORKER, *endless)
+    options = ("--nodes", "2", "--job-dir", str(tmp_path), *CPU_NODES, *holding.OPTIONS)
+    held = holding.variables(tmp_path, UPDATES + 3)
+    code, shown = launch(cluster, *options, *RUN, *WORKER, **held)
     assert code == 0, shown
     [job] = said("job", shown)
-    wait_until(lambda: "epoch 1/" in logs(shown), lambda: logs(shown))
+    wait_for_hold(cluster, shown, tmp_path, 0)
     cluster.run("scancel", job)
     state = wait_for_end(cluster, job)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
-    wait_until(lambda: "saved" in logs(shown), lambda: logs(shown))
+    wait_until(lambda: not cluster.run("squeue", "--noheader", "-j", job), lambda: logs(shown))
     saved = Path(re.search(r"saved (\S+)", logs(shown))[1])
     assert saved == checkpoints_in(output(shown))[0]
-    assert load_checkpoint(saved)["progress"]["update"] >= 11
-    wait_until(lambda: not cluster.run("squeue", "--noheader", "-j", job))
+    assert load_checkpoint(saved)["progress"]["update"] == UPDATES + 3
 
 
 @needs_slurm
@@ -201,7 +214,7 @@ def test_local_executor(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "64 × 1 process(es)" in done.stdout and "epoch 2/2" in done.stdout

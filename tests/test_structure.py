@@ -16,13 +16,13 @@ LAYERS = (
     ("utils", "cait_models"),
     ("models", "distributed", "samplers"),
     ("augmentation", "checkpointing"),
-    ("pipeline", "losses", "optimization"),
+    ("pipeline", "losses", "teachers", "optimization"),
     ("datasets", "inference"),
     ("engine",),
     ("loggers",),
     ("training",),
     ("main",),
-    ("tools", "run_with_submitit"),
+    ("tools", "run_with_submitit", "hubconf"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # They use the project, and are no part of it.

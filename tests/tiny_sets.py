@@ -1,5 +1,6 @@
 """Data sets of a few images with known pixels: what the tests of the pipeline share."""
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def save(path: Path, seed: int = 0, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise(seed)).save(path, **options)
     return path
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write uint8 values in MNIST's format, gzipped where the name says so; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    with gzip.open(path, "wb", 1) if path.suffix == ".gz" else open(path, "wb") as file:
+        file.write(header + array.tobytes())
 
 
 def expected(seed: int) -> torch.Tensor:

@@ -1,11 +1,39 @@
-"""Write ``docs/options.md`` anew from ``config/options.py``: ``python -m tools.docs``."""
+"""Write the generated parts of the documents anew: ``python -m tools.docs``.
 
+``docs/options.md`` is made from ``config/options.py``; the tables in docs/coming-from-deit.md and
+docs/coming-from-timm.md, from ``config/peer_options/``.
+"""
+
+import re
 from pathlib import Path
 
 import config
 
-PATH = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+# A table stands between these two lines; its name is in the first.
+TABLE = re.compile(r"(<!-- options: (\w+)( launcher)? -->\n).*?(<!-- end of options -->)", re.S)
+
+
+def pages() -> dict[Path, str]:
+    """Each page that is generated, or holds something generated, as it must be."""
+    found = {DOCS / "options.md": config.options_table()}
+    for peer in config.PEERS:
+        path = DOCS / f"coming-from-{peer}.md"
+        found[path] = with_tables(path.read_text(encoding="utf-8"))
+    return found
+
+
+def with_tables(text: str) -> str:
+    """``text`` with the tables that its comments name between them."""
+
+    def filled(found: re.Match[str]) -> str:
+        head, peer, launcher, end = found.groups()
+        return f"{head}\n{config.peer_table(peer, launcher=bool(launcher))}\n{end}"
+
+    return TABLE.sub(filled, text)
+
 
 if __name__ == "__main__":
-    PATH.write_text(config.options_table(), encoding="utf-8")
-    print(f"wrote {PATH}")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")

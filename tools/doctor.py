@@ -315,7 +315,7 @@ def _carry_out(arguments: argparse.Namespace) -> int:
     config: Config = arguments.config
     # Each update is timed; the other options stay those of the run.
     config = config.replace("doctor", log_interval=1)
-    with single_process(config) as (processes, device):
+    with single_process(config) as (config, processes, device):
         problems = examine(PlannedRun(config, processes, device, output_folder(config)))
     if not problems:
         print("ready")

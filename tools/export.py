@@ -1,4 +1,5 @@
-"""Write a trained model for use elsewhere: ONNX, TorchScript, torch.export, safetensors, int8 ONNX.
+"""Write a trained model for use elsewhere: ONNX, TorchScript, torch.export, safetensors, int8 ONNX,
+timm's hub form.
 
 Class names and preprocessing travel in each file. Each file is opened again and compared with the
 model on the run's validation images.
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import inference
-from errors import UserError
+from errors import OptionError, UserError
+from loggers import CURVES_FILE
 from tools.common import command, trained
+from tools.hub import card, folder, push
 
 TOLERANCE = 1e-4  # largest difference of a logit, for formats that keep every digit
 INPUT, OUTPUT = "images", "logits"
@@ -59,6 +62,7 @@ class Row(NamedTuple):
 # Each writes the CPU model (in evaluation mode) of square images, whose number may vary.
 
 Metadata = Mapping[str, str]
+Writer = Callable[[nn.Module, Tensor, Path, Metadata], None]
 
 
 def to_onnx(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
@@ -145,7 +149,8 @@ def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: Metadata) -> None:
     onnx.save(proto, path)
 
 
-WRITERS = {
+HUB = "hub"  # a folder; what it is made of, beside the model: tools.hub
+WRITERS: Mapping[str, Writer] = {
     "onnx": to_onnx,
     "torchscript": to_torchscript,
     "program": to_program,
@@ -159,6 +164,7 @@ SUFFIXES = {
     "safetensors": ".safetensors",
     "int8-dynamic": ".int8-dynamic.onnx",
     "int8-static": ".int8-static.onnx",
+    HUB: ".hub",
 }
 
 
@@ -166,7 +172,9 @@ SUFFIXES = {
 
 
 def opened(path: Path) -> Callable[[Tensor], Tensor]:
-    """The model in an exported file, on the CPU."""
+    """The model in an exported file or folder, on the CPU."""
+    if path.is_dir():
+        return folder.opened(path)
     if path.suffix == ".torchscript":
         return torch.jit.load(str(path), map_location="cpu")
     if path.suffix == ".pt2":
@@ -187,11 +195,18 @@ def compare(
     return Row(
         format,
         str(path),
-        path.stat().st_size,
+        _size(path, model),
         _milliseconds(model, images.images[:_TIMED]),
         difference,
         accuracy,
     )
+
+
+def _size(path: Path, model: Callable[[Tensor], Tensor]) -> int:
+    """Bytes of a file or folder; of a published model by name, those of its tensors."""
+    if path.exists():
+        return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
+    return sum(x.nbytes for x in model.state_dict().values())
 
 
 def _milliseconds(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
@@ -214,6 +229,7 @@ def export(
     formats: Sequence[str],
     images: Images,
     wanted: Tensor,
+    writers: Mapping[str, Writer] = WRITERS,
 ) -> Iterator[Row]:
     """Write ``stem`` with each format's suffix, one after the other, each compared.
 
@@ -224,6 +240,7 @@ def export(
         formats: keys of SUFFIXES.
         images: to compare on, and to find the int8 ranges.
         wanted: (N, C), the model's logits for them.
+        writers: of the formats that keep every digit.
 
     Raises:
         UserError: the model can't be written so, or what was written answers differently.
@@ -237,8 +254,8 @@ def export(
         for format in formats:
             path = stem.with_name(stem.name + SUFFIXES[format])
             with _explained(format, path), _quiet():
-                if format in WRITERS:
-                    WRITERS[format](model, example, path, metadata)
+                if format in writers:
+                    writers[format](model, example, path, metadata)
                 else:
                     if not floating.exists():
                         to_onnx(model, example, floating, metadata)
@@ -246,8 +263,8 @@ def export(
                 written = opened(path)
             row = compare(format, path, written, images, wanted)
             scale = max(1.0, float(wanted.abs().max()))
-            if format in WRITERS and not row.difference <= TOLERANCE * scale:
-                path.unlink()
+            if format in writers and not row.difference <= TOLERANCE * scale:
+                folder.remove(path) if path.is_dir() else path.unlink()
                 raise UserError(f"{path} would answer otherwise, by {row.difference:.1e}: removed")
             yield row
 
@@ -296,6 +313,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--images", type=command.positive, default=256, help="how many to compare on"
     )
     trained.add_data_arguments(parser)
+    hub = parser.add_argument_group("--format hub")
+    hub.add_argument("--license", help="of the model card, as apache-2.0 (default: none is stated)")
+    hub.add_argument("--push", metavar="OWNER/NAME", help="upload to the Hugging Face hub")
+    hub.add_argument("--private", action="store_true", help="make the repository a private one")
     parser.set_defaults(device="cpu")
     return parser
 
@@ -303,23 +324,49 @@ def get_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.model.endswith(".onnx"):
         raise UserError(f"{arguments.model} is an export already: name the checkpoint")
+    _check_hub_options(arguments)
     model = trained.open_model(arguments)
     model.classifier.model.cpu()
     images = _images(arguments, model)
-    source = Path(arguments.model)
-    folder = arguments.output or source.parent / "export"
+    source = trained.stem(arguments.model)
+    output = arguments.output or source.parent / "export"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+        raise UserError(f"{output} can't be written: {error.strerror}") from None
     metadata = inference.metadata_of(model.content)
     bare = model.classifier.model
     wanted = answers(bare, images.images)
     print(f"{'format':<14}{'MiB':>8}{'ms/image':>12}{'difference':>12}{'top-1':>9}  file")
-    print(_shown(compare("checkpoint", source, bare, images, wanted)))
-    stem = folder / source.stem
-    for row in export(bare, metadata, stem, arguments.formats, images, wanted):
+    print(_shown(compare("checkpoint", Path(arguments.model), bare, images, wanted)))
+    stem = output / source.name
+    writers = {**WRITERS, HUB: folder.writer(_run_of(arguments, model, source), arguments.push)}
+    for row in export(bare, metadata, stem, arguments.formats, images, wanted, writers):
         print(_shown(row), flush=True)
+    if arguments.push:
+        written = stem.with_name(stem.name + SUFFIXES[HUB])
+        print(f"pushed: {push.push(written, arguments.push, private=arguments.private)}")
+
+
+def _check_hub_options(arguments: argparse.Namespace) -> None:
+    for name in ("license", "push", "private"):
+        if getattr(arguments, name) and HUB not in arguments.formats:
+            raise OptionError(name, f"is for --format {HUB}: add that")
+    if arguments.private and not arguments.push:
+        raise OptionError("private", "is for --push: add that")
+    if arguments.push:
+        push.check(arguments.push)
+
+
+def _run_of(arguments: argparse.Namespace, model: trained.Trained, source: Path) -> card.Run:
+    """What a model card tells of the model, which lies at ``source`` beside its run's files."""
+    curves = source.parent / CURVES_FILE
+    return card.Run(
+        Path(arguments.push).name if arguments.push else source.absolute().parent.name,
+        model.content,
+        curves if curves.is_file() else None,
+        arguments.license,
+    )
 
 
 def _images(arguments: argparse.Namespace, model: trained.Trained) -> Images:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import config
 import inference
 from checkpointing.files import weights_of
 from errors import UserError, first_names
 from tools.common import command, trained
+from tools.common.recipe import is_off_default
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,8 @@ class Gradient(NamedTuple):
 
 def summary(path: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values: size, place in training, metrics, options off their defaults, parts."""
-    found: dict[str, Any] = {"file": path, "bytes": _size(Path(path).expanduser())}
+    found: dict[str, Any] = {"file": path}
+    found |= {"bytes": size} if (size := _size(Path(path).expanduser())) else {}
     progress = content.get("progress")
     if isinstance(progress, Mapping):
         found |= {name: progress.get(name) for name in ("epoch", "samples", "update")}
@@ -68,16 +69,9 @@ def summary(path: str, content: Mapping[str, Any]) -> dict[str, Any]:
     if content.get("class_names"):
         found["classes"] = list(content["class_names"])
     if isinstance(content.get("config"), Mapping):
-        found["options"] = {k: v for k, v in content["config"].items() if _is_off_default(k, v)}
+        found["options"] = {k: v for k, v in content["config"].items() if is_off_default(k, v)}
     found["parts"] = {name: _bytes(value) for name, value in content.items() if _bytes(value)}
     return found
-
-
-def _is_off_default(name: str, value: object) -> bool:
-    if not config.is_option(name):
-        return True
-    default = config.by_name(name).default
-    return value != (list(default) if isinstance(default, tuple) else default)
 
 
 def _size(path: Path) -> int:

@@ -139,7 +139,7 @@ def find(config: Config, lowest: float, highest: float, updates: int, rule: str)
     make_writable(folder)
     # Every update is looked at, and a loss that isn't finite ends the test.
     tested = config.replace("lr_find", log_interval=1, on_nonfinite="stop", rollback_fp32_steps=0)
-    with single_process(tested) as (processes, device):
+    with single_process(tested) as (tested, processes, device):
         trial = Trial(tested, processes, device)
         rates, losses = range_test(trial, lowest, highest, updates)
         batch = effective_batch(config, processes)

@@ -214,7 +214,7 @@ def diagnose(config: Config, updates: int) -> bool:
         cache="none",
     )
     config = overfitting(config)
-    with single_process(config) as (processes, device):
+    with single_process(config) as (config, processes, device):
 
         def attempt(tried: Config) -> tuple[Trial, Outcome]:
             trial = Trial(tried, processes, device)

@@ -368,7 +368,7 @@ def _run(arguments: argparse.Namespace) -> None:
     model = trained.open_model(arguments)
     loader = trained.loader(arguments, model)
     answers = collect_answers(model.classifier, loader, model.device, flip=arguments.flip)
-    beside = Path(arguments.model).parent
+    beside = trained.stem(arguments.model).parent
     folder = arguments.output or beside / "report"
     content = write(
         folder,

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,22 @@ from torch import nn
 import engine
 import losses
 import models
+import teachers
 import utils
 from architectures.factory import wants_channels_last
 from architectures.summary import ModelSummary
 from architectures.talking_heads import Choice, set_path
-from architectures.weights import load_pretrained_weights
+from architectures.weights import PartialWeightsError, load_pretrained_weights
 from augmentation.mixing import Mixer
 from augmentation.transforms import Preprocessing
 from cait_models import Attention_talking_head
-from checkpointing.files import load_checkpoint, weights_of
+from checkpointing.files import weights_of
 from config import Config
 from distributed.batch_norm import synchronise_batch_norm
 from distributed.processes import Processes
 from distributed.wrapping import replicate, shard
 from errors import OptionError
+from inference import read_content
 from optimization.ema import ModelEma
 from optimization.freezing import Freezer
 from optimization.optimizer import build_optimizer, scaled_lr
@@ -34,6 +36,7 @@ from optimization.schedule import build_schedule
 from optimization.state import Progress, TrainState
 from pipeline.sources.registry import default_normalization
 from training.data import Data
+from training.image_options import evaluation_crop_ratio, three_values
 from training.peaks import device_peak
 
 log = logging.getLogger(__name__)
@@ -84,15 +87,8 @@ def build_model(
         required=config.explicit(),
     )
     choose_talking_heads(model, options.talking_heads)
-    started_from = resumed or {}
     if options.finetune and resumed is None:
-        started_from = load_checkpoint(options.finetune)
-        report = load_pretrained_weights(model, weights_of(started_from))
-        log.info("finetune %s: %s", options.finetune, report.summary())
-        if config.run.eval and (report.missing or report.skipped):
-            raise OptionError(
-                "finetune", "these weights don't fill the model, there is nothing to evaluate yet"
-            )
+        _start_from(model, options.finetune, options.allow_partial, evaluate=config.run.eval)
     if config.dist.sync_bn and dist.is_initialized() and not config.run.eval:
         model = synchronise_batch_norm(model, device)
     channels_last = _channels_last(config, model)
@@ -100,7 +96,28 @@ def build_model(
     if not config.dist.fsdp or config.run.eval:
         # A model that is to be sharded may be too large for one device.
         model.to(device, memory_format=layout)
-    return model, _preprocessing(config, model, started_from)
+    return model, _preprocessing(config, model, resumed or {})
+
+
+def _start_from(model: nn.Module, source: str, allow_partial: bool, *, evaluate: bool) -> None:
+    """``--finetune``: fill ``model`` from a checkpoint, and say with what.
+
+    OptionError unless all is filled that has to be: to ``evaluate``, everything.
+    """
+    weights = weights_of(read_content(source))
+    try:
+        report = load_pretrained_weights(model, weights)
+    except PartialWeightsError as error:
+        if evaluate or not allow_partial:
+            hint = "" if evaluate else " (--allow-partial starts with what fits)"
+            raise OptionError("finetune", f"{source}: {error}{hint}") from None
+        log.warning("finetune %s: %s", source, error)
+        report = load_pretrained_weights(model, weights, allow_partial=True)
+    log.info("finetune %s: %s", source, report.summary())
+    if evaluate and (report.missing or report.skipped):
+        raise OptionError(
+            "finetune", "these weights don't fill the model, there is nothing to evaluate yet"
+        )
 
 
 def choose_talking_heads(model: nn.Module, choice: Choice) -> None:
@@ -110,29 +127,22 @@ def choose_talking_heads(model: nn.Module, choice: Choice) -> None:
     set_path(choice)
 
 
-def _preprocessing(config: Config, model: nn.Module, started_from: dict[str, Any]) -> Preprocessing:
-    """Normalisation as asked for, else of the weights to start from, else of the data set."""
-    saved = started_from.get("preprocessing")
+def _preprocessing(config: Config, model: nn.Module, resumed: dict[str, Any]) -> Preprocessing:
+    """As asked for; normalisation else as the run began, of the data set, or of the model."""
     own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    saved = resumed.get("preprocessing")
     if saved is not None:
         mean, std = tuple(saved["mean"]), tuple(saved["std"])
-    elif config.model.pretrained or config.model.finetune:
-        mean, std = own
     else:
         mean, std = default_normalization(config.data.data_set) or own
-    mean, std = config.data.mean or mean, config.data.std or std
     return Preprocessing(
         input_size=config.model.input_size,
-        crop_ratio=config.data.eval_crop_ratio,
-        interpolation="bicubic",
-        mean=three_values(mean),
-        std=three_values(std),
+        crop_ratio=evaluation_crop_ratio(config),
+        interpolation=config.data.interpolation,
+        mean=three_values(config.data.mean or mean),
+        std=three_values(config.data.std or std),
+        crop_mode=config.data.crop_mode,
     )
-
-
-def three_values(values: Sequence[float]) -> tuple[float, ...]:
-    """One value for each colour."""
-    return tuple(values) * (3 // len(values))
 
 
 def build_criterion(
@@ -150,12 +160,11 @@ def build_criterion(
         counts = torch.bincount(
             torch.as_tensor(data.train.targets), minlength=len(data.class_names)
         )
-    teacher = losses.build_teacher(
+    teacher = teachers.build_teacher(
         config.loss,
         num_classes=len(data.class_names),
-        input_size=config.model.input_size,
+        preprocessing=preprocessing,
         class_names=data.class_names,
-        normalization=(preprocessing.mean, preprocessing.std),
     )
     criterion = losses.build_criterion(
         config.loss, num_classes=len(data.class_names), class_counts=counts, teacher=teacher

@@ -1,8 +1,7 @@
 """``--eval``: evaluate a checkpoint, or weights from elsewhere, on a validation set."""
 
-import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,19 +10,22 @@ from torch import nn
 import engine
 import inference
 import utils
-from architectures.factory import wants_channels_last
+from architectures.factory import has_published_weights, published_cfg, wants_channels_last
 from augmentation.transforms import Preprocessing, build_transform
-from checkpointing.files import load_checkpoint
+from checkpointing.files import class_names_of, load_checkpoint, weights_of
 from checkpointing.folder import BEST, load_newest
 from config import CHECKPOINT, DEFAULT, Config
 from distributed.processes import Processes, main_process_first, on_main_process
-from errors import DataError, OptionError, first_names
+from errors import DataError, OptionError
 from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, write_per_class
-from optimization.counts import Evaluation
+from optimization.counts import Evaluation, RealCounts
 from pipeline.dataset import Batch, ImageDataset, build_dataset
 from pipeline.progress import ProgressBar
-from training.build import build_model, compiled, three_values
+from pipeline.sources.registry import validation_classes
+from training.build import build_model, compiled
 from training.data import build_val_loader
+from training.image_options import asked_preprocessing
+from training.label_space import LabelSpace, ModelClasses, label_space, real_labels
 from training.resume import make_writable, output_folder
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,9 @@ class _Candidates(NamedTuple):
     """The model, and its moving average if there is one, by the name in messages."""
     data_set: ImageDataset
     """The validation set, as these models see it."""
-    class_names: list[str]
+    classes: ModelClasses
+    space: LabelSpace
+    """Which outputs of the models the classes of the set are."""
 
 
 def evaluate_checkpoint(config: Config, processes: Processes, device: torch.device) -> int:
@@ -48,6 +52,9 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
     folder = output_folder(config)
     on_main_process(processes, lambda: make_writable(folder))
     found = _candidates(config, processes, device)
+    space, right = found.space, None
+    if config.data.real_labels:
+        right = real_labels(found.data_set, space, found.classes, config.data.real_labels)
     loader = build_val_loader(config, found.data_set, processes)
     channels_last = wants_channels_last(found.models["model"], config.model.channels_last)
     if channels_last:
@@ -58,113 +65,139 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
         amp=utils.amp_dtype(config.optim.amp, device),
         channels_last=channels_last,
     )
-    classes = len(found.class_names)
+    classes = len(found.data_set.classes)
     log.info("%s on %d images of %d classes", found.source, len(found.data_set), classes)
+    if space.note:
+        log.info("       %s", space.note)
     for name, model in found.models.items():
         bar = ProgressBar(f"evaluate {name}", len(loader), visible=processes.is_main)
         bad: dict[str, None] = {}
+        real = None if right is None else RealCounts(right, space.size, device)
         result = engine.evaluate(
-            compiled(config, model),
-            _noting(loader, bad),
+            space.restricted(compiled(config, model), device),
+            _noting(loader, space, bad),
             settings,
-            num_classes=classes,
+            num_classes=space.size,
             batch_size=loader.batch_size,
             shared=config.dist.dist_eval,
             progress=bar.to,
+            real=real,
         )
         bar.close()
-        _report(name, result, list(bad))
-        if processes.is_main and classes <= PER_CLASS_LIMIT:
+        _report(name, result, real, list(bad))
+        names, table = space.table(result)
+        if processes.is_main and len(names) <= PER_CLASS_LIMIT:
             path = folder / f"eval_{name.lower()}_{PER_CLASS_FILE}"
-            write_per_class(path, found.class_names, result)
+            write_per_class(path, names, table)
             log.info("       each class: %s", path)
     return 0
 
 
 def _candidates(config: Config, processes: Processes, device: torch.device) -> _Candidates:
-    """What the options name. Raises DataError if its classes are not those of the data set."""
-    class_names, content = None, None
-    if config.run.resume:
-        source, content = _checkpoint_to_evaluate(config)
-        if "config" not in content:
-            # Published weights, of the model that --model names.
-            content, config = None, config.replace("--resume", finetune=source, resume="")
-        else:
-            class_names = content.get("class_names")
+    """What the options name.
+
+    Raises DataError or OptionError if the classes of the data set are not the model's.
+    """
+    option, source, content = _weights(config)
+    whole = option == "resume" and "config" in content
+    if option == "resume" and not whole:
+        # Published weights, of the model that --model names.
+        config = config.replace("--resume", finetune=source, resume="")
+    known = _known_classes(config, option, source, content)
     with main_process_first(processes):
-        val = build_dataset(False, config.data, seed=config.run.seed, classes=class_names)
+        alone = validation_classes(config.data)
+        val = build_dataset(False, config.data, seed=config.run.seed, classes=alone)
+    if known is None:  # what the model lacks shows when the weights are loaded
+        known = ModelClasses(option, source, len(val.classes), list(val.classes))
+    space = label_space(val.classes, known, config.data)
     models: dict[str, nn.Module] = {}
-    if content is not None:
-        preprocessing = _asked_preprocessing(config, content)
-        models["model"], transform, class_names = inference.from_content(
-            content, device=device, preprocessing=preprocessing
+    if whole:
+        _refuse_other_model(config, content["config"]["model"])
+        preprocessing = asked_preprocessing(
+            config, Preprocessing.from_dict(content["preprocessing"])
         )
-        if content.get("model_ema") is not None:
-            models["EMA"] = inference.from_content(
-                content, device=device, ema=True, preprocessing=preprocessing
-            ).model
+        for name, ema in (("model", False), ("EMA", True)):
+            if not ema or content.get("model_ema") is not None:
+                models[name], transform, _ = inference.from_content(
+                    content, device=device, ema=ema, preprocessing=preprocessing
+                )
     else:
-        source, class_names = config.model.finetune or "published weights", val.classes
-        models["model"], preprocessing = build_model(config, len(class_names), device)
+        models["model"], preprocessing = build_model(config, known.count, device)
         transform = build_transform(False, preprocessing, config.augment)
-    if list(val.classes) != list(class_names):
-        raise DataError(
-            f"the classes of {config.data.data_path or config.data.data_set} "
-            f"({_all_names(val.classes)}) are not those of the model ({_all_names(class_names)})"
-        )
-    return _Candidates(source, models, val.with_transform(transform), list(class_names))
+    return _Candidates(source, models, val.with_transform(transform), known, space)
 
 
-def _report(name: str, result: Evaluation, bad: Sequence[str]) -> None:
+def _weights(config: Config) -> tuple[str, str, dict[str, Any]]:
+    """The option that names what is evaluated, what to call it, and what its file holds."""
+    if config.run.resume:
+        return "resume", *_checkpoint_to_evaluate(config)
+    if config.model.finetune:
+        return "finetune", config.model.finetune, inference.read_content(config.model.finetune)
+    return "pretrained", "published weights", {}
+
+
+def _known_classes(
+    config: Config, option: str, source: str, content: dict[str, Any]
+) -> ModelClasses | None:
+    """What is known of the classes of these weights; None where nothing is."""
+    names = class_names_of(content)
+    if names is not None:
+        return ModelClasses.of(option, source, len(names), names)
+    cfg = published_cfg(config.model.model)
+    if option == "pretrained":
+        if not has_published_weights(cfg):
+            return None
+        names, count = cfg.get("label_names"), cfg["num_classes"]
+        names = list(names.values()) if isinstance(names, Mapping) else names
+        names = names if names and len(names) == count else None
+        return ModelClasses.of(option, f"what is published as {config.model.model}", count, names)
+    weights, layers = weights_of(content), cfg["classifier"] or ()
+    layers = (layers,) if isinstance(layers, str) else layers
+    heads = [weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in weights]
+    return ModelClasses.of(option, source, len(heads[0])) if heads else None
+
+
+def _report(name: str, result: Evaluation, real: RealCounts | None, bad: Sequence[str]) -> None:
     """Say what came of an evaluation. Raises DataError if no image could be read."""
     if result.count == 0:
         raise DataError("no validation image could be read")
-    top5 = "" if result.acc5 is None else f"  top-5 {result.acc5:.3f} %"
     log.info(
-        "%-6s top-1 %.3f %%%s  loss %.4f  (%d images)",
+        "%-6s %s  loss %.4f  (%d images)",
         name,
-        result.acc1,
-        top5,
+        _accuracies(result.acc1, result.acc5),
         result.loss,
         result.count,
     )
+    if real is not None:
+        found = real.result()
+        accuracies = _accuracies(found.acc1, found.acc5)
+        log.info("       ReaL %s  (%d images with labels)", accuracies, found.count)
     if bad:
         log.warning("%d images could not be read: %s", len(bad), "; ".join(bad))
 
 
-def _noting(batches: Iterable[Batch], bad: dict[str, None]) -> Iterator[Batch]:
-    """The batches; the images that couldn't be read are noted in ``bad``."""
+def _accuracies(acc1: float, acc5: float | None) -> str:
+    return f"top-1 {acc1:.3f} %" + ("" if acc5 is None else f"  top-5 {acc5:.3f} %")
+
+
+def _noting(batches: Iterable[Batch], space: LabelSpace, bad: dict[str, None]) -> Iterator[Batch]:
+    """The batches, with targets of ``space``; images that couldn't be read are noted in ``bad``."""
     for batch in batches:
         bad |= dict.fromkeys(batch.bad)
-        yield batch
+        yield batch._replace(targets=space.translated(batch.targets))
 
 
-def _asked_preprocessing(config: Config, content: dict[str, Any]) -> Preprocessing:
-    """The checkpoint's preprocessing, but for what was asked for beside it."""
-
-    def asked(name: str) -> bool:
-        return config.origin[name] not in (DEFAULT, CHECKPOINT)
-
-    if asked("model") and config.model.model != content["config"]["model"]:
-        raise OptionError(
-            "model", f"the checkpoint holds {content['config']['model']}: leave --model out"
-        )
-    changes: dict[str, Any] = {}
-    if asked("input_size"):
-        changes["input_size"] = config.model.input_size
-    if asked("eval_crop_ratio"):
-        changes["crop_ratio"] = config.data.eval_crop_ratio
-    for name in ("mean", "std"):
-        values = getattr(config.data, name)
-        if asked(name) and values is not None:
-            changes[name] = three_values(values)
-    return dataclasses.replace(Preprocessing.from_dict(content["preprocessing"]), **changes)
+def _refuse_other_model(config: Config, held: str) -> None:
+    """Raise OptionError if ``--model`` asks for another model than the checkpoint's."""
+    asked = config.origin["model"] not in (DEFAULT, CHECKPOINT)
+    if asked and config.model.model != held:
+        raise OptionError("model", f"the checkpoint holds {held}: leave --model out")
 
 
 def _checkpoint_to_evaluate(config: Config) -> tuple[str, dict[str, Any]]:
     """The file of ``--resume``; ``auto`` is the best of the output directory, or its newest."""
     if config.run.resume != "auto":
-        return config.run.resume, load_checkpoint(config.run.resume)
+        return config.run.resume, inference.read_content(config.run.resume)
     folder = output_folder(config)
     if (folder / BEST).exists():
         return str(folder / BEST), load_checkpoint(folder / BEST)
@@ -172,7 +205,3 @@ def _checkpoint_to_evaluate(config: Config) -> tuple[str, dict[str, Any]]:
     if latest is None:
         raise OptionError("resume", f"there is no checkpoint in {folder}: name a file")
     return str(latest[0]), latest[1]
-
-
-def _all_names(names: Sequence[str]) -> str:
-    return first_names(names, 3) + (f" {len(names)} in all" if len(names) > 3 else "")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import utils
 from checkpointing.files import class_names_of, load_checkpoint, weights_of
 from checkpointing.folder import BEST, holds_run, load_newest, newer_checkpoints, set_best
+from checkpointing.published import is_published
 from config import Config
 from distributed.processes import any_process, on_main_process
 from errors import CheckpointError, OptionError
@@ -74,6 +75,12 @@ def find_start(config: Config, folder: Path) -> Start | None:
             return None
         path, content = newest
         return Start(str(path), content)
+    if config.run.resume and is_published(config.run.resume):
+        raise OptionError(
+            "resume",
+            f"{config.run.resume} is published, no run goes on from it: start from its weights "
+            "with --model NAME --pretrained",
+        )
     if config.run.resume:
         content = load_checkpoint(config.run.resume, scattered=config.dist.fsdp)
         return Start(config.run.resume, content)

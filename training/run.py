@@ -11,6 +11,7 @@ import torch
 import utils
 from architectures.summary import summarise
 from augmentation.mixing import build_mixer
+from checkpointing.folder import CONFIG_FILE
 from config import Config, to_yaml
 from distributed.processes import Processes, on_main_process
 from distributed.rendezvous import joined
@@ -21,19 +22,19 @@ from training.build import Parts, build_criterion, build_model, build_state, ste
 from training.console import setup_messages
 from training.data import build_data, build_sets
 from training.evaluation import evaluate_checkpoint
+from training.image_options import with_options_of_weights
 from training.lock import RunLock
 from training.plugins import import_plugins
 from training.resume import find_start, open_folder, output_folder, resume, start_at
 from training.signals import StopRequest
 from training.trainer import Trainer
 
-CONFIG_FILE = "config.yaml"
-
 
 def run(config: Config) -> int:
     """Train (or, with ``--eval``, evaluate) as ``config`` says; returns the exit code."""
     with joined(config.dist, config.run.device) as processes:
         device = set_up_process(config, processes)
+        config = with_options_of_weights(config, output_folder(config))
         if config.run.eval:
             return evaluate_checkpoint(config, processes, device)
         if config.run.overfit_batches:
@@ -68,7 +69,8 @@ def train(
     if probing:
         probe(parts)
     if processes.is_main:
-        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        with utils.written_whole(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
     trainer = Trainer(parts, folder, start.content.get("bad_images", ()) if start else ())
     announce_start(parts, folder)
     with StopRequest() as stop:

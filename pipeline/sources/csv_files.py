@@ -108,10 +108,23 @@ def csv_file(is_train: bool, data: "DataOptions", seed: int) -> Source:
     return source if is_train else _csv_source(val, source.classes)
 
 
-def csv_validation_part(data: "DataOptions", classes: list[str]) -> Source | None:
-    """A CSV file without a training part, for a model that knows its classes."""
+def _part_alone(data: "DataOptions") -> Path | None:
+    """The CSV file of a set without a training part; None for other sets."""
     root = data_root(data)
     if root.is_file():
-        return _csv_source(root, classes) if data.val_fraction is None else None
-    val = first_existing(root / f"{name}.csv" for name in VAL_NAMES)
-    return None if val is None or (root / "train.csv").exists() else _csv_source(val, classes)
+        return root if data.val_fraction is None else None
+    if (root / "train.csv").exists():
+        return None
+    return first_existing(root / f"{name}.csv" for name in VAL_NAMES)
+
+
+def csv_validation_part(data: "DataOptions", classes: list[str]) -> Source | None:
+    """A CSV file without a training part, for a model that knows its classes."""
+    part = _part_alone(data)
+    return None if part is None else _csv_source(part, classes)
+
+
+def csv_classes(data: "DataOptions") -> list[str] | None:
+    """The labels in the CSV file of a set without a training part; None for other sets."""
+    part = _part_alone(data)
+    return None if part is None else _csv_source(part).classes

@@ -102,12 +102,22 @@ def _scan_val(val: Path, classes: list[str], reference: str) -> FileSource:
     return source
 
 
-def folder_validation_part(data: "DataOptions", classes: list[str]) -> Source | None:
-    """Class folders of a set without a training part, for a model that knows its classes."""
+def _part_alone(data: "DataOptions") -> Path | None:
+    """Where the class folders of a set without a training part are; None for other sets."""
     root = data_root(data)
     if (root / "train").is_dir() or root.is_file():
         return None
     val = first_existing(root / name for name in VAL_NAMES)
-    if val is None and data.val_fraction is None:
-        val = root
-    return None if val is None else _scan_val(val, classes, "the model")
+    return root if val is None and data.val_fraction is None else val
+
+
+def folder_validation_part(data: "DataOptions", classes: list[str]) -> Source | None:
+    """Class folders of a set without a training part, for a model that knows its classes."""
+    part = _part_alone(data)
+    return None if part is None else _scan_val(part, classes, "the model")
+
+
+def folder_classes(data: "DataOptions") -> list[str] | None:
+    """The class folders of a set without a training part; None for other sets."""
+    part = _part_alone(data)
+    return None if part is None else _subfolders(part) or None

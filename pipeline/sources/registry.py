@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from errors import OptionError, did_you_mean
 from pipeline.sources.base import Factory, Source
 from pipeline.sources.cifar import cifar
-from pipeline.sources.csv_files import csv_file, csv_validation_part
+from pipeline.sources.csv_files import csv_classes, csv_file, csv_validation_part
 from pipeline.sources.digits import digits
-from pipeline.sources.folders import folder_validation_part, image_folder
+from pipeline.sources.folders import folder_classes, folder_validation_part, image_folder
 from pipeline.sources.hugging_face import hugging_face_set
 from pipeline.sources.idx import idx
 from pipeline.sources.inaturalist import inat
@@ -43,6 +43,12 @@ PREFIXES: dict[str, Callable[[str, bool, "DataOptions"], Source]] = {
 VALIDATION_PARTS: dict[str, Callable[["DataOptions", list[str]], Source | None]] = {
     "IMNET": folder_validation_part,
     "CSV": csv_validation_part,
+}
+
+# Their own classes, for a model that doesn't know its classes by name.
+_VALIDATION_CLASSES: dict[str, Callable[["DataOptions"], list[str] | None]] = {
+    "IMNET": folder_classes,
+    "CSV": csv_classes,
 }
 
 # Mean and std of the training images.
@@ -85,6 +91,13 @@ def open_source(
         if source is not None:
             return source
     return FACTORIES[known](is_train, data, seed)
+
+
+def validation_classes(data: "DataOptions") -> list[str] | None:
+    """Class names of a validation part that stands alone, as its files have them; None for other
+    sets, whose classes are those of the training part."""
+    find = _VALIDATION_CLASSES.get(data.data_set.upper())
+    return find(data) if find else None
 
 
 def default_normalization(data_set: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -9,6 +9,7 @@ import timm.models._builder
 import torch
 from torch import nn
 
+import models  # noqa: F401 (registers ours)
 from architectures.factory import build_model, resolve_name
 from architectures.summary import summarise
 from errors import OptionError
@@ -215,6 +216,22 @@ def test_published_weights_of_timms_other_models(hub):
     assert torch.equal(model.conv1[0].weight, published.conv1[0].weight)
     assert model.fc.out_features == 10
     assert any(type(module).__name__ == "DropPath" for module in model.modules())
+
+
+@pytest.mark.parametrize("num_classes", [1000, 10])
+def test_published_weights_that_lack_a_part(hub, num_classes):
+    """timm itself looks only where the classes are the published ones."""
+    weights = timm.create_model("resnet10t").state_dict()
+    hub["timm/resnet10t.c3_in1k"] = {n: x for n, x in weights.items() if "layer3" not in n}
+    with pytest.raises(OptionError, match="don't fill the model .*layer3") as error:
+        build_model("resnet10t", num_classes, pretrained=True)
+    assert error.value.option == "pretrained"
+
+
+def test_published_weights_that_do_not_take_another_size(hub):
+    hub["timm/levit_128s.fb_dist_in1k"] = timm.create_model("levit_128s").state_dict()
+    with pytest.raises(OptionError, match="attention_biases.*leave --input-size out"):
+        build_model("levit_128s", 1000, pretrained=True, input_size=288)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "resnet10t"])

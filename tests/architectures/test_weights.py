@@ -1,12 +1,15 @@
-"""Weights of another model: what fits by name and shape, and position embeddings of other grids."""
+"""Weights of another model: names of other conventions, and what may be missing or left over."""
+
+import re
 
 import pytest
 import timm
 import torch
+from tiny_models import randomise
 
-from architectures.weights import interpolate_grid, load_pretrained_weights
+from architectures.weights import PartialWeightsError, load_pretrained_weights
 from errors import CheckpointError
-from models import DistilledVisionTransformer, VisionTransformer, build_model, resolve_name
+from models import DistilledVisionTransformer, VisionTransformer, build_model
 
 SMALL = {"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 7}
 
@@ -21,7 +24,7 @@ def test_prefixes_are_stripped():
     state = {f"module._orig_mod.{key}": value for key, value in source.state_dict().items()}
     report = load_pretrained_weights(model, state)
     assert set(report.loaded) == set(model.state_dict())
-    assert not (report.resized or report.skipped or report.missing)
+    assert not (report.fitted or report.skipped or report.missing)
     for key, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
 
@@ -46,7 +49,7 @@ def test_distilled_weights_into_a_plain_model():
     source, model = DistilledVisionTransformer(**SMALL), VisionTransformer(**SMALL)
     report = load_pretrained_weights(model, source.state_dict())
     assert set(report.skipped) == {"dist_token", "head_dist.weight", "head_dist.bias"}
-    assert not report.missing and set(report.resized) == {"pos_embed"}
+    assert not report.missing and set(report.fitted) == {"pos_embed"}
     assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, 0])
     assert torch.equal(model.pos_embed[:, 1:], source.pos_embed[:, 2:])
     x = images()
@@ -63,62 +66,6 @@ def test_plain_weights_into_a_distilled_model():
     assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, 0])
     assert torch.equal(model.pos_embed[:, 1], own[:, 1])
     assert torch.equal(model.pos_embed[:, 2:], source.pos_embed[:, 1:])
-
-
-@pytest.mark.parametrize("new", [(64, 64), (16, 16), (32, 64), (48, 16)])
-@pytest.mark.parametrize("name", ["deit_nano_patch4_32", "deit_tiny_distilled", "cait_XXS24_224"])
-def test_position_embeddings_are_resized(name, new):
-    patch = 4 if "patch4" in name else 16
-    name = resolve_name(name)
-    source = timm.create_model(name, img_size=4 * patch, depth=1)
-    new = (new[0] * patch // 16, new[1] * patch // 16)
-    model = timm.create_model(name, img_size=new, depth=1)
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    with torch.no_grad():
-        source.pos_embed[:, prefix:] = 0.7
-    report = load_pretrained_weights(model, source.state_dict())
-    assert model.pos_embed.shape[1] == prefix + model.patch_embed.num_patches
-    torch.testing.assert_close(  # a constant embedding stays constant
-        model.pos_embed[:, prefix:], torch.full_like(model.pos_embed[:, prefix:], 0.7)
-    )
-    assert torch.equal(model.pos_embed[:, :prefix], source.pos_embed[:, :prefix])
-    rows, columns = model.patch_embed.grid_size
-    expected = {} if (rows, columns) == (4, 4) else {"pos_embed": f"4×4 to {rows}×{columns}"}
-    assert report.resized == expected
-
-
-def cubic_matrix(old: int, new: int) -> torch.Tensor:
-    """Keys' cubic convolution (a = -0.75), ``old`` to ``new`` samples, borders repeated."""
-    matrix = torch.zeros(new, old)
-    for row in range(new):
-        place = (row + 0.5) * old / new - 0.5
-        for tap in range(int(place // 1) - 1, int(place // 1) + 3):
-            t, a = abs(place - tap), -0.75
-            near = (a + 2) * t**3 - (a + 3) * t**2 + 1
-            far = a * (t**3 - 5 * t**2 + 8 * t - 4)
-            matrix[row, min(max(tap, 0), old - 1)] += near if t <= 1 else far
-    return matrix
-
-
-@pytest.mark.parametrize("new", [(8, 8), (2, 7), (24, 3)])
-def test_interpolation_is_bicubic(new):
-    grid = torch.randn(1, 20, 3)  # 4 × 5
-    assert interpolate_grid(grid, (4, 5), (4, 5)) is grid
-    rows, columns = cubic_matrix(4, new[0]), cubic_matrix(5, new[1])
-    expected = torch.einsum("yr,xc,rcd->yxd", rows, columns, grid[0].unflatten(0, (4, 5)))
-    torch.testing.assert_close(interpolate_grid(grid, (4, 5), new)[0], expected.flatten(0, 1))
-
-
-def test_grid_of_a_checkpoint_that_is_not_square():
-    source = VisionTransformer(**(SMALL | {"img_size": (32, 96)}))  # 2 × 6 patches
-    with torch.no_grad():  # a function of the column alone
-        source.pos_embed[:, 1:] = torch.arange(6.0).repeat(2).view(1, 12, 1)
-    model = VisionTransformer(**(SMALL | {"img_size": (64, 192)}))
-    report = load_pretrained_weights(model, source.state_dict())
-    assert report.resized == {"pos_embed": "2×6 to 4×12"}
-    grid = model.pos_embed[0, 1:, 0].view(4, 12)
-    torch.testing.assert_close(grid, grid[:1].expand(4, -1))
-    assert grid[0, 0] < grid[0, -1]
 
 
 def test_weights_of_another_model_are_refused():
@@ -141,4 +88,176 @@ def test_a_refused_checkpoint_changes_nothing():
 def test_what_is_no_tensor_is_left_out():
     model = VisionTransformer(**SMALL)
     report = load_pretrained_weights(model, model.state_dict() | {"epoch": 3, "head.bias": None})
-    assert report.skipped == {"epoch": "not in this model", "head.bias": "not a tensor"}
+    assert report.skipped == {"epoch": "not a tensor", "head.bias": "not a tensor"}
+
+
+# --- other conventions ----------------------------------------------------------------------------
+
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 32}
+
+
+def test_facebooks_deit3_fills_timms():
+    """Facebook's files name LayerScale ``gamma_1``, timm ``ls1.gamma``."""
+    source = timm.create_model("deit3_small_patch16_224", num_classes=5, **TINY).eval()
+    with torch.no_grad():
+        for block in source.blocks:
+            block.ls1.gamma.uniform_(0.5, 1.5)
+    facebooks = {
+        re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): x for n, x in source.state_dict().items()
+    }
+    assert "blocks.1.gamma_2" in facebooks
+    model = timm.create_model("deit3_small_patch16_224", num_classes=5, **TINY).eval()
+    report = load_pretrained_weights(model, facebooks)
+    assert not (report.missing or report.skipped)
+    assert torch.equal(model(images()), source(images()))
+
+
+def test_timms_deit3_fills_facebooks():
+    source = timm.create_model("deit3_small_patch16_224", num_classes=5, **TINY).eval()
+    model = timm.create_model("deit_small_patch16_LS", num_classes=5, **TINY).eval()
+    report = load_pretrained_weights(model, source.state_dict())
+    assert not (report.missing or report.skipped)
+    torch.testing.assert_close(model(images()), source(images()))
+
+
+def test_model_with_layer_scale_computes_what_weights_without_did():
+    source = timm.create_model("vit_small_patch16_224", num_classes=5, **TINY).eval()
+    model = timm.create_model("vit_small_patch16_224", num_classes=5, init_values=1e-5, **TINY)
+    report = load_pretrained_weights(model.eval(), source.state_dict())
+    assert len(report.fitted) == 4 and not report.missing
+    torch.testing.assert_close(model(images()), source(images()))
+
+
+def test_a_name_mapping_made_for_other_weights_is_passed_over(monkeypatch):
+    source, model = VisionTransformer(**SMALL), VisionTransformer(**(SMALL | {"num_classes": 9}))
+    model.pretrained_cfg = {"architecture": "deit_tiny_patch16_224"}
+
+    def broken(state_dict, model):
+        return {"x": state_dict["a name of its own"]}
+
+    entry = timm.models.model_entrypoint("deit_tiny_patch16_224")
+    monkeypatch.setattr(entry, "filter_fn", broken)
+    load_pretrained_weights(model, source.state_dict())
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+# --- complete or refused --------------------------------------------------------------------------
+
+# One of each kind that is quick to build: heads, buffers and names differ.
+VARIED = (
+    "resnet10t",
+    "convnext_atto",
+    "levit_128s",
+    "efficientvit_m0",
+    "mobilenetv3_small_050",
+    "deit_tiny_distilled_patch16_224",
+    "cait_XXS24_224",
+    "swin_tiny_patch4_window7_224",
+    "vit_tiny_patch16_224",
+)
+
+
+def varied(name: str, **changes) -> torch.nn.Module:
+    small = {"depth": 2} if name.startswith(("deit", "cait", "vit")) else {}
+    small |= {"depths": (1, 1, 1, 1), "embed_dim": 24} if name.startswith("swin") else {}
+    return timm.create_model(name, **small | changes)
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_complete_weights_are_taken_and_mutilated_ones_refused(name):
+    source = varied(name)
+    weights = source.state_dict()
+    model = varied(name)
+    report = load_pretrained_weights(model, weights)
+    assert not (report.missing or report.skipped or report.fitted)
+    assert all(torch.equal(x, weights[n]) for n, x in model.state_dict().items())
+
+    other = varied(name, num_classes=7)
+    report = load_pretrained_weights(other, weights)
+    heads = tuple(
+        f"{n}." for n, m in other.named_modules() if n.startswith(("head", "fc", "class"))
+    )
+    assert report.missing and all(n.startswith(heads) for n in report.missing)
+
+    learnt = [n for n, p in source.named_parameters() if "head" not in n and "token" not in n]
+    learnt = [n for n in learnt if not n.startswith(heads)]
+    for victim in (learnt[0], learnt[len(learnt) // 2], learnt[-1]):
+        whole = {n: x for n, x in weights.items() if n != victim}
+        with pytest.raises(PartialWeightsError, match=re.escape(victim)):
+            load_pretrained_weights(model, whole)
+        with pytest.raises(PartialWeightsError, match=r"missing \(1\): "):
+            load_pretrained_weights(model, whole | {f"other.{victim}": weights[victim]})
+        larger = torch.zeros([size + 1 for size in weights[victim].shape])
+        with pytest.raises(PartialWeightsError, match=r"left over \(1\): .*here"):
+            load_pretrained_weights(model, whole | {victim: larger})
+    with pytest.raises(PartialWeightsError, match=r"left over \(1\): another.weight"):
+        load_pretrained_weights(model, weights | {"another.weight": torch.zeros(3)})
+
+
+def test_a_deleted_block_is_refused_unless_that_is_allowed():
+    source, model = VisionTransformer(**SMALL), VisionTransformer(**SMALL)
+    weights = {n: x for n, x in source.state_dict().items() if not n.startswith("blocks.1.")}
+    before = {n: x.clone() for n, x in model.state_dict().items()}
+    with pytest.raises(PartialWeightsError, match=r"missing \(12\): blocks.1."):
+        load_pretrained_weights(model, weights)
+    assert all(torch.equal(before[n], x) for n, x in model.state_dict().items())
+    report = load_pretrained_weights(model, weights, allow_partial=True)
+    assert len(report.missing) == 12 and all(n.startswith("blocks.1.") for n in report.missing)
+    assert torch.equal(model.blocks[2].norm1.weight, source.blocks[2].norm1.weight)
+    assert torch.equal(model.blocks[1].attn.qkv.weight, before["blocks.1.attn.qkv.weight"])
+
+
+def test_a_norm_under_another_name_is_refused():
+    source = timm.create_model("vit_small_patch16_224", fc_norm=False, **TINY)
+    model = timm.create_model("vit_small_patch16_224", fc_norm=True, global_pool="avg", **TINY)
+    with pytest.raises(PartialWeightsError, match=r"missing \(2\): fc_norm.*left over \(2\): norm"):
+        load_pretrained_weights(model, source.state_dict())
+
+
+def test_what_is_computed_may_be_missing_or_left_over():
+    source = timm.create_model("resnet10t", num_classes=5)
+    weights = {n: x for n, x in source.state_dict().items() if "num_batches_tracked" not in n}
+    weights["layers.0.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
+    weights["layers.0.attn_mask"] = torch.zeros(4, 4)
+    report = load_pretrained_weights(timm.create_model("resnet10t", num_classes=5), weights)
+    assert not (report.missing or report.skipped)
+    del weights["bn1.running_var"]
+    with pytest.raises(PartialWeightsError, match="bn1.running_var"):
+        load_pretrained_weights(timm.create_model("resnet10t", num_classes=5), weights)
+
+
+def test_classifier_under_another_name_may_be_left_over():
+    source = timm.create_model("resnet10t", num_classes=5)
+    weights = {re.sub("^fc", "head", n): x for n, x in source.state_dict().items()}
+    report = load_pretrained_weights(timm.create_model("resnet10t", num_classes=5), weights)
+    assert report.missing == ["fc.weight", "fc.bias"]
+    assert report.skipped.keys() == {"head.weight", "head.bias"}
+
+
+def test_half_a_classifier_is_not_taken():
+    """Of one layer for each class the first would fit any number of classes."""
+
+    class Split(VisionTransformer):
+        def __init__(self, classes: int) -> None:
+            super().__init__(**SMALL)
+            self.head = torch.nn.ModuleList(torch.nn.Linear(48, 1) for _ in range(classes))
+            self.pretrained_cfg = {"classifier": tuple(f"head.{i}" for i in range(10))}
+
+    source, model = Split(10), Split(4)
+    before = model.head[0].weight.clone()
+    report = load_pretrained_weights(model, source.state_dict())
+    assert torch.equal(model.head[0].weight, before)
+    assert len(report.missing) == 8
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit_small_patch16_LS"])
+def test_model_without_layer_scale_computes_what_the_weights_did(name):
+    shape = {"img_size": 32, "depth": 2, "num_classes": 7}
+    source = timm.create_model(name, **shape).eval()
+    model = timm.create_model("deit_small_patch16_224", **shape).eval()
+    randomise(source)
+    report = load_pretrained_weights(model, source.state_dict())
+    assert not (report.skipped or report.missing)
+    assert report.fitted["blocks.1.mlp.fc2.weight"] == "with its LayerScale"
+    assert source(images()).std() > 0.1
+    torch.testing.assert_close(model(images()), source(images()), rtol=1e-4, atol=1e-3)

@@ -51,6 +51,16 @@ def test_jitter_and_three_augment_draw_as_torchvision_and_deit():
     assert stats.kstest(radius, "uniform", (0.1, 1.9)).pvalue > LEVEL
 
 
+def test_three_augment_erases_nothing():
+    options = AugmentOptions(ThreeAugment=True, reprob=1.0)
+    ours = augment(options)
+    plan = ours.plan(0, np.arange(8))
+    assert plan.boxes.size == 0 and plan.noise.size == 0
+    x = batch(8, height=64, width=64)
+    without = augment(replace(options, reprob=0.0))
+    assert torch.equal(ours(x, plan), without(x, without.plan(0, np.arange(8))))
+
+
 def test_kernel_is_drawn_where_interpolation_is_random():
     options = AugmentOptions(train_interpolation="random")
     cubic = augment(options).plan(0, np.arange(SAMPLES)).cubic

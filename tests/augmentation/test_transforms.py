@@ -70,9 +70,32 @@ def test_evaluation_is_timms(size, input_size, ratio, interpolation):
     assert torch.equal(ours(image), theirs(image))
 
 
-def test_small_inputs_keep_the_whole_image():
+@pytest.mark.parametrize("size", [(90, 70), (50, 120), (73, 73), (20, 400)])
+@pytest.mark.parametrize("ratio", [0.875, 0.95, 1.0, 1.15])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_crop_modes_are_timms(size, ratio, crop_mode):
+    image = make_image(*size)
+    ours = EvalTransform(Preprocessing(64, ratio, "bilinear", MEAN, STD, crop_mode))
+    theirs = create_transform(
+        64, crop_pct=ratio, crop_mode=crop_mode, interpolation="bilinear", mean=MEAN, std=STD
+    )
+    assert torch.equal(ours(image), theirs(image))
+
+
+def test_preprocessing_of_older_checkpoints_cuts_out_the_centre():
+    values = replace(PREPROCESSING, crop_mode="squash").to_dict()
+    assert Preprocessing.from_dict(values).crop_mode == "squash"
+    del values["crop_mode"]
+    assert Preprocessing.from_dict(values) == PREPROCESSING
+
+
+def test_small_inputs_of_older_checkpoints_keep_the_whole_image():
+    """Their crop ratio was written and never used."""
+    small = Preprocessing(32, 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3).to_dict()
+    assert Preprocessing.from_dict(small).crop_ratio == 0.875
+    del small["crop_mode"]
+    transform = EvalTransform(Preprocessing.from_dict(small))
     image = make_image(32, 32)
-    transform = EvalTransform(Preprocessing(32, 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3))
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     assert torch.equal(transform(image), expected)
     assert transform(make_image(8, 8)).shape == (3, 32, 32)
@@ -168,6 +191,17 @@ def test_three_augment_replaces_the_policy_and_keeps_jitter():
         ).augment.transforms
     ]
     assert "ThreeAugment" in kinds and "ColorJitter" in kinds and "RandAugment" not in kinds
+
+
+def test_three_augment_erases_nothing():
+    """DeiT's ``new_data_aug_generator`` ends with the normalisation."""
+    options = AugmentOptions(ThreeAugment=True, reprob=1.0, remode="const")
+    transform = TrainTransform(PREPROCESSING, options)
+    without = TrainTransform(PREPROCESSING, replace(options, reprob=0.0))
+    for position in range(8):
+        image = make_image(seed=position)
+        expected = without.apply(image, 0, position)
+        assert torch.equal(transform.apply(image, 0, position), expected)
 
 
 def test_first_copy_can_stay_unerased():

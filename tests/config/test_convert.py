@@ -82,6 +82,13 @@ def test_wrong_type_names_the_option_and_what_it_expects(name, value):
     assert opt.type_name in str(caught.value) and repr(value) in str(caught.value)
 
 
+def test_a_value_that_deit_knows_is_answered_with_what_to_take():
+    with pytest.raises(OptionError, match=r"--sched: expected cosine.*, got 'tanh': take cosine$"):
+        convert(by_name("sched"), "tanh")
+    with pytest.raises(OptionError, match=r"got 'linear'$"):
+        convert(by_name("sched"), "linear")
+
+
 RIGHT = [
     ("lr", "1e-3", 1e-3),
     ("lr", 1, 1.0),

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,13 +42,11 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 def test_a_process_that_never_comes_is_named(images, tmp_path):
     port = free_port()
-    began = time.monotonic()
     codes, output = run(
         images, tmp_path, "--dist-start-timeout", "3", world=1, **environment(0, 3, port)
     )
     assert codes == [2], output
-    assert time.monotonic() - began < 20
-    assert "of 3 processes number 1, 2 did not come" in output
+    assert "of 3 processes number 1, 2 did not come" in output and "within 3 s" in output
     assert "--world-size" in output and "Traceback" not in output
 
 
@@ -86,9 +83,7 @@ def test_two_processes_of_one_number_are_an_error(images, tmp_path):
 def test_a_process_that_fails_at_start_ends_all_and_is_named(images, tmp_path, body, said):
     plugin = tmp_path / "failing.py"
     plugin.write_text(f"import os\nif os.environ['RANK'] == '1':\n    {body}\n")
-    began = time.monotonic()
     codes, output = run(images, tmp_path, "--plugin", str(plugin))
-    assert time.monotonic() - began < 30
     assert codes is not None and all(codes), output
     assert f"error: {said}" in output
 

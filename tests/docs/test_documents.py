@@ -13,8 +13,20 @@ from tools import docs
 DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 
 
-def test_options_page_is_up_to_date():
-    assert docs.PATH.read_text(encoding="utf-8") == config.options_table()
+@pytest.mark.parametrize("path", docs.pages(), ids=lambda path: path.name)
+def test_generated_pages_are_up_to_date(path):
+    text = path.read_text(encoding="utf-8")
+    assert text == docs.pages()[path]
+    assert "| default |" in text
+
+
+def test_tables_are_written_between_their_comments():
+    text = "a\n<!-- options: deit launcher -->\nold\n<!-- end of options -->\nb\n"
+    written = docs.with_tables(text)
+    assert written.startswith("a\n<!--") and written.endswith("<!-- end of options -->\nb\n")
+    assert "old" not in written and docs.with_tables(written) == written
+    rows = re.findall(r"^\| `--(\w+)`", written, re.M)
+    assert rows == [o.name for o in config.peer_options("deit") if o.launcher]
 
 
 def commands() -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ def test_the_pages_name_tools_that_exist(page, count):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_of_the_pages_works(after_training, page):
-    assert run("python -m tools.export output/pets/best.pth --output deploy") == 0
+    assert run("python -m tools.export output/pets/best.pth --format onnx hub --output deploy") == 0
     for block in blocks(page, "python"):
         names = {"image": Image.new("RGB", (20, 20))}
         exec(block, names)

@@ -25,15 +25,75 @@ def test_unknown_optimiser_names_the_nearest():
 
 
 def test_second_order_optimiser_is_refused():
-    with pytest.raises(OptionError, match="--opt.*second derivatives"):
+    with pytest.raises(
+        OptionError, match="--opt: adahessian needs second derivatives.*: use adamw"
+    ):
         build_optimizer(nn.Linear(2, 2), OptimOptions(opt="adahessian"), lr=0.1)
 
 
 def test_optimiser_of_a_missing_package_is_refused():
     if torch.cuda.is_available():
         pytest.skip("apex may be installed here")
-    with pytest.raises(OptionError, match="--opt: fusedlamb can't be used here"):
-        build_optimizer(nn.Linear(2, 2), OptimOptions(opt="fusedlamb"), lr=0.1)
+    with pytest.raises(OptionError, match="--opt: fusednovograd can't be used.*; novograd needs"):
+        build_optimizer(nn.Linear(2, 2), OptimOptions(opt="fusednovograd"), lr=0.1)
+
+
+FUSED = ["lamb", "adam", "adamw", "sgd", "momentum", "lookahead_lamb"]
+
+
+@pytest.mark.parametrize("plain", FUSED)
+def test_names_of_apexs_kernels_stand_for_the_same_update(plain, caplog):
+    fused = plain.replace("lookahead_", "lookahead_fused") if "_" in plain else f"fused{plain}"
+    ours, same = (
+        build_optimizer(nn.Linear(2, 2), OptimOptions(opt=name), lr=0.1) for name in (fused, plain)
+    )
+    assert type(ours) is type(same)
+    for left, right in zip(ours.param_groups, same.param_groups, strict=True):
+        assert {k: v for k, v in left.items() if k != "params"} == {
+            k: v for k, v in right.items() if k != "params"
+        }
+    assert [r.getMessage() for r in caplog.records] == [
+        f"--opt {fused}: {plain} is used, the same update without apex"
+    ]
+
+
+def fused_lamb(weights, gradients, lr, decays, betas=(0.9, 0.999), eps=1e-8):
+    """apex's FusedLAMB (csrc/multi_tensor_lamb.cu): all gradients are divided by the part of their
+    common norm above 1; the trust ratio is of the parameters that decay. ``gradients``: per step,
+    one for each weight."""
+    firsts, seconds = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step, raw in enumerate(gradients, 1):
+        norm = torch.cat([g.flatten() for g in raw]).norm()
+        for n, (weight, decay) in enumerate(zip(weights, decays, strict=True)):
+            gradient = raw[n] / max(1.0, float(norm))
+            firsts[n] = betas[0] * firsts[n] + (1 - betas[0]) * gradient
+            seconds[n] = betas[1] * seconds[n] + (1 - betas[1]) * gradient**2
+            unbiased = firsts[n] / (1 - betas[0] ** step)
+            root = (seconds[n] / (1 - betas[1] ** step)).sqrt()
+            update = unbiased / (root + eps) + decay * weight
+            ratio = weight.norm() / update.norm() if decay else 1.0
+            weights[n] = weight - lr * ratio * update
+    return weights
+
+
+@pytest.mark.parametrize("scale", [0.01, 10.0])
+def test_fused_lamb_is_apexs_update(scale):
+    """Where the limit of the gradients' norm acts, and where it doesn't."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    start = [p.detach().clone() for p in model.parameters()]
+    gradients = [
+        [scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in start]
+        for _ in range(5)
+    ]
+    optimizer = build_optimizer(model, OptimOptions(opt="fusedlamb", weight_decay=0.3), lr=0.02)
+    for step in gradients:
+        for parameter, gradient in zip(model.parameters(), step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = fused_lamb(start, gradients, 0.02, decays=(0.3, 0.0))
+    for parameter, value in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-6, atol=1e-9)
 
 
 def test_arguments_reach_the_optimiser():

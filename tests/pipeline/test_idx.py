@@ -1,21 +1,12 @@
 """pipeline/sources/idx.py: MNIST and Fashion-MNIST in IDX files."""
 
-import gzip
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_sets import EVAL, open_set
+from tiny_sets import EVAL, open_set, write_idx
 
 from errors import DataError, OptionError
-
-
-def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
-        file.write(header + array.tobytes())
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])

@@ -55,9 +55,9 @@ for _name, _entry in BUILDERS.items():
 
 FORMATS = {
     "tiny_test_deit": list(export.SUFFIXES),
-    "tiny_test_distilled": list(export.WRITERS),
-    "tiny_test_cait": list(export.WRITERS),
-    "tiny_test_resnet": [*export.WRITERS, "int8-static"],
+    "tiny_test_distilled": [*export.WRITERS, export.HUB],
+    "tiny_test_cait": [*export.WRITERS, export.HUB],
+    "tiny_test_resnet": [*export.WRITERS, export.HUB, "int8-static"],
 }
 
 
@@ -118,7 +118,7 @@ def test_answers_are_the_models_for_any_number_of_images(exported, images, suffi
     assert read["preprocessing"] == PREPROCESSING
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".hub"])
 def test_the_way_in_opens_exported_files(exported, images, suffix):
     path, _ = exported
     model, transform, names = inference.load_for_inference(path)

@@ -42,7 +42,7 @@ def test_no_suggestion_from_noise():
 
 
 def test_range_test_uses_the_rates_and_stops_where_the_loss_is_lost():
-    with single_process(config.load([*SMALL, "--log-interval", "1"])) as (processes, device):
+    with single_process(config.load([*SMALL, "--log-interval", "1"])) as (_, processes, device):
         trial = Trial(config.load([*SMALL, "--log-interval", "1"]), processes, device)
         rates, losses = lr_find.range_test(trial, 1e-4, 1e4, 60)
     assert np.allclose(rates, 1e-4 * (1e8) ** (np.arange(len(rates)) / 59))

@@ -11,18 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import PATIENCE
 from serving import (
     ROOT,
     metrics,
     png,
-    predict,
     wait_for,
 )
 from tiny_images import COLOURS
@@ -83,17 +81,22 @@ def test_commands_of_the_page_work(checkpoint, images, tmp_path):
 def end(services):
     for service in services:
         service.terminate()
-        service.wait(30)
+        service.wait(PATIENCE)
     services.clear()
 
 
-def test_sigterm_answers_what_is_in_hand(checkpoint, tmp_path):
-    """The real command: where it listens, load with malformed requests, an end that drains."""
-    for number in range(3):
-        noise = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{number}.jpg")
+def listens(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_sigterm_answers_what_is_in_hand(checkpoint):
+    """The real command: where it listens, an end that drains."""
     line = [sys.executable, "-m", "tools.serve", str(checkpoint), "--port", "0"]
-    line += ["--device", "cpu", "--max-batch", "64", "--max-wait-ms", "1500", "--threads", "1"]
+    line += ["--device", "cpu", "--threads", "1", "--timeout", "60"]
     process = subprocess.Popen(
         line,
         cwd=ROOT,
@@ -105,15 +108,20 @@ def test_sigterm_answers_what_is_in_hand(checkpoint, tmp_path):
     url = process.stdout.readline().strip()
     port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url)[1])
     wait_for(port)
-    answers = []
-    client = threading.Thread(target=lambda: answers.append(predict(port, png(9, 9))))
-    client.start()
-    while not metrics(port)["serve_pending",]:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    client.join()
-    assert answers[0][0] == 200
-    assert process.wait(30) == 0
+    content = png(9, 9)
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        # In hand for as long as its last bytes are to come.
+        client.sendall(f"{head}Content-Type: image/png\r\n\r\n".encode() + content[:-9])
+        while not metrics(port)["serve_pending",]:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        while listens(port):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        client.sendall(content[-9:])
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+    assert process.wait(PATIENCE) == 0
     assert "Traceback" not in process.stderr.read()
 
 

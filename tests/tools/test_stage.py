@@ -22,7 +22,7 @@ def test_rates_rise_by_the_same_factor_and_keep_the_scale_of_groups():
 
 def test_a_trial_goes_on_from_epoch_to_epoch_and_stops_at_its_update():
     given = config.load([*SMALL, "--batch-size", "256"])
-    with single_process(given) as (processes, device):
+    with single_process(given) as (_, processes, device):
         trial = Trial(given, processes, device)
         for updates in (7, 2):
             trial.train(updates)

@@ -20,6 +20,7 @@ import optuna
 import pytest
 import yaml
 from PIL import Image
+from runs import PATIENCE
 
 import main as training
 from checkpointing.files import load_checkpoint
@@ -60,7 +61,7 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, end)
 (folder / "started").write_text(json.dumps(arguments))
 if os.environ.get("FAKE") == "together":
-    until = time.monotonic() + 20
+    until = time.monotonic() + {PATIENCE}
     while len(list(folder.parent.glob("trial-*/started"))) < 2 and time.monotonic() < until:
         time.sleep(0.02)
     sys.exit(0 if time.monotonic() < until else 9)
@@ -78,7 +79,7 @@ for epoch in range(options["epochs"]):
         log.write(json.dumps({{"epoch": epoch, "test_acc1": accuracy}}) + "\\n")
         log.flush()
     if os.environ.get("FAKE") == "hang" or (accuracy < 30 and options["weight_decay"] > 0.5):
-        time.sleep(60)
+        time.sleep({PATIENCE})
 lock.release()
 """
 
@@ -269,7 +270,7 @@ def tuner(folder: Path, stand_in: Path, space: str, *more: str, fake: str = "") 
 
 
 def wait_for(condition, what: str) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < until, what
         time.sleep(0.02)
@@ -278,7 +279,7 @@ def wait_for(condition, what: str) -> None:
 def test_processes_share_a_study(stand_in, tmp_path):
     space = write_space(tmp_path, lr=LR)
     both = [tuner(tmp_path, stand_in, space, "--trials", "5") for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert [p.returncode for p in both] == [0, 0]
     done = trials(tmp_path)
     assert [t.number for t in done] == list(range(5))
@@ -310,7 +311,7 @@ def test_a_running_search_is_left_alone(stand_in, tmp_path):
     assert search(tmp_path, space, "--trials", "2") == 0
     assert [t.state.name for t in trials(tmp_path)] == ["RUNNING", "COMPLETE"]
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 128 + signal.SIGTERM and "goes on with the study" in said
     assert (folder / "ended").exists()
     assert [t.state.name for t in trials(tmp_path)] == ["FAIL", "COMPLETE"]

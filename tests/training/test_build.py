@@ -1,4 +1,4 @@
-"""How options reach the model: memory layout and compilation."""
+"""How options reach the model: starting weights, memory layout and compilation."""
 
 import pytest
 import torch
@@ -56,3 +56,26 @@ def test_compile_mode_reaches_the_compiler(images, tmp_path, mode, monkeypatch):
     assert not asked
     assert train(images, tmp_path / "run", *EPOCH, "--compile", "--compile-mode", mode) == 0
     assert asked and all(how == {"mode": mode} for how in asked)
+
+
+@pytest.mark.parametrize("damage", ["a block is missing", "a tensor has another shape"])
+def test_weights_that_do_not_fill_the_model_need_consent(images, tmp_path, capsys, damage):
+    weights = models.build_model("deit_nano_patch4_32", 3, input_size=8).state_dict()
+    if damage == "a block is missing":
+        weights = {name: x for name, x in weights.items() if not name.startswith("blocks.2.")}
+    else:
+        weights["blocks.2.mlp.fc1.bias"] = torch.zeros(7)
+    path = tmp_path / "weights.pth"
+    torch.save(weights, path)
+    start = ("--finetune", str(path), *EPOCH)
+    assert train(images, tmp_path / "run", *start) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --finetune: ") and "blocks.2." in error
+    assert "--allow-partial starts with what fits" in error
+    assert train(images, tmp_path / "run", *start, "--allow-partial") == 0
+    shown = capsys.readouterr()
+    assert "doesn't fill VisionTransformer" in shown.out + shown.err
+    for consent in ((), ("--allow-partial",)):
+        assert train(images, tmp_path / "eval", *start, *consent, "--eval") == 2
+        error = capsys.readouterr().err
+        assert "doesn't fill VisionTransformer" in error and "starts with" not in error

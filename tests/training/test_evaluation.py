@@ -140,4 +140,8 @@ def test_eval_on_other_classes_is_refused(images, trained, tmp_path, capsys):
     shutil.copytree(images / "val", tmp_path / "val")
     (tmp_path / "val" / "blue").rename(tmp_path / "val" / "green")
     assert main.main([*argv, "--data-path", str(tmp_path / "val")]) == 2
-    assert "val/green: no class of that name in the model" in capsys.readouterr().err
+    assert "which has no green: --class-map FILE" in capsys.readouterr().err
+    # A checkpoint knows its classes where only its weights are taken, too.
+    argv = arguments(tmp_path, tmp_path / "run", "--eval", "--finetune", str(trained / "best.pth"))
+    assert main.main(argv) == 2
+    assert "which has no green: --class-map FILE" in capsys.readouterr().err

@@ -51,18 +51,25 @@ CASES = {
 # --- exactness ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def undisturbed(request, images, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
+    """The options and the folder of a whole run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(images, folder, *request.param) == 0
+    return request.param, folder
+
+
 @pytest.mark.parametrize("updates", [4, 9])
-def test_resume_in_mid_epoch_is_exact(images, tmp_path, monkeypatch, options, updates):
-    assert train(images, tmp_path / "whole", *options) == 0
+def test_resume_in_mid_epoch_is_exact(images, tmp_path, monkeypatch, undisturbed, updates):
+    options, whole = undisturbed
     with stopped_after(updates):
         assert train(images, tmp_path / "parts", *options) == STOPPED
     assert checkpoints_in(tmp_path / "parts")[0].name.count("-") == 2  # within an epoch
     # Not even the saved generators are needed: what a step draws is a function of its place.
     monkeypatch.setattr("utils.set_rng_state", lambda state: None)
     assert train(images, tmp_path / "parts", *options, "--resume", "auto") == 0
-    assert_same_state(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
-    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+    assert_same_state(newest(whole), newest(tmp_path / "parts"))
+    assert logged(whole) == logged(tmp_path / "parts")
 
 
 def test_resume_at_an_epoch_with_another_worker_count_is_exact(images, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from runs import (
     CLASSES,
+    PATIENCE,
     PLAIN,
     STOPPED,
     arguments,
@@ -127,7 +128,7 @@ def events_of(folder: Path):
     return events
 
 
-def test_files_of_a_run(images, tmp_path):
+def test_files_of_a_run(images, tmp_path, curves):
     argv = arguments(images, tmp_path, "--tb-histograms", "--tb-graph")
     assert main.main(with_tensorboard(argv)) == 0
     records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -250,7 +251,7 @@ def test_hugging_face_set_trains(images, tmp_path):
     argv = arguments("", tmp_path / "run", "--data-set", f"hfds/{images}", "--epochs", "2")
     place = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     process = start_process([*argv, "--num-workers", "1"], **place)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert newest(tmp_path / "run")["class_names"] == list(CLASSES)
     assert "24 training and 8 validation images" in output

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 from runs import (
+    PATIENCE,
     PLAIN,
     arguments,
     assert_close,
@@ -43,7 +44,7 @@ def alone(images, tmp_path_factory):
 
 def test_torchrun_with_two_processes_equals_one_of_twice_the_batch(images, alone, tmp_path):
     process = start_process(arguments(images, tmp_path, *SGD, "--distributed"), TORCHRUN)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert "8 = 4 × 2 process(es)" in output
     assert output.count("learning rate") == 1  # one process speaks
@@ -65,7 +66,7 @@ def test_two_tasks_of_slurm_meet_by_its_variables(images, alone, tmp_path):
         start_process(argv, **slurm_variables(rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
         for rank in range(2)
     ]
-    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert "8 = 4 × 2 process(es)" in outputs[0] and outputs[1] == ""
     assert_same_run(alone, tmp_path)

@@ -5,8 +5,10 @@ import signal
 import time
 from pathlib import Path
 
+import holding
 import pytest
 from runs import (
+    PATIENCE,
     STOPPED,
     Terminal,
     arguments,
@@ -22,10 +24,16 @@ from checkpointing.folder import checkpoints_in
 from training.signals import StopRequest
 
 
-def wait_for(path: Path, process) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+def stopped_by(number: int, images: Path, folder: Path, *options: str) -> tuple[int, str]:
+    """Exit code and output of a run that is sent a signal after its eighth update, of 18."""
+    argv = arguments(images, folder, *options, *holding.OPTIONS)
+    process = start_process(argv, **holding.variables(folder.parent, 8))
+    holding.wait_for_hold(
+        folder.parent, 0, lambda: process.poll() is not None, lambda: process.communicate()[0]
+    )
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
@@ -54,28 +62,22 @@ def test_a_stop_in_mid_epoch_saves_where_it_stood(images, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(images, tmp_path):
-    options = ("--epochs", "400", "--print-epoch", "1000", "--num-workers", "1")
-    process = start_process(arguments(images, tmp_path, *options))
-    wait_for(tmp_path / "log.txt", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    folder = tmp_path / "run"
+    code, output = stopped_by(signal.SIGINT, images, folder, "--num-workers", "1")
+    assert code == 130, output
     assert "Traceback" not in output
+    assert newest(folder)["progress"]["update"] == 8
     command = re.search(r"go on with: python main.py (.*)", output)[1]
-    epoch = newest(tmp_path)["progress"]["epoch"]
-    stop = str(epoch + 1)
-    assert main.main([*command.split(), "--stop-at-epoch", stop]) == 0
-    assert [r["epoch"] for r in logged(tmp_path)] == list(range(epoch + 1))
+    assert main.main([*command.split(), "--stop-at-epoch", "2"]) == 0
+    assert [r["epoch"] for r in logged(folder)] == [0, 1]
 
 
 def test_a_warning_of_a_cluster_saves_and_leaves(images, tmp_path):
     """SIGUSR1, as SLURM sends it before a time limit, to a run without SLURM."""
-    process = start_process(arguments(images, tmp_path, "--epochs", "400", "--save-every", "1000"))
-    wait_for(tmp_path / "log.txt", process)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGUSR1, output
-    assert Path(re.search(r"saved (\S+)", output)[1]) == checkpoints_in(tmp_path)[0]
+    folder = tmp_path / "run"
+    code, output = stopped_by(signal.SIGUSR1, images, folder, "--save-every", "1000")
+    assert code == 128 + signal.SIGUSR1, output
+    assert Path(re.search(r"saved (\S+)", output)[1]) == checkpoints_in(folder)[0]
 
 
 SLOW = """

@@ -1,4 +1,4 @@
-"""Recipes that a tool recommends: YAML files that ``main.py --config`` takes."""
+"""Recipes: those that a tool recommends, YAML files for ``main.py --config``, and a run's own."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from config import CHECKPOINT, COMMAND_LINE, Config
+from config import CHECKPOINT, COMMAND_LINE, Config, by_name, is_option
 from tools.common import command
 
 
@@ -26,3 +26,11 @@ def write(path: Path, config: Config, changes: Mapping[str, Any], note: str) -> 
     content |= changes
     text = f"# {note}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     command.write_text(path, text)
+
+
+def is_off_default(name: str, value: object) -> bool:
+    """Whether an option of a run differs from its default; those unknown today do."""
+    if not is_option(name):
+        return True
+    default = by_name(name).default
+    return value != (list(default) if isinstance(default, tuple) else default)

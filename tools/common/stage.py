@@ -14,12 +14,13 @@ from optimization.schedule import Schedule
 from optimization.state import TrainState
 from training.build import Parts
 from training.data import Data
+from training.image_options import with_options_of_weights
 from training.run import assemble, set_up_process
 
 
 @contextmanager
-def single_process(config: Config) -> Iterator[tuple[Processes, torch.device]]:
-    """This process and its device, set up as a run's is.
+def single_process(config: Config) -> Iterator[tuple[Config, Processes, torch.device]]:
+    """``config`` as a run has it, this process and its device, set up as a run's is.
 
     Raises OptionError for what only a run can do.
     """
@@ -28,7 +29,8 @@ def single_process(config: Config) -> Iterator[tuple[Processes, torch.device]]:
     with joined(config.dist, config.run.device) as processes:
         if processes.distributed:
             raise OptionError("distributed", "this tool runs in one process: start it by itself")
-        yield processes, set_up_process(config, processes)
+        device = set_up_process(config, processes)
+        yield with_options_of_weights(config), processes, device
 
 
 class Rates(Schedule):

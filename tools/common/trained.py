@@ -1,6 +1,7 @@
 """A trained model named on a command line, and the images it classifies or is evaluated on."""
 
 import argparse
+import copy
 import csv
 import glob
 import io
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 import config
 import inference
 import utils
+from checkpointing.published import is_published, short_name
 from distributed.processes import Processes
-from errors import DataError, OptionError, UserError, first_names
+from errors import CheckpointError, DataError, OptionError, UserError, first_names
 from inference import Classifier
+from pipeline import imagenet
 from pipeline.dataset import ImageDataset, build_dataset
 from pipeline.decoding import EXTENSIONS, decode
 from pipeline.loader import Loader
@@ -41,7 +44,11 @@ class Trained(NamedTuple):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """``MODEL --ema --device --plugin``."""
-    parser.add_argument("model", help="checkpoint, or exported .onnx or .safetensors file")
+    parser.add_argument(
+        "model",
+        help="checkpoint, exported .onnx or .safetensors file, or published model: timm/NAME, "
+        "hf-hub:OWNER/NAME, or a folder in timm's hub form",
+    )
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
@@ -70,12 +77,25 @@ def open_model(arguments: argparse.Namespace) -> Trained:
     if arguments.model.endswith(".onnx"):
         classifier = inference.load_for_inference(arguments.model, device=device, ema=arguments.ema)
         return Trained(classifier, {}, device)
-    content = inference.read_content(arguments.model)
     try:
+        content = inference.read_content(arguments.model)
         classifier = inference.from_content(content, device=device, ema=arguments.ema)
-    except UserError as error:
-        raise type(error)(f"{arguments.model}: {error}") from None
+    except CheckpointError as error:
+        if arguments.model in str(error):
+            raise
+        raise CheckpointError(f"{arguments.model}: {error}") from None
     return Trained(classifier, content, device)
+
+
+def stem(model: str) -> Path:
+    """The path of a model without its suffix, for what is written beside it.
+
+    A published model by name is taken to lie in ``output/NAME``, as if it had been trained here.
+    """
+    path = Path(model)
+    if not is_published(model):
+        return path.with_suffix("")
+    return path if path.exists() else Path("output", short_name(model), short_name(model))
 
 
 def on_device(classifier: Classifier, content: dict[str, Any], device: str) -> Trained:
@@ -97,28 +117,45 @@ def loader(arguments: argparse.Namespace, trained: Trained, *, training: bool = 
     """
     options = _options(arguments, trained.content)
     names = trained.classifier.class_names
-    dataset = build_dataset(
-        training, options.data, seed=options.run.seed, classes=None if training else names
-    )
-    if list(dataset.classes) != names:
+    dataset = _dataset(options, names, training)
+    if list(dataset.classes) not in (names, imagenet.ids_of(names)):
         given = options.data.data_path or options.data.data_set
         raise DataError(
             f"the {len(dataset.classes)} classes of {given} ({first_names(dataset.classes, 3)}) "
             f"are not the model's {len(names)} ({first_names(names, 3)}): name other images with "
             "--data-path"
         )
+    source = copy.copy(dataset.source)
+    source.classes = names  # in place of WordNet ids
     # In order and whole, as for an evaluation: also where it is the training part.
     images = ImageDataset(
-        dataset.source, trained.classifier.transform, on_bad_image=options.data.on_bad_image
+        source, trained.classifier.transform, on_bad_image=options.data.on_bad_image
     )
     return build_val_loader(options, images, Processes())
+
+
+def _dataset(options: config.Config, names: list[str], training: bool) -> ImageDataset:
+    """The images, of classes ``names``; ImageNet's may have folders named by WordNet ids."""
+
+    def build(classes: Sequence[str] | None) -> ImageDataset:
+        return build_dataset(training, options.data, seed=options.run.seed, classes=classes)
+
+    if training:
+        return build(None)
+    ids = imagenet.ids_of(names)
+    try:
+        return build(ids or names)
+    except DataError:
+        if ids is None:
+            raise
+    return build(names)
 
 
 def _options(arguments: argparse.Namespace, content: dict[str, Any]) -> config.Config:
     saved = content.get("config", {})
     values = {k: v for k, v in saved.items() if k != "plugin" and config.is_option(k)}
     if not (arguments.data_path or arguments.data_set or values.get("data_set")):
-        raise OptionError("data_path", "the file doesn't say what it was trained on: add it")
+        raise OptionError("data_path", "what it was trained on isn't known here: add it")
     if arguments.data_path:
         # The bundled digits have no path: another one means other images.
         kind = values.get("data_set", "IMNET") if values.get("data_path") else "IMNET"

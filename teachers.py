@@ -1,0 +1,193 @@
+"""Teachers of distillation: a model with its weights, that takes the student's images."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from architectures.factory import has_published_weights, published_cfg
+from architectures.weights import load_pretrained_weights
+from augmentation.transforms import Preprocessing
+from checkpointing.files import class_names_of, load_checkpoint, weights_of
+from checkpointing.published import FOLDER, HUB, TIMM, is_published
+from config import LossOptions
+from errors import CheckpointError, OptionError
+
+log = logging.getLogger(__name__)
+
+
+class ConvertedTeacher(nn.Module):
+    """A teacher that gets the images of a student as its own preprocessing would make them.
+
+    (B, 3, S, S) normalised as ``student`` says are normalised as ``own`` says and resized to its
+    input size; both are linear and commute with mixing. The crop is the student's. Pixels leave the
+    range of a file's only where bicubic resizing overshoots.
+    """
+
+    def __init__(self, teacher: nn.Module, student: Preprocessing, own: Preprocessing) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.size = own.input_size if own.input_size != student.input_size else None
+        self.mode = "bilinear" if own.interpolation == "bilinear" else "bicubic"
+        mean, std, own_mean, own_std = (
+            torch.tensor(values).view(1, 3, 1, 1)
+            for values in (student.mean, student.std, own.mean, own.std)
+        )
+        # ((x · std + mean) - own mean) / own std
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images * self.scale + self.shift
+        if self.size is not None:
+            size = (self.size, self.size)
+            images = F.interpolate(images, size, mode=self.mode, antialias=True)
+        return self.teacher(images)
+
+
+def build_teacher(
+    options: LossOptions,
+    *,
+    num_classes: int,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str] | None = None,
+) -> nn.Module | None:
+    """The teacher with its weights, on the CPU, or None without distillation.
+
+    It is built for the images it was trained on: those of its checkpoint or, of published weights,
+    of timm's configuration of the model. Where the student's ``preprocessing`` has another
+    normalisation or size it converts them (:class:`ConvertedTeacher`), and the log says so. Of
+    weights that are neither nothing is known: it takes the student's images as they are.
+
+    Raises:
+        OptionError: the weights are of another model, class count or list of classes.
+    """
+    if options.distillation_type == "none":
+        return None
+    published = _published_name(options)
+    named_by = "teacher_path" if published not in ("", options.teacher_model) else "teacher_model"
+    with _blamed_on(named_by):
+        cfg = published_cfg(published or options.teacher_model)
+    name = published or models.resolve_name(options.teacher_model)
+    with _blamed_on("teacher_path"):
+        if published:
+            _check_count(f"the weights of {name} know", cfg["num_classes"], num_classes)
+            if not has_published_weights(cfg):
+                message = f"no weights of {name} are published: give a checkpoint"
+                raise OptionError("teacher_path", message)
+            own = Preprocessing.of_model(cfg)
+            teacher = _model(name, num_classes, own, pretrained=True)
+        else:
+            content = load_checkpoint(options.teacher_path)
+            _check_classes(class_names_of(content), class_names)
+            own = preprocessing
+            if "preprocessing" in content:
+                own = Preprocessing.from_dict(content["preprocessing"])
+            elif has_published_weights(cfg) and cfg["num_classes"] == num_classes:
+                own = Preprocessing.of_model(cfg)
+            teacher = _model(name, num_classes, own)
+            _fill(teacher, weights_of(content), options, num_classes)
+    return _converted(teacher, preprocessing, own)
+
+
+def _published_name(options: LossOptions) -> str:
+    """The name of the published model that is to teach, for ``build_model``; "" for a file."""
+    path = options.teacher_path
+    if path == "timm":
+        return options.teacher_model
+    if not is_published(path):
+        return ""
+    if path.startswith((HUB, FOLDER)):
+        return path
+    return path.removeprefix(TIMM) if path.startswith(TIMM) else FOLDER + path
+
+
+def _model(
+    name: str, num_classes: int, own: Preprocessing, *, pretrained: bool = False
+) -> nn.Module:
+    return models.build_model(
+        name,
+        num_classes,
+        input_size=own.input_size,
+        pretrained=pretrained,
+        required=("input_size",),
+    )
+
+
+def _fill(
+    teacher: nn.Module, weights: Mapping[str, Tensor], options: LossOptions, num_classes: int
+) -> None:
+    _check_layers(teacher, weights, num_classes)
+    try:
+        report = load_pretrained_weights(teacher, weights)
+        reason = report.summary() if report.missing or report.skipped else ""
+    except CheckpointError as error:
+        reason = str(error)
+    if reason:
+        raise OptionError(
+            "teacher_path",
+            f"{options.teacher_path} doesn't hold a {options.teacher_model} ({reason}): "
+            "name its model with --teacher-model",
+        )
+
+
+def _converted(teacher: nn.Module, student: Preprocessing, own: Preprocessing) -> nn.Module:
+    """``teacher`` for the student's images, which are seldom its own."""
+    changes = []
+    if (own.mean, own.std) != (student.mean, student.std):
+        mean, std = (" ".join(f"{x:g}" for x in values) for values in (own.mean, own.std))
+        changes.append(f"normalised by mean {mean} and std {std}")
+    if own.input_size != student.input_size:
+        changes.append(f"resized from {student.input_size} to {own.input_size} pixels")
+    if not changes:
+        return teacher
+    log.info("the teacher sees the student's images as its own: %s", ", ".join(changes))
+    return ConvertedTeacher(teacher, student, own)
+
+
+@contextlib.contextmanager
+def _blamed_on(option: str) -> Iterator[None]:
+    """Errors about a model or checkpoint inside concern the teacher's ``option``."""
+    try:
+        yield
+    except OptionError as error:
+        if error.option == option:
+            raise
+        message = error.message.replace("--finetune FILE", "--teacher-path FILE")
+        raise OptionError(option, message) from error
+    except CheckpointError as error:
+        raise OptionError(option, str(error)) from error
+
+
+def _check_count(who: str, theirs: int, ours: int) -> None:
+    if theirs != ours:
+        raise OptionError(
+            "teacher_path",
+            f"{who} {theirs} classes, the data set has {ours}: "
+            "give the checkpoint of a teacher trained on it",
+        )
+
+
+def _check_classes(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:
+    if theirs is None or ours is None or list(theirs) == list(ours):
+        return
+    _check_count("the teacher knows", len(theirs), len(ours))
+    index = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
+    raise OptionError(
+        "teacher_path",
+        f"the teacher's class {index} is {theirs[index]!r}, the data set's {ours[index]!r}: "
+        "it must be trained on the same classes",
+    )
+
+
+def _check_layers(teacher: nn.Module, weights: Mapping[str, Tensor], num_classes: int) -> None:
+    """OptionError if a layer's weights differ from the model's in the class count alone."""
+    for key, own in teacher.state_dict().items():
+        known = weights[key].shape[0] if key in weights and weights[key].ndim else 0
+        alike = known and weights[key].shape[1:] == own.shape[1:]
+        if own.ndim == 2 and alike and own.shape[0] == num_classes:
+            _check_count("the teacher knows", known, num_classes)

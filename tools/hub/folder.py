@@ -1,0 +1,87 @@
+"""A folder in timm's hub form: ``config.json``, ``model.safetensors`` and a model card."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from timm.models import model_entrypoint
+from timm.models._hub import load_model_config_from_path
+from torch import Tensor, nn
+
+from augmentation.transforms import Preprocessing
+from loggers import CURVES_FILE
+from tools.common import command
+from tools.hub.card import Run, card
+from tools.hub.form import HubForm, hub_form, timms_own
+from utils import written_whole
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def writer(
+    run: Run, repository: str | None = None
+) -> Callable[[nn.Module, Tensor, Path, Mapping[str, str]], None]:
+    """A writer as those of ``tools.export``; ``repository`` is where the folder will be pushed."""
+
+    def write(model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str]) -> None:
+        form = hub_form(model, example)
+        preprocessing = Preprocessing.from_dict(run.content["preprocessing"])
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_config(folder / CONFIG, form, run.content["class_names"], preprocessing)
+        weights = {k: v.contiguous().clone() for k, v in form.model.state_dict().items()}
+        with written_whole(folder / WEIGHTS) as temporary:
+            # transformers reads no file without a format.
+            save_file(weights, temporary, metadata={"format": "pt"})
+        if run.curves:
+            shutil.copyfile(run.curves, folder / CURVES_FILE)
+        command.write_text(folder / CARD, card(run, form, preprocessing, repository))
+        if form.needs:
+            print(
+                f"note: timm has no {form.architecture}: whoever loads {folder} with timm or "
+                f"transformers imports {form.needs} of this project first"
+            )
+
+    return write
+
+
+def _write_config(
+    path: Path, form: HubForm, names: Sequence[str], preprocessing: Preprocessing
+) -> None:
+    cfg, size = form.model.pretrained_cfg, preprocessing.input_size
+    config = {
+        "architecture": form.architecture,
+        "num_classes": len(names),
+        "num_features": form.model.num_features,
+        "label_names": list(names),
+        "model_args": form.model_args,
+        "pretrained_cfg": {
+            "num_classes": len(names),
+            "input_size": [3, size, size],
+            "crop_pct": preprocessing.crop_ratio,
+            "crop_mode": preprocessing.crop_mode,
+            "interpolation": preprocessing.interpolation,
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            **{k: cfg[k] for k in ("fixed_input_size", "first_conv", "classifier") if cfg.get(k)},
+        },
+    }
+    pool = getattr(form.model, "global_pool", None) or cfg.get("global_pool")
+    config |= {"global_pool": pool} if isinstance(pool, str) else {}
+    command.write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def opened(folder: Path) -> nn.Module:
+    """The model of a folder, built by timm's own code where the architecture is timm's."""
+    cfg, architecture, model_args = load_model_config_from_path(folder)
+    entry = timms_own(architecture) or model_entrypoint(architecture)
+    return entry(pretrained=True, pretrained_cfg=cfg, **model_args).eval()
+
+
+def remove(folder: Path) -> None:
+    """Remove what was written; other files of the folder stay."""
+    for name in (CONFIG, WEIGHTS, CARD, CURVES_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,106 @@
+"""What the options leave open about the images comes from the weights that are used.
+
+Published weights were trained for one size, crop, filter and normalisation; judged or fine-tuned
+with others they lose accuracy and nothing says so.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from architectures.factory import published_cfg
+from augmentation.transforms import SMALL, Preprocessing
+from checkpointing.folder import CONFIG_FILE
+from config import CHECKPOINT, DEFAULT, MODEL, Config, read_yaml
+from inference import read_content
+
+log = logging.getLogger(__name__)
+
+# Our options and the fields of Preprocessing.
+_FIELDS = {
+    "input_size": "input_size",
+    "eval_crop_ratio": "crop_ratio",
+    "crop_mode": "crop_mode",
+    "interpolation": "interpolation",
+    "mean": "mean",
+    "std": "std",
+}
+
+
+def with_options_of_weights(config: Config, folder: Path | None = None) -> Config:
+    """``config`` with what is left open about the images as the weights were trained.
+
+    These are the weights of ``--pretrained``, ``--finetune``, or of an ``--eval`` of published
+    ones. A run that goes on needs them no more: a checkpoint has its options in it, and so has the
+    ``folder`` that ``--resume auto`` goes on in. Plug-ins must be imported.
+
+    Raises:
+        OptionError: an unknown model, or one whose images are not square.
+        CheckpointError: a file that can't be read.
+    """
+    left_open = [name for name in _FIELDS if config.origin[name] == DEFAULT]
+    known = _options_of_weights(config, folder) if left_open else {}
+    values = {name: known[name] for name in left_open if name in known}
+    return config.replace(MODEL, **values) if values else config
+
+
+def _options_of_weights(config: Config, folder: Path | None) -> dict[str, Any]:
+    resume, file = config.run.resume, config.model.finetune
+    if resume and config.run.eval:
+        file = resume
+    elif resume not in ("", "auto"):
+        return {}
+    if file == "auto" or not (file or config.model.pretrained):
+        return {}
+    if resume == "auto" and folder is not None and (folder / CONFIG_FILE).is_file():
+        return read_yaml(folder / CONFIG_FILE)[-1][1]
+    content = read_content(file) if file else {}
+    if file == resume and "config" in content:
+        return {}
+    if "preprocessing" in content:
+        trained = Preprocessing.from_dict(content["preprocessing"])
+    else:
+        cfg = published_cfg(config.model.model)
+        if config.run.eval:
+            _note_test_size(config.model.model, cfg)
+        trained = Preprocessing.of_model(cfg)
+    return {name: getattr(trained, field) for name, field in _FIELDS.items()}
+
+
+def _note_test_size(name: str, cfg: Mapping[str, Any]) -> None:
+    """Say where the published figure was measured at another size than that of training."""
+    size, crop = cfg.get("test_input_size") or cfg["input_size"], cfg.get("test_crop_pct")
+    crop = crop or cfg["crop_pct"]
+    if (size, crop) != (cfg["input_size"], cfg["crop_pct"]):
+        log.info(
+            "the published figure of %s is at --input-size %d --eval-crop-ratio %g",
+            name,
+            size[-1],
+            crop,
+        )
+
+
+def asked_preprocessing(config: Config, trained: Preprocessing) -> Preprocessing:
+    """The preprocessing a model was ``trained`` with, but for what was asked for beside it."""
+    values = config.flat()
+    changes = {
+        field: three_values(values[name]) if name in ("mean", "std") else values[name]
+        for name, field in _FIELDS.items()
+        if config.origin[name] not in (DEFAULT, MODEL, CHECKPOINT) and values[name] is not None
+    }
+    return dataclasses.replace(trained, **changes)
+
+
+def evaluation_crop_ratio(config: Config) -> float:
+    """``--eval-crop-ratio``; 1 for small images unless another one is asked for: all of such an
+    image is looked at, as in DeiT."""
+    ratio = config.data.eval_crop_ratio
+    asked = config.origin["eval_crop_ratio"] == MODEL or "eval_crop_ratio" in config.explicit()
+    return ratio if asked or config.model.input_size > SMALL else 1.0
+
+
+def three_values(values: Sequence[float]) -> tuple[float, ...]:
+    """One value for each colour."""
+    return tuple(values) * (3 // len(values))
