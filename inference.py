@@ -94,7 +94,7 @@ def _class_names(published: Published) -> list[str]:
     """Those that come with the weights, else ImageNet's by their number, else "class 0" …"""
     count, given = published.cfg["num_classes"], published.cfg.get("label_names")
     if not given:
-        return list(imagenet.class_names(count) or (f"class {i}" for i in range(count)))
+        return list(imagenet.class_names(count) or unnamed(count))
     if isinstance(given, Mapping):  # by number, which may have gaps
         given = [given.get(str(i), f"class {i}") for i in range(count)]
     if len(given) != count:
@@ -103,6 +103,11 @@ def _class_names(published: Published) -> list[str]:
             "its config.json"
         )
     return list(map(str, given))
+
+
+def unnamed(num_classes: int) -> list[str]:
+    """What the classes of a published model are called where nothing is known of their names."""
+    return [f"class {i}" for i in range(num_classes)]
 
 
 def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:

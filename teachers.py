@@ -75,10 +75,10 @@ def build_teacher(
     name = published or models.resolve_name(options.teacher_model)
     with _blamed_on("teacher_path"):
         if published:
-            _check_count(f"the weights of {name} know", cfg["num_classes"], num_classes)
             if not has_published_weights(cfg):
                 message = f"no weights of {name} are published: give a checkpoint"
                 raise OptionError("teacher_path", message)
+            _check_count(f"the weights of {name} know", cfg["num_classes"], num_classes)
             own = Preprocessing.of_model(cfg)
             teacher = _model(name, num_classes, own, pretrained=True)
         else:

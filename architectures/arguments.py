@@ -28,20 +28,20 @@ def takes_argument(name: str, argument: str, num_classes: int = 1000) -> bool:
         OptionError: the entry function doesn't take what timm gives to all of them.
     """
     if ":" in name:  # a source of timm's: which entry function it leads to is in its configuration
-        return argument in _names_of_class(_class_of(name, None, num_classes))
+        return argument in names_of_class(_class_of(name, None, num_classes))
     entry = timm.model_entrypoint(name)
     _check_entry(name, entry)
     # Models registered by this project name what they are built by.
     build = getattr(entry, "model_cls", entry)
     if isinstance(build, type):
-        return argument in _names_of_class(build)
+        return argument in names_of_class(build)
     parameters = inspect.signature(build).parameters
     if argument in parameters or argument in inspect.signature(entry).parameters:
         return True
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         return False
     cls = _class_of(name, entry, num_classes)
-    if cls is None or argument in _names_of_class(cls):
+    if cls is None or argument in names_of_class(cls):
         return True
     of_timm = entry.__module__.startswith("timm.")
     return not of_timm and argument == "img_size" and _builds_with_size(name, num_classes)
@@ -91,7 +91,7 @@ def _builds_with_size(name: str, num_classes: int) -> bool:
 
 
 @functools.cache
-def _names_of_class(cls: type[nn.Module]) -> frozenset[str]:
+def names_of_class(cls: type[nn.Module]) -> frozenset[str]:
     """Names of the arguments of ``cls``; its ``**kwargs`` go to its configuration and bases."""
     names: set[str] = set()
     for base in cls.__mro__:

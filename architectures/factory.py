@@ -29,11 +29,12 @@ def resolve_name(name: str) -> str:
     """The name timm knows for ``name``: short names and CaiT in any case are allowed.
 
     A tag of timm's ("resnet50.a1_in1k") stays, and so do its sources ("hf-hub:OWNER/NAME",
-    "local-dir:FOLDER"). Raises OptionError with the nearest names for an unknown one.
+    "local-dir:FOLDER"). "timm/" in front, as in the names of published models, goes. Raises
+    OptionError with the nearest names for an unknown one.
     """
     if name.startswith(("hf-hub:", "local-dir:")):
         return name
-    architecture, dot, tag = name.partition(".")
+    architecture, dot, tag = name.removeprefix("timm/").partition(".")
     resolved = ALIASES.get(architecture.lower(), architecture) + dot + tag
     if timm.is_model(resolved):
         return resolved

@@ -1,6 +1,7 @@
 """Registering models with timm, so that they are built, loaded and taken apart as timm's own."""
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +11,18 @@ import timm.models
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from architectures.arguments import names_of_class
+
 # Names under which a model is known besides its own, in lower case; the modules that define models
 # add theirs.
 ALIASES: dict[str, str] = {}
+
+# What ``timm.models.build_model_with_cfg`` takes, whatever the model.
+_OF_TIMMS_BUILDER = frozenset(inspect.signature(timm.models.build_model_with_cfg).parameters) | {
+    "features_only",
+    "out_indices",
+    "feature_cls",
+}
 
 # How timm takes features from a model that has ``forward_intermediates``: of its last 3 blocks.
 LAST_BLOCKS = {"out_indices": 3, "feature_cls": "getter"}
@@ -61,9 +71,15 @@ def register(
     ``img_size`` needn't be given where that says ``fixed_input_size``. ``filter_fn`` takes a
     published state dict and the model, and returns one with the model's names and shapes.
     ``features`` says how ``features_only`` works: timm's ``feature_cfg``.
+
+    A model of timm's that has the name already is still built where an argument is given that only
+    timm's takes (``dynamic_img_size`` …).
     """
+    replaced = timm.models.model_entrypoint(name) if timm.is_model(name) else None
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if replaced is not None and not kwargs.keys() <= names_of_class(cls) | _OF_TIMMS_BUILDER:
+            return replaced(pretrained=pretrained, **kwargs)
         feature_cfg = dict(features)
         if "out_indices" in kwargs:
             feature_cfg["out_indices"] = kwargs.pop("out_indices")
@@ -80,7 +96,6 @@ def register(
     entry.__module__ = module or cls.__module__
     entry.model_cls = cls  # whose signature says which arguments the model takes
     entry.filter_fn = filter_fn  # for weights from elsewhere
-    entry.filter_fn = filter_fn
     with warnings.catch_warnings():
         # DeiT takes the place of timm's models of the same names on purpose.
         warnings.filterwarnings("ignore", f"Overwriting {name} in registry")

@@ -169,9 +169,13 @@ def _matched(
 def _without_half_a_classifier(
     model: nn.Module, new: dict[str, Tensor], report: LoadReport
 ) -> None:
-    """Where a part of the classifier doesn't fit, the others belong to other classes too."""
+    """Where a part of the classifier doesn't fit, the others belong to other classes too; where it
+    is a list of a layer for each class, also where one of them is missing."""
     heads = _declared_heads(model)
-    if any(_below(heads, name) for name in report.skipped):
+    signs = list(report.skipped)
+    if isinstance(_classifier(model), nn.ModuleList):
+        signs += report.missing
+    if any(_below(heads, name) for name in signs):
         for name in [name for name in new if _below(heads, name)]:
             del new[name]
             report.loaded[:] = [other for other in report.loaded if other != name]
@@ -278,16 +282,21 @@ def _check_complete(model: nn.Module, known: Mapping[str, Tensor], report: LoadR
 
 def _heads(model: nn.Module) -> set[str]:
     """The names of the modules that are the model's classifier."""
-    try:
-        classifier = model.get_classifier()
-    except (AttributeError, NotImplementedError):
-        classifier = None
+    classifier = _classifier(model)
     if isinstance(classifier, Mapping):
         classifier = classifier.values()
     parts = list(classifier) if isinstance(classifier, Iterable) else [classifier]
     ids = {id(part) for part in (classifier, *parts) if isinstance(part, nn.Module)}
     names = {name for name, module in model.named_modules() if name and id(module) in ids}
     return names | _declared_heads(model)
+
+
+def _classifier(model: nn.Module) -> Any:
+    """What the model calls its classifier: a module, or several; None where it doesn't say."""
+    try:
+        return model.get_classifier()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _declared_heads(model: nn.Module) -> set[str]:

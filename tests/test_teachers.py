@@ -242,6 +242,8 @@ def test_published_teacher_names_the_option_that_helps(monkeypatch):
         published("resnet18", "timm/resnet1818")
     with pytest.raises(OptionError, match="--teacher-path: no weights of deit_nano.*published"):
         published("deit_nano_patch4_32")
+    with pytest.raises(OptionError, match="--teacher-path: no weights of deit_nano.*published"):
+        published("deit_nano_patch4_32", classes=3)
 
     def unreachable(*args, **kwargs):
         raise OSError("no network")

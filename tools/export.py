@@ -366,6 +366,7 @@ def _run_of(arguments: argparse.Namespace, model: trained.Trained, source: Path)
         model.content,
         curves if curves.is_file() else None,
         arguments.license,
+        arguments.ema,
     )
 
 

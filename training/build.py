@@ -27,7 +27,7 @@ from config import Config
 from distributed.batch_norm import synchronise_batch_norm
 from distributed.processes import Processes
 from distributed.wrapping import replicate, shard
-from errors import OptionError
+from errors import CheckpointError, OptionError
 from inference import read_content
 from optimization.ema import ModelEma
 from optimization.freezing import Freezer
@@ -113,6 +113,8 @@ def _start_from(model: nn.Module, source: str, allow_partial: bool, *, evaluate:
             raise OptionError("finetune", f"{source}: {error}{hint}") from None
         log.warning("finetune %s: %s", source, error)
         report = load_pretrained_weights(model, weights, allow_partial=True)
+    except CheckpointError as error:
+        raise OptionError("finetune", f"{source}: {error}") from None
     log.info("finetune %s: %s", source, report.summary())
     if evaluate and (report.missing or report.skipped):
         raise OptionError(

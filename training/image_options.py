@@ -13,6 +13,7 @@ from typing import Any
 from architectures.factory import published_cfg
 from augmentation.transforms import SMALL, Preprocessing
 from checkpointing.folder import CONFIG_FILE
+from checkpointing.published import is_published
 from config import CHECKPOINT, DEFAULT, MODEL, Config, read_yaml
 from inference import read_content
 
@@ -57,7 +58,7 @@ def _options_of_weights(config: Config, folder: Path | None) -> dict[str, Any]:
     if resume == "auto" and folder is not None and (folder / CONFIG_FILE).is_file():
         return read_yaml(folder / CONFIG_FILE)[-1][1]
     content = read_content(file) if file else {}
-    if file == resume and "config" in content:
+    if file == resume and "config" in content and not is_published(file):
         return {}
     if "preprocessing" in content:
         trained = Preprocessing.from_dict(content["preprocessing"])

@@ -104,7 +104,7 @@ def _text(option: str, file: str) -> str:
         return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise OptionError(option, f"{file} {reason}: give a text file") from None
+        raise OptionError(option, f"{file} {reason}: name the file") from None
     except UnicodeDecodeError:
         raise OptionError(option, f"{file} isn't text: give a .txt or .json file") from None
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from config import DataOptions
 from errors import DataError, OptionError, did_you_mean, first_names
+from inference import unnamed
 from optimization.counts import NO_OUTPUT, PADDING, Evaluation
 from pipeline.dataset import ImageDataset
 from pipeline.imagenet import ids_of, wordnet_ids
@@ -44,9 +45,10 @@ class ModelClasses:
     ) -> "ModelClasses":
         """Of ``count`` outputs whose ``names`` came with the weights, or did not.
 
-        Names that several outputs have tell nothing.
+        Names that several outputs have tell nothing, nor do those that are made up.
         """
-        if names is not None and len(set(names)) < len(names):
+        made_up = names is not None and list(names) == unnamed(count)
+        if made_up or (names is not None and len(set(names)) < len(names)):
             names = None
         ids = wordnet_ids(count) if names is None else ids_of(names)
         return cls(option, source, count, names if ids is None else ids, ids is not None)

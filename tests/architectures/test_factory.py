@@ -248,3 +248,8 @@ def test_weights_that_are_not_published(name):
     with pytest.raises(OptionError, match=f"no weights of {name} are published") as error:
         build_model(name, 10, input_size=32, pretrained=True)
     assert error.value.option == "pretrained"
+
+
+def test_the_prefix_of_published_models_is_taken():
+    assert resolve_name("timm/resnet50.a1_in1k") == "resnet50.a1_in1k"
+    assert resolve_name("timm/deit_tiny") == "deit_tiny_patch16_224"

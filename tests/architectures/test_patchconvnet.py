@@ -8,6 +8,7 @@ from tiny_models import randomise
 from torch import Tensor, nn
 
 import models
+from architectures.weights import load_pretrained_weights
 
 
 def tiny(name: str = "S60", **options: object) -> nn.Module:
@@ -91,6 +92,18 @@ def test_published_weights_are_fitted(name):
     assert torch.equal(other.forward_features(images()), source.forward_features(images()))
     assert other(images()).shape == (2, 3)
     assert torch.equal(other.norm.weight, source.norm.weight)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_a_head_for_other_classes_is_left_out_whole(count):
+    """Its first layers would fit, and belong to other classes."""
+    model, source = tiny("S60_multi"), tiny("S60_multi", num_classes=count)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    report = load_pretrained_weights(model, source.state_dict())
+    for name, x in model.state_dict().items():
+        of_classes = name.startswith(("head.", "cls_token"))
+        assert torch.equal(x, before[name] if of_classes else source.state_dict()[name]), name
+        assert (name in report.missing) == of_classes
 
 
 def test_every_published_file_has_a_configuration():

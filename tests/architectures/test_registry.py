@@ -8,6 +8,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import nn
 
+import models
 from architectures.registry import plain_cfg, published, register
 
 default_cfgs = generate_default_cfgs(
@@ -86,3 +87,13 @@ def test_only_our_own_overwriting_is_silent():
         with pytest.raises(UserWarning, match="Overwriting tiny_test_twice"):
             timm.models.register_model(entry)
     assert timm.models.model_entrypoint("tiny_test_twice") is entry
+
+
+def test_arguments_of_timms_alone_build_timms_own():
+    ours = timm.create_model("deit_tiny_patch16_224", depth=3, drop_rate=0.1, features_only=True)
+    assert type(ours.model) is models.VisionTransformer
+    theirs = timm.create_model("deit_tiny_patch16_224", depth=1, dynamic_img_size=True).eval()
+    assert type(theirs) is timm.models.VisionTransformer
+    assert theirs(torch.zeros(1, 3, 48, 64)).shape == (1, 1000)
+    with pytest.raises(TypeError, match="no_such_thing"):
+        timm.create_model("deit_tiny_patch16_224", no_such_thing=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from serving import running
 from tiny_images import image_folder
 
+import main
 from inference import load_for_inference
 from tools import explain, export, inspect, predict, report
 
@@ -64,6 +66,35 @@ def test_other_folders_are_refused(published, images, tmp_path, capsys):
     argv = [published, "--device", "cpu", "--num-workers", "0", "--output", str(tmp_path)]
     assert report.main([*argv, "--data-path", str(images)]) == 2
     assert "are not the model's 1000 (tench, goldfish, great white shark" in capsys.readouterr().err
+
+
+def test_classes_without_names_are_taken_in_the_order_of_the_set(images, tmp_path, capsys):
+    """In the report as in --eval; 0, 1, 10 is the order of text."""
+    folder = tmp_path / "three"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(
+        timm.create_model("test_efficientnet", num_classes=3).state_dict(),
+        folder / "model.safetensors",
+    )
+    cfg = {"input_size": [3, 48, 48], "num_classes": 3}
+    config = {"architecture": "test_efficientnet", "num_classes": 3, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    rest = ("--device", "cpu", "--num-workers", "0")
+    argv = (str(folder), *rest, "--output", str(tmp_path), "--data-path")
+    assert report.main([*argv, str(images)]) == 0
+    assert "taken in the order of the set" in capsys.readouterr().err
+    accuracy = json.loads((tmp_path / "report.json").read_text())["top1"]
+    evaluate = ("--eval", "--resume", str(folder), "--data-path", str(images), *rest)
+    assert main.main([*evaluate, "--output-dir", str(tmp_path / "eval")]) == 0
+    shown = re.search(r"top-1 ([\d.]+) %", capsys.readouterr().out)[1]
+    assert float(shown) == pytest.approx(100 * accuracy, abs=1e-2)
+    text = image_folder(tmp_path / "text", {"val": 1}, classes=("9", "10", "11"))
+    assert report.main([*argv, str(text)]) == 2
+    assert "give their numbers leading zeros" in capsys.readouterr().err
+    more = image_folder(tmp_path / "more", {"val": 1}, classes=("a", "b", "c", "d"))
+    assert report.main([*argv, str(more)]) == 2
+    assert "the 4 classes of" in capsys.readouterr().err
 
 
 def test_it_is_exported_explained_and_looked_into(published, imagenet, tmp_path, capsys):

@@ -79,3 +79,12 @@ def test_weights_that_do_not_fill_the_model_need_consent(images, tmp_path, capsy
         assert train(images, tmp_path / "eval", *start, *consent, "--eval") == 2
         error = capsys.readouterr().err
         assert "doesn't fill VisionTransformer" in error and "starts with" not in error
+
+
+def test_weights_of_another_model_are_refused_by_option_and_file(images, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    torch.save(models.build_model("modern_lenet", 3, input_size=32).state_dict(), path)
+    for consent in ((), ("--allow-partial",)):
+        assert train(images, tmp_path / "run", "--finetune", str(path), *consent) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --finetune: {path}: the checkpoint belongs to another")

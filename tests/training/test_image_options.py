@@ -221,6 +221,9 @@ def test_published_model_is_evaluated_on_its_own_images(tmp_path, capsys, how):
     argv += ["--output-dir", str(tmp_path / "out")]
     assert main.main(argv) == 0
     shown = re.search(r"top-1 ([\d.]+) %.*loss ([\d.]+)  \(15 images\)", capsys.readouterr().out)
+    assert main.main([*argv, "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["input_size"], printed["eval_crop_ratio"]) == (40, 0.7)
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))

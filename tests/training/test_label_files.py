@@ -85,8 +85,8 @@ def test_bad_class_maps_are_named_with_their_line(tmp_path, name, content, messa
 def test_files_that_are_missing_or_no_text(tmp_path):
     (tmp_path / "map.pkl").write_bytes(b"\x80\x04\x95\xff")
     for file, message in (
-        (str(tmp_path / "none.txt"), "does not exist: give a text file"),
-        (str(tmp_path), "give a text file"),
+        (str(tmp_path / "none.txt"), "does not exist: name the file"),
+        (str(tmp_path), "name the file"),
         (str(tmp_path / "map.pkl"), "isn't text: give a .txt or .json file"),
     ):
         with pytest.raises(OptionError) as caught:

@@ -26,6 +26,7 @@ from pipeline import imagenet
 from pipeline.dataset import ImageDataset, build_dataset
 from pipeline.decoding import EXTENSIONS, decode
 from pipeline.loader import Loader
+from pipeline.sources.registry import validation_classes
 from tools.common import command
 from training.data import build_val_loader
 from training.plugins import import_plugins
@@ -118,7 +119,9 @@ def loader(arguments: argparse.Namespace, trained: Trained, *, training: bool = 
     options = _options(arguments, trained.content)
     names = trained.classifier.class_names
     dataset = _dataset(options, names, training)
-    if list(dataset.classes) not in (names, imagenet.ids_of(names)):
+    if names == inference.unnamed(len(dataset.classes)):
+        _take_in_order(dataset.classes, options)
+    elif list(dataset.classes) not in (names, imagenet.ids_of(names)):
         given = options.data.data_path or options.data.data_set
         raise DataError(
             f"the {len(dataset.classes)} classes of {given} ({first_names(dataset.classes, 3)}) "
@@ -134,6 +137,17 @@ def loader(arguments: argparse.Namespace, trained: Trained, *, training: bool = 
     return build_val_loader(options, images, Processes())
 
 
+def _take_in_order(names: Sequence[str], options: config.Config) -> None:
+    """Say that the classes ``names`` are taken for the model's in turn, of whose names nothing is
+    known. Raises DataError for numbers in the order of text, which may mean another one."""
+    if all(name.isdecimal() for name in names) and list(names) != sorted(names, key=int):
+        raise DataError(
+            f"the classes of {options.data.data_path} are sorted as text, {first_names(names, 3)}: "
+            "give their numbers leading zeros"
+        )
+    print("note: the model's classes have no names: taken in the order of the set", file=sys.stderr)
+
+
 def _dataset(options: config.Config, names: list[str], training: bool) -> ImageDataset:
     """The images, of classes ``names``; ImageNet's may have folders named by WordNet ids."""
 
@@ -142,6 +156,8 @@ def _dataset(options: config.Config, names: list[str], training: bool) -> ImageD
 
     if training:
         return build(None)
+    if names == inference.unnamed(len(names)):
+        return build(validation_classes(options.data))
     ids = imagenet.ids_of(names)
     try:
         return build(ids or names)

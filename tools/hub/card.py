@@ -36,6 +36,8 @@ class Run(NamedTuple):
     """The image of the training curves."""
     license: str | None
     """As the hub has it, "apache-2.0"; None: not stated."""
+    ema: bool = False
+    """Whether the weights are the moving average."""
 
 
 def card(run: Run, form: HubForm, images: Preprocessing, repository: str | None) -> str:
@@ -75,7 +77,10 @@ def _text(run: Run, form: HubForm) -> Iterator[str]:
         )
     yield f"License: {run.license or 'none is stated'}.\n"
     if content.get("metrics"):
-        yield "## Results\n\n| metric | |\n|---|---|"
+        yield "## Results\n"
+        if run.ema:
+            yield "The weights are the moving average of training: its figures begin with `ema_`.\n"
+        yield "| metric | |\n|---|---|"
         yield from (f"| {k} | {_shown(v)} |" for k, v in content["metrics"].items())
         yield ""
     if run.curves:
@@ -158,8 +163,9 @@ def _without_folders(value: object) -> object:
 
 
 def _data(options: Mapping[str, Any]) -> str:
-    """The name of the data set, without where it lies."""
-    parts = (options.get("data_set"), Path(options.get("data_path") or "").name)
+    """The name of the data set, without where it lies. "IMNET" is a kind: any image folder."""
+    folder, kind = Path(options.get("data_path") or "").name, options.get("data_set")
+    parts = (kind if kind != "IMNET" or not folder else "", folder)
     return " ".join(f"`{part}`" for part in parts if part)
 
 
