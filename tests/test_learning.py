@@ -8,7 +8,7 @@ SMOOTHED = ("--smoothing", "0.1", "--unscale-lr", "--lr", "3e-3")
 
 def test_a_small_cnn_learns_the_digits(tmp_path):
     options = (*PLAIN, *SMOOTHED, "--data-set", "DIGITS", "--model", "simple_cnn")
-    options += ("--input-size", "16", "--epochs", "6", "--batch-size", "32", "--hflip", "0")
+    options += ("--input-size", "16", "--epochs", "4", "--batch-size", "32", "--hflip", "0")
     options += ("--log-interval", "50")
     assert train("", tmp_path, *options, "--model-ema-decay", "0.9") == 0
     record = logged(tmp_path)[-1]
