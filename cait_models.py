@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from architectures.interface import ClassAttentionModel
-from architectures.layers import Mlp, PatchEmbed, classifier, init_linear
+from architectures.layers import Mlp, PatchEmbed, TokenAttention, classifier, init_linear
 from architectures.published import adapted
 from architectures.registry import ALIASES, published, register
 from architectures.talking_heads import exporting, talking_heads_attention
@@ -70,37 +70,14 @@ def _mixing_last(module: nn.Module, state: dict[str, Any], prefix: str, metadata
         state[prefix + name] = state.pop(prefix + name)
 
 
-class Class_Attention(nn.Module):
+class Class_Attention(TokenAttention):
     """Attention in which the class token alone asks (CaiT, section 2.2).
 
     (B, 1 + N, D) -> (B, 1, D): the class token comes first, it attends to itself and the patches.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attn_drop = attn_drop
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
     def forward(self, x: Tensor) -> Tensor:
-        # (B, tokens, D) -> (B, heads, tokens, d)
-        q = self.q(x[:, :1]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k = self.k(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        v = self.v(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        dropout_p = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # (B, heads, 1, d)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self.attend(x[:, :1], x)
 
 
 class _GeluLinear(torch.autograd.Function):

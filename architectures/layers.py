@@ -1,8 +1,9 @@
-"""Layers that DeiT and CaiT share."""
+"""Layers that DeiT, CaiT, ResMLP and PatchConvNet share."""
 
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,6 +65,40 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.fc1(x)))
         return self.drop2(self.fc2(x))
+
+
+class TokenAttention(nn.Module):
+    """Attention in which some tokens ask and others are read; a subclass says in ``forward`` which.
+
+    The queries, keys and values have a linear layer each (CaiT, section 2.2; PatchConvNet).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend(self, asking: Tensor, read: Tensor) -> Tensor:
+        """(B, K, D) tokens that ask, (B, N, D) that are read -> (B, K, D)."""
+        # (B, tokens, D) -> (B, heads, tokens, d)
+        q = self.q(asking).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k = self.k(read).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.v(read).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        dropout_p = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 def classifier(num_features: int, num_classes: int) -> nn.Module:

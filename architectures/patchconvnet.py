@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from architectures.interface import ClassAttentionModel
-from architectures.layers import Mlp, classifier, init_linear
+from architectures.layers import Mlp, TokenAttention, classifier, init_linear
 from architectures.published import adapted
 from architectures.registry import ALIASES, plain_cfg, register
 
@@ -82,27 +81,11 @@ class ConvBlock(nn.Module):
         return x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
 
 
-class Aggregation(nn.Module):
+class Aggregation(TokenAttention):
     """Attention in which class tokens ask: (B, K, D), (B, N, D) that they read -> (B, K, D)."""
 
-    def __init__(self, dim: int, num_heads: int, attn_drop: float, proj_drop: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attn_drop = attn_drop
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
     def forward(self, classes: Tensor, read: Tensor) -> Tensor:
-        # (B, tokens, D) -> (B, heads, tokens, d)
-        q = self.q(classes).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k = self.k(read).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        v = self.v(read).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        dropout_p = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self.attend(classes, read)
 
 
 class AggregationBlock(nn.Module):
@@ -122,7 +105,7 @@ class AggregationBlock(nn.Module):
         super().__init__()
         self.read_classes = read_classes
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Aggregation(dim, num_heads, attn_drop, drop)
+        self.attn = Aggregation(dim, num_heads, attn_drop=attn_drop, proj_drop=drop)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values))

@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub
 from torch import Tensor
 
 import models
-from architectures.factory import first_line, published_cfg
+from architectures.factory import first_line, has_published_weights, published_cfg
 from checkpointing.sharded import REST
 from errors import CheckpointError, OptionError, first_names
 
@@ -93,7 +93,7 @@ def name_for_timm(source: str) -> str:
 
 
 def _refuse_what_cannot_classify(name: str, cfg: Mapping[str, Any]) -> None:
-    if not any(cfg.get(place) for place in ("hf_hub_id", "url", "file", "state_dict")):
+    if not has_published_weights(cfg):
         raise CheckpointError(f"no weights of {name} are published: train it, or name a checkpoint")
     if not cfg["num_classes"]:
         raise CheckpointError(

@@ -57,6 +57,8 @@ def _options_of_weights(config: Config, folder: Path | None) -> dict[str, Any]:
         return {}
     if resume == "auto" and folder is not None and (folder / CONFIG_FILE).is_file():
         return read_yaml(folder / CONFIG_FILE)[-1][1]
+    if file == resume and CHECKPOINT in config.origin.values() and not is_published(file):
+        return {}  # its options are here already, and need not be read again
     content = read_content(file) if file else {}
     if file == resume and "config" in content and not is_published(file):
         return {}
