@@ -8,6 +8,8 @@ mid-epoch work alike on all.
 Nothing inside the project imports this module: its name is also that of Hugging Face's package.
 """
 
+from typing import Any
+
 from augmentation.protocol import Transform
 from augmentation.transforms import build_transform
 from pipeline.dataset import Batch, ImageDataset, build_dataset
@@ -17,6 +19,15 @@ from pipeline.sources.base import ArraySource, FileSource, Source, Subset, strat
 from pipeline.sources.idx import read_idx
 from pipeline.sources.inaturalist import INatDataset
 from pipeline.sources.registry import register_dataset
+
+
+def __getattr__(name: str) -> Any:
+    """Who looks for Hugging Face's package here is told where it is."""
+    raise AttributeError(
+        f"{__file__} has no {name}: if Hugging Face's package is meant, import it before this "
+        "project's folder is put on sys.path, or put the folder at the end of it"
+    )
+
 
 __all__ = [
     "ArraySource",

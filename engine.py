@@ -6,7 +6,7 @@ from (seed, epoch, step, rank), so the step is the same whatever ran before it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from augmentation.batch import Plan
-from distributed.processes import any_process, world_size
+from distributed.processes import in_step, world_size
 from distributed.wrapping import flag_like, is_sharded, no_sync
 from optimization.clipping import clip_gradients
 from optimization.counts import Counts, Evaluation, RealCounts
-from optimization.freezing import frozen_norms
+from optimization.freezing import set_mode
 from optimization.groups import classifier_parameters
 from optimization.meter import Meter
 from optimization.optimizer import optimizer_supports_found_inf
@@ -191,7 +191,7 @@ def train_one_epoch(
     hooks, progress = hooks or Hooks(), state.progress
     set_mode(state.net, state.model, settings.train_mode)
     reporter = _Reporter(state, settings, steps, hooks, copies=criterion.copies)
-    step = progress.step
+    step, statistics = progress.step, []
     try:
         for batch in reporter.clock.watch(prefetch(batches, settings.device, settings.place)):
             # The last window of an epoch may hold fewer batches.
@@ -199,10 +199,9 @@ def train_one_epoch(
             window = min(settings.accum_steps, steps - start)
             completes = step - start == window - 1
             if step == start:
-                state.optimizer.zero_grad(set_to_none=True)
-                statistics = _norm_statistics(state, settings)
+                statistics = _begin_window(state, reporter.meter, settings)
             with contextlib.nullcontext() if completes else no_sync(state.net):
-                loss = forward_loss(state, criterion, batch, settings, step, mixer)
+                loss = forward_loss(state, criterion, batch, settings, step, mixer, reporter.meter)
                 scaled = state.scaler.scale(loss) if state.scaler else loss
                 (scaled / window).backward()
             reporter.meter.add_loss(loss.detach())
@@ -219,9 +218,10 @@ def train_one_epoch(
                 break
         if step >= steps:
             reporter.report()
-    finally:
-        # Also where a loader failed, so that what was trained can be saved.
-        reporter.read()
+    except BaseException:
+        reporter.leave(step, statistics)
+        raise
+    reporter.read()
     return progress.step >= steps
 
 
@@ -250,6 +250,15 @@ class _Reporter:
         if not self.state.warm:
             self.state.warm = True
             self.clock.lap()
+
+    def leave(self, step: int, statistics: list[tuple[Tensor, Tensor]]) -> None:
+        """After a failure or a signal: stand at the last update again, which can be saved."""
+        if step > self.progress.step:
+            self.meter.drop()
+            for buffer, before in statistics:
+                buffer.copy_(before)
+        if self.world == 1:  # the others are elsewhere
+            self.read()
 
     def read(self) -> None:
         """Wait for the device; raise NonFinite, or report the updates that were left out."""
@@ -297,6 +306,7 @@ def forward_loss(
     settings: StepSettings,
     step: int,
     mixer: Mixer | None,
+    meter: Meter | None = None,
     net: nn.Module | None = None,
 ) -> Tensor:
     """The loss of a batch: a function of the weights, the batch and (seed, epoch, step, rank)."""
@@ -309,14 +319,22 @@ def forward_loss(
     if criterion.copies > 1:
         images = images.repeat(criterion.copies, 1, 1, 1)  # (copies × B, C, H, W)
     with settings.autocast(precise=state.progress.update < state.progress.precise_until):
-        return criterion(images, (net or state.net)(images), targets)
+        outputs = (net or state.net)(images)
+        if meter is not None:
+            meter.add_answers(outputs, targets)
+        return criterion(images, outputs, targets)
 
 
-def _norm_statistics(state: TrainState, settings: StepSettings) -> list[tuple[Tensor, Tensor]]:
-    """Batch-norm statistics and their values now, for an update that may be left out."""
-    if settings.on_nonfinite != "skip":
+def _begin_window(
+    state: TrainState, meter: Meter, settings: StepSettings
+) -> list[tuple[Tensor, Tensor]]:
+    """Begin an update that may not come about: batch-norm statistics and their values now."""
+    state.optimizer.zero_grad(set_to_none=True)
+    if settings.accum_steps > 1:
+        meter.mark()
+    elif settings.on_nonfinite != "skip":
         return []
-    return [(b, b.clone()) for b in state.model.buffers() if b.is_floating_point()]
+    return [(b, b.clone()) for b in state.model.buffers()]
 
 
 def _update(
@@ -340,8 +358,9 @@ def _update(
     sticky = settings.on_nonfinite != "skip"
     bad = meter.check(norm, step, progress.update, sticky=sticky, scaled=scaler is not None)
     _step_optimizer(optimizer, scaler, bad)
-    for buffer, before in statistics:
-        buffer.copy_(torch.where(bad, before, buffer))
+    if not sticky:
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(bad, before, buffer))
     if state.ema:
         state.ema.step(progress.update)
     progress.update += 1
@@ -368,24 +387,7 @@ def _step_optimizer(
         optimizer.step()
 
 
-def set_mode(net: nn.Module, model: nn.Module, train_mode: bool = True) -> None:
-    """Training mode, but for batch norms that are frozen: those keep their statistics too."""
-    net.train(train_mode)
-    for norm in frozen_norms(model):
-        norm.eval()
-
-
 # --- evaluation -----------------------------------------------------------------------------------
-
-
-def _in_step(batches: Iterable[Batch]) -> Iterator[Batch | None]:
-    """The batches, then None as long as other processes have some."""
-    iterator = iter(batches)
-    while True:
-        batch = next(iterator, None)
-        if not any_process(batch is not None):
-            return
-        yield batch
 
 
 @torch.no_grad()
@@ -419,7 +421,7 @@ def evaluate(
     model.eval()
     counts = Counts(num_classes, settings.device)
     together = is_sharded(model)
-    for done, batch in enumerate(_in_step(batches) if together else batches, start=1):
+    for done, batch in enumerate(in_step(batches) if together else batches, start=1):
         if batch is None or not len(batch.targets):
             # Nothing to count, but a sharded model needs every process for a forward pass.
             if together:
@@ -430,7 +432,7 @@ def evaluate(
         images, targets = settings.inputs(batch), settings.place(batch.targets)
         filling = batch_size - len(targets)
         if filling > 0:
-            images = torch.cat([images, images.new_zeros(filling, *images.shape[1:])])
+            images = nn.functional.pad(images, (*[0] * 7, filling))  # keeps the memory layout
         with settings.autocast():
             outputs = model(images)
         outputs = outputs[: len(targets)].float()

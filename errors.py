@@ -5,13 +5,60 @@ keeps its traceback.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Sequence
+import errno
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+# What helps against an error of the operating system.
+_OS_FIXES = {
+    errno.EACCES: "give this user the right to it (chmod), or choose another place",
+    errno.EPERM: "give this user the right to it, or choose another place",
+    errno.EROFS: "this file system is read-only: choose another place, or mount it for writing",
+    errno.ENOENT: "it isn't there, or no longer",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EEXIST: "a file of that name is in the way: choose another",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "links that lead in a circle: remove them",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 65536), or take fewer workers",
+    errno.ENFILE: "the machine has no file handles left: end other programs",
+    errno.ENOSPC: "free space there, or choose another place",
+    errno.EDQUOT: "the quota is used up: free space, or choose another place",
+    errno.EFBIG: "this file system takes no file of this size: choose another place",
+    errno.EIO: "the storage fails: check it",
+    errno.ESTALE: "the network storage lost the file: mount it again",
+    errno.ETIMEDOUT: "the storage doesn't answer: check it",
+}
 
 
 class UserError(Exception):
     """Something about the input, the options or the machine; the message says what to do."""
 
     exit_code = 2
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop, where it could be left at once.
+
+    Not an Exception, so that it passes whatever survives a bad image.
+
+    Attributes:
+        exit_code: 128 + the signal's number.
+        alone: whether the other processes of the run don't know of it.
+        announced: whether the run has said already what became of it.
+    """
+
+    def __init__(self, number: int, *, alone: bool = False) -> None:
+        super().__init__(
+            "interrupted" if number == signal.SIGINT else f"stopped by signal {number}"
+        )
+        self.exit_code = 128 + number
+        self.alone = alone
+        self.announced = False
 
 
 class OptionError(UserError):
@@ -53,6 +100,47 @@ class OutOfMemoryError(UserError):
     """The device or the host has too little memory; the message says what helps."""
 
 
+@contextmanager
+def os_errors_in_words() -> Iterator[None]:
+    """Inside, an error of the operating system becomes a UserError, if it is clear what helps."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OS_FIXES:
+            raise
+        raise UserError(os_error_text(error)) from error
+
+
+def os_error_text(error: OSError, path: Path | str | None = None) -> str:
+    """An error of the operating system in one line, ``PATH: reason (fix)``.
+
+    ``path`` is named where the error knows none.
+    """
+    where = error.filename if error.filename is not None else path
+    text = error.strerror or str(error) or type(error).__name__
+    fix = _OS_FIXES.get(error.errno or 0)
+    return (f"{where}: " if where is not None else "") + text + (f" ({fix})" if fix else "")
+
+
+def without_surrogates(text: str) -> str:
+    r"""``text`` as valid Unicode: bytes of a file name that are not UTF-8 are shown as ``\xe9``."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that no file name brings, half of a pair
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` holds no bytes of a file name that are not UTF-8."""
+    return without_surrogates(text) == text
+
+
+def printable(text: str) -> str:
+    """``text`` on one line that a terminal can show. A name may hold line ends and commands."""
+    text = without_surrogates(text)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
 def did_you_mean(
     name: str,
     known: Collection[str],
@@ -73,3 +161,31 @@ def did_you_mean(
 def first_names(names: Sequence[object], most: int = 5) -> str:
     """The first of many names for a message, ``a, b, c, …``."""
     return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
+
+
+# What is imported to load a model, beside this module. Host programs have such names too.
+_BESIDE = ("architectures", "augmentation", "checkpointing", "config", "distributed", "models")
+_BESIDE += ("pipeline", "utils")
+
+
+def _refuse_other_modules() -> None:
+    """Raise ImportError, with both files, where another program's module has one of our names.
+
+    What would follow is an error about a missing name, or no error at all.
+    """
+    root = Path(__file__).resolve().parent
+    for name in _BESIDE:
+        loaded = sys.modules.get(name)
+        spec = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
+        places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
+        found = [Path(place) for place in places if place]
+        if found and not any(path.resolve().is_relative_to(root) for path in found):
+            first = f"put {root} first on sys.path"
+            how = f"comes first: {first}" if loaded is None else "was imported: import this first"
+            raise ImportError(
+                f"{name} of {root} can't be imported, {found[-1]} has the same name and {how}, or "
+                "use the two in processes of their own"
+            )
+
+
+_refuse_other_modules()

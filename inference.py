@@ -1,23 +1,22 @@
 """Trained models: evaluation, prediction, export and serving all load them here."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import models
 from architectures.weights import load_pretrained_weights
-from augmentation.transforms import Preprocessing, build_transform
-from checkpointing.files import load_checkpoint, weights_of
+from augmentation.transforms import EvalTransform, Preprocessing
+from checkpointing.files import load_checkpoint, model_of, named, weights_of
+from checkpointing.form import wrong_form
 from checkpointing.published import FOLDER, HUB, Published, is_published, read_published
-from checkpointing.sharded import REST
-from config import AugmentOptions
 from errors import CheckpointError, OptionError, UserError, first_names
 from pipeline import imagenet
+from pipeline.decoding import decode, naming_lack_of_memory
 
 
 class Classifier(NamedTuple):
@@ -25,10 +24,24 @@ class Classifier(NamedTuple):
 
     model: nn.Module
     """(B, 3, H, W) normalised images to (B, C) logits; in evaluation mode."""
-    transform: Callable[[Image.Image], Tensor]
-    """An RGB image to (3, H, W), as in the evaluation of training."""
+    transform: "ImageTransform"
+    """A path, bytes, binary file, Pillow image of any mode, or array to (3, H, W), as in the
+    evaluation of training. Raises BadImageError."""
     class_names: list[str]
     """C names."""
+
+
+class ImageTransform(EvalTransform):
+    """Any image as the model takes it: (3, S, S) float32, normalised.
+
+    A call decodes what ``pipeline.decoding.decode`` takes, as every command does, and raises
+    BadImageError. ``apply`` takes decoded images, as in every data set.
+    """
+
+    def __call__(self, image: Any) -> Tensor:
+        image = decode(image, self.background)
+        with naming_lack_of_memory():
+            return super().__call__(image)
 
 
 def load_for_inference(
@@ -45,29 +58,20 @@ def load_for_inference(
     Raises:
         CheckpointError: it can't be read or fetched, or holds weights alone, or no average.
     """
-    try:
+    with named(path):
         if Path(str(path)).suffix == ".onnx":
             if ema:
                 raise CheckpointError("an ONNX file holds one set of weights: leave --ema out")
             return _from_onnx(Path(path).expanduser(), torch.device(device))
         return from_content(read_content(path), device=device, ema=ema)
-    except CheckpointError as error:
-        if str(path) in str(error):
-            raise
-        raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_content(path: str | Path) -> dict[str, Any]:
+def read_content(path: str | Path, *, weights: bool = True) -> dict[str, Any]:
     """What a checkpoint holds; exported safetensors files and published models look like one with
-    less in it. Raises CheckpointError."""
+    less in it. Without ``weights`` those of files aren't read. Raises CheckpointError."""
     if is_published(path):
         return _as_checkpoint(read_published(path))
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / REST).is_file():
-        raise CheckpointError(
-            f"{path} is a folder without config.json: name a checkpoint in it, as best.pth"
-        )
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, weights=weights)
     if Path(str(path)).suffix != ".safetensors" or "://" in str(path):
         return content
     from safetensors import safe_open
@@ -115,7 +119,7 @@ def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:
     values = {
         "config": {"model": content["config"]["model"]},
         "class_names": list(content["class_names"]),
-        "preprocessing": content["preprocessing"],
+        "preprocessing": Preprocessing.from_dict(content["preprocessing"]).exported(),
     }
     return {name: json.dumps(value) for name, value in values.items()}
 
@@ -123,12 +127,15 @@ def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The inverse of :func:`metadata_of`. Raises CheckpointError for a file of another origin."""
     try:
-        return {name: json.loads(metadata[name]) for name in _METADATA}
+        found = {name: json.loads(metadata[name]) for name in _METADATA}
     except (KeyError, json.JSONDecodeError):
         raise CheckpointError(
             "the file doesn't carry class names and preprocessing: export it with "
             "python -m tools.export"
         ) from None
+    if problem := wrong_form(found):
+        raise CheckpointError(f"{problem}: export it with python -m tools.export")
+    return found
 
 
 _METADATA = ("config", "class_names", "preprocessing")
@@ -162,18 +169,22 @@ class OnnxModel(nn.Module):
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} can't be read as ONNX: {reason}") from None
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        self.input = self.session.get_inputs()[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        feed = {self.session.get_inputs()[0].name: images.detach().cpu().numpy()}
-        return torch.from_numpy(self.session.run(None, feed)[0]).to(images.device)
+        # A number is how many images the file takes at a time; a free one has a name.
+        fixed = self.input.shape[0]
+        size = fixed if isinstance(fixed, int) else max(1, len(images))
+        chunks = images.detach().cpu().split(size)
+        answers = [self.session.run(None, {self.input.name: x.numpy()})[0] for x in chunks]
+        return torch.cat([torch.from_numpy(x) for x in answers]).to(images.device)
 
 
 def _from_onnx(path: Path, device: torch.device) -> Classifier:
     model = OnnxModel(path, device).eval()
     content = read_metadata(model.metadata)
     preprocessing = Preprocessing.from_dict(content["preprocessing"])
-    transform = build_transform(False, preprocessing, AugmentOptions())
-    return Classifier(model, transform, content["class_names"])
+    return Classifier(model, ImageTransform(preprocessing), content["class_names"])
 
 
 def from_content(
@@ -188,13 +199,15 @@ def from_content(
     Another ``preprocessing`` than the checkpoint's may ask for another input size: position
     embeddings are then interpolated.
     """
-    missing = [k for k in _METADATA if k not in content]
+    missing = [k for k in _METADATA if content.get(k) is None]
     if missing:
         raise CheckpointError(
             f"the checkpoint holds no {', '.join(missing)}, it is not a training checkpoint of "
             "this project: take its weights over with --finetune"
         )
     options, class_names = content["config"], list(content["class_names"])
+    if model_of(content) is None:
+        raise CheckpointError("its config names no model: take its weights over with --finetune")
     trained = Preprocessing.from_dict(content["preprocessing"])
     preprocessing = preprocessing or trained
     model = _build(options["model"], len(class_names), preprocessing.input_size)
@@ -212,7 +225,7 @@ def from_content(
             f"the weights don't fit the model {options['model']}: {reason}"
         ) from None
     model.to(device).eval()
-    return Classifier(model, build_transform(False, preprocessing, AugmentOptions()), class_names)
+    return Classifier(model, ImageTransform(preprocessing), class_names)
 
 
 def _build(name: str, num_classes: int, input_size: int) -> nn.Module:

@@ -9,13 +9,15 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from errors import first_names, without_surrogates
+from outputs.files import Outputs
 from pipeline.progress import ProgressBar
 from utils import written_whole
 
@@ -30,6 +32,7 @@ CURVES_FILE = "curves.png"
 PER_CLASS_FILE = "per_class.csv"
 # Above this many classes a table of them is no longer read by anybody.
 PER_CLASS_LIMIT = 1000
+_HISTOGRAM_LIMIT = 1e19  # TensorBoard's bins end at 1e20
 _COLORS = {"train": "tab:gray", "test": "tab:blue", "EMA": "tab:orange"}
 
 
@@ -43,37 +46,42 @@ class RunLogger:
         folder: the run's output directory; None makes a logger that is silent.
         tensorboard: whether to write TensorBoard files.
         print_epoch: epochs between printed summaries.
-        epoch: first epoch to come.
-        update: first update to come.
+        epoch: epochs done.
+        update: updates done.
+        outputs: those of the run; its files are written through them.
     """
 
     def __init__(
         self,
         folder: Path | None,
         *,
+        outputs: Outputs | None = None,
         tensorboard: bool = True,
         print_epoch: int = 1,
         epoch: int = 0,
         update: int = 0,
     ) -> None:
         self.folder = folder
+        self.outputs = outputs or Outputs()
         self.print_epoch = print_epoch
         self.records: list[dict[str, Any]] = []
         self.bar: ProgressBar | None = None
         self.writer: Any = None
-        self.incomplete = False  # log.txt lacks an epoch that couldn't be written
-        self.first_epoch = epoch
+        self.incomplete = False  # log.txt isn't what the records say
+        self.left_out: set[str] = set()  # histograms of these have been reported
+        self.first_epoch = epoch + 1
         if folder is None:
             return
-        self.records = [r for r in read_log(folder / LOG_FILE) if r["epoch"] < epoch]
+        self.records = [r for r in read_log(folder / LOG_FILE) if r["epoch"] <= epoch]
         if epoch or (folder / LOG_FILE).exists():
-            _rewrite(folder / LOG_FILE, self.records)
+            self.incomplete = True
+            self.outputs.write(folder / LOG_FILE, self._write_log)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from outputs.events import EventWriter
 
             # Steps are updates done, so those of the checkpoint stay and later ones go.
             purge = update + 1 if update else None
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            self.writer = EventWriter(folder / "tensorboard", self.outputs, purge)
 
     # --- progress ---------------------------------------------------------------------------------
 
@@ -121,44 +129,40 @@ class RunLogger:
     def epoch(self, record: dict[str, Any], *, epochs: int, best: bool) -> None:
         """Write an epoch's results: a line of log.txt, TensorBoard scalars, curves, a summary."""
         self.end_bar()
+        self.outputs.retry()
         if self.folder is None:
             return
         self.records.append(record)
-        try:
-            self._write(record)
-        except OSError as error:
-            # Training is worth more than its log; the next epoch writes the whole of it.
-            self.incomplete = True
-            log.warning(
-                "the log in %s can't be written: %s. Training goes on",
-                self.folder,
-                error.strerror or error,
-            )
-        done = record["epoch"] + 1
-        first = record["epoch"] == self.first_epoch
-        if first or done % self.print_epoch == 0 or done == epochs:
-            log.info("%s", self._summary(record, epochs, best))
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LOG_FILE
-        if self.incomplete or (len(self.records) > 1 and not path.exists()):
-            _rewrite(path, self.records)
-        else:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(_json_line(record))
-                file.flush()
-                os.fsync(file.fileno())
-        self.incomplete = False
+        self.outputs.write(self.folder / LOG_FILE, self._write_log)
         if self.writer:
             for name, value in record.items():
                 if isinstance(value, int | float) and name not in ("update", "n_parameters"):
                     self.writer.add_scalar(f"epoch/{name}", value, record["update"])
             self.writer.flush()
-        draw_curves(self.records, self.folder / CURVES_FILE)
+        self.outputs.write(self.folder / CURVES_FILE, self._draw)
+        number = record["epoch"]
+        if number == self.first_epoch or number % self.print_epoch == 0 or number == epochs:
+            log.info("%s", self._summary(record, epochs, best))
+
+    def _write_log(self, path: Path) -> None:
+        """Add the last record to log.txt, or write all of them where it lacks any."""
+        if self.incomplete or len(self.records) > 1 and not path.exists():
+            _rewrite(path, self.records)
+        else:
+            self.incomplete = True
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(_json_line(self.records[-1]))
+                file.flush()
+                os.fsync(file.fileno())
+        self.incomplete = False
+
+    def _draw(self, path: Path) -> None:
+        draw_curves(self.records, path)
 
     def _summary(self, record: Mapping[str, Any], epochs: int, best: bool) -> str:
-        text = f"epoch {record['epoch'] + 1}/{epochs}  train loss {record['train_loss']:.4f}"
+        text = f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.4f}"
+        if "train_acc1" in record:
+            text += f"  train top-1 {record['train_acc1']:.2f} %"
         text += f"  test loss {record['test_loss']:.4f}  top-1 {record['test_acc1']:.2f} %"
         if record.get("test_acc5") is not None:
             text += f"  top-5 {record['test_acc5']:.2f} %"
@@ -166,7 +170,7 @@ class RunLogger:
             text += f"  EMA top-1 {record['ema_acc1']:.2f} %"
         seconds = record["epoch_seconds"]
         text += f"  {seconds:.0f} s"
-        left = epochs - record["epoch"] - 1
+        left = epochs - record["epoch"]
         if record["epoch"] == self.first_epoch and left:
             text += f"  (about {duration(left * seconds)} to go)"
         return text + ("  * best" if best else "")
@@ -193,26 +197,44 @@ class RunLogger:
                 self.writer.add_graph(model, images)
 
     def histograms(self, model: nn.Module, update: int) -> None:
-        """Histograms of all weights and gradients in TensorBoard."""
-        if self.writer:
-            for name, parameter in model.named_parameters():
-                self.writer.add_histogram(f"weights/{name}", parameter.detach().float(), update)
-                if parameter.grad is not None and torch.isfinite(parameter.grad).all():
-                    self.writer.add_histogram(f"gradients/{name}", parameter.grad.float(), update)
+        """Histograms of all weights and gradients in TensorBoard, but for those it can't show."""
+        if not self.writer:
+            return
+        odd = []
+        for name, parameter in model.named_parameters():
+            parts = {"weights": parameter.detach(), "gradients": parameter.grad}
+            for part, values in parts.items():
+                if values is None:
+                    continue
+                values = values.float()
+                if _has_histogram(values):
+                    self.writer.add_histogram(f"{part}/{name}", values, update)
+                elif f"{part}/{name}" not in self.left_out:
+                    odd.append(f"{part}/{name}")
+        if odd:
+            self.left_out.update(odd)
+            log.warning(
+                "no histograms of %d tensors that are empty, not finite or beyond %g: %s",
+                len(odd),
+                _HISTOGRAM_LIMIT,
+                first_names(odd),
+            )
 
     def hyper_parameters(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The options beside the final metrics, in TensorBoard's HPARAMS."""
         if self.writer:
             plain = {
-                k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items()
+                k: v if isinstance(v, int | float) else without_surrogates(str(v))
+                for k, v in options.items()
             }
-            final = {f"final/{k}": v for k, v in metrics.items()}
-            self.writer.add_hparams(plain, final, run_name=".")
+            self.writer.add_final(plain, {f"final/{k}": v for k, v in metrics.items()})
 
     def close(self) -> None:
+        """Write what is left to write."""
         self.end_bar()
         if self.writer:
             self.writer.close()
+        self.outputs.close()
 
 
 def _step_parts(report: "StepReport") -> list[str]:
@@ -253,7 +275,7 @@ def _step_scalars(report: "StepReport") -> dict[str, float]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a ``log.txt``; a last line cut off by a crash is left out."""
+    """The epochs of a ``log.txt``, counted from 1; a last line cut off by a crash is left out."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -261,6 +283,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
                 log.warning("%s: a line that is not whole is left out", path)
+    if records and records[0].get("epoch") == 0:  # as DeiT counts
+        records = [{**record, "epoch": record["epoch"] + 1} for record in records]
     return records
 
 
@@ -277,12 +301,8 @@ def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         temporary.write_text("".join(_json_line(r) for r in records), encoding="utf-8")
 
 
-def write_or_warn(folder: Path, name: str, write: Callable[[Path], object]) -> None:
-    """``write`` the file ``name`` of a run's folder, which training can do without."""
-    try:
-        write(folder / name)
-    except OSError as error:
-        log.warning("%s can't be written to %s: %s", name, folder, error.strerror or error)
+def _has_histogram(values: Tensor) -> bool:
+    return values.numel() > 0 and bool((values.abs() < _HISTOGRAM_LIMIT).all())
 
 
 def write_per_class(path: Path, class_names: Sequence[str], result: "Evaluation") -> None:
@@ -295,6 +315,7 @@ def write_per_class(path: Path, class_names: Sequence[str], result: "Evaluation"
         writer = csv.writer(file)
         writer.writerow(("class", "images", "correct", "accuracy"))
         for name, count, right in zip(class_names, counts, hits, strict=True):
+            name = without_surrogates(name)
             writer.writerow((name, count, right, f"{100 * right / count:.2f}" if count else ""))
 
 
@@ -304,7 +325,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [r["epoch"] + 1 for r in records]
+    epochs = [r["epoch"] for r in records]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = (
         (
@@ -312,7 +333,11 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             "cross-entropy",
             (("train_loss", "train"), ("test_loss", "test"), ("ema_loss", "EMA")),
         ),
-        ("top-1 accuracy", "%", (("test_acc1", "test"), ("ema_acc1", "EMA"))),
+        (
+            "top-1 accuracy",
+            "%",
+            (("train_acc1", "train"), ("test_acc1", "test"), ("ema_acc1", "EMA")),
+        ),
         ("learning rate", "", (("train_lr", "end of epoch"),)),
     )
     for axes, (title, unit, curves) in zip(figure.subplots(1, 3), panels, strict=True):

@@ -4,13 +4,15 @@ This file reads the command line; ``training/run.py`` is the run. The two are ap
 ``--help``, ``--print-config`` and a misspelled option answer at once, before torch is imported.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import Config, Parser, get_parser, is_option, load, to_yaml
-from errors import UserError
+from config import Config, Parser, by_name, convert, get_parser, is_option, load, to_yaml
+from errors import CheckpointError, OptionError, Stopped, UserError, os_errors_in_words
+from outputs.console import console
 
 
 def get_args_parser() -> Parser:
@@ -34,11 +36,27 @@ def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     if is_published(source):
         return {"model": name_for_timm(source)}
     saved = options_of(source)
+    if not isinstance(saved.get("model", ""), str):
+        raise CheckpointError(
+            f"checkpoint {source}: its config is another program's; take its weights over with "
+            "--finetune"
+        )
     # A checkpoint may come from anywhere: it doesn't get to name code to import.
     found = {k: v for k, v in saved.items() if k != "plugin" and is_option(k)}
+    for name, value in found.items():
+        if name not in given:
+            refuse_value_of_checkpoint(source, name, value)
     if "://" not in source and found:
         found["output_dir"] = str(Path(source).parent)
     return found
+
+
+def refuse_value_of_checkpoint(source: str, name: str, value: Any) -> None:
+    """Raise CheckpointError if an option in the checkpoint ``source`` has no possible value."""
+    try:
+        convert(by_name(name), value)
+    except OptionError as error:
+        raise CheckpointError(f"checkpoint {source}: an option in it is wrong: {error}") from None
 
 
 def as_run(config: Config) -> Config:
@@ -53,23 +71,45 @@ def as_run(config: Config) -> Config:
     return with_options_of_weights(config, output_folder(config))
 
 
+def print_config(config: Config) -> None:
+    """Print ``config`` as it is run, or as it was given where the weights can't be read."""
+    shown = config
+    try:
+        shown = as_run(config)
+    finally:
+        print(to_yaml(shown, origins=True, everything=True), end="")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (docs/reliability.md lists them)."""
-    try:
-        config = load_config(argv)
-        if config.run.print_config:
-            print(to_yaml(as_run(config), origins=True, everything=True), end="")
-            return 0
-        from training.run import run
+    with console():
+        return _main(argv)
 
-        return run(config)
+
+def _main(argv: Sequence[str] | None) -> int:
+    try:
+        with os_errors_in_words():
+            config = load_config(argv)
+            if config.run.print_config:
+                print_config(config)
+                return 0
+            from training.run import run
+
+            return run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; there was nothing to save", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        if not stopped.announced:
+            print(f"{stopped}; there was nothing to save", file=sys.stderr)
+        return stopped.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code > 128:  # a signal: don't wait for threads that storage may hold
+        os._exit(code)
+    sys.exit(code)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import cait_models  # noqa: F401 (registers CaiT)
 from architectures import patchconvnet, resmlp  # noqa: F401 (register theirs)
-from architectures.factory import build_model, resolve_name, wants_channels_last
+from architectures.factory import build_model, resolve_name
 from architectures.interface import TokenModel
 from architectures.layers import Mlp, PatchEmbed, classifier, init_linear
+from architectures.memory_format import wants_channels_last
 from architectures.published import adapted
 from architectures.registry import ALIASES, plain_cfg, published, register
 from architectures.small import CifarResNet, SmallCNN

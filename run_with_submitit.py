@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, Parser, get_parser, resolve, section_options, to_yaml
 from config.job import SHARED_DIR, JobOptions
-from errors import OptionError, UserError
+from errors import OptionError, Stopped, UserError, os_errors_in_words
 from main import options_of_checkpoint
+from outputs.console import console
 
 if TYPE_CHECKING:
     import submitit
@@ -160,10 +161,15 @@ class TrainingJob:
         # Plain "scontrol requeue" reruns the first pickle; SLURM counts those as well.
         requeued = self.requeued or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         try:
-            code = _train(config, requeued=requeued)
+            with os_errors_in_words():
+                code = _train(config, requeued=requeued)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
+        except Stopped as stopped:
+            # Before there was anything to save, or out of a wait for images without the others.
+            print(stopped, file=sys.stderr, flush=True)
+            code = stopped.exit_code
         if code:
             leave(code)
         return code
@@ -251,27 +257,37 @@ def _show_job(job_id: str) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Submit what the command line says; returns the exit code."""
+    with console():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
-        job, configs = load(argv)
-        if configs[0].run.print_config:
-            for config in configs:
-                print(to_yaml(config, origins=True, everything=True), end="")
-            return 0
-        for config in configs:
-            _refuse_other_runs(config)
-        executor = build_executor(job, configs[0])
-        if job.local:
-            return max(_try_out(executor, config) for config in configs)
-        submitted = submit(executor, configs)
-        for each, config in zip(submitted, configs, strict=True):
-            introduce(job, each, config)
-        return follow(submitted) if job.follow else 0
+        with os_errors_in_words():
+            return _submit(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("no longer following; what was submitted goes on", file=sys.stderr)
         return 130
+
+
+def _submit(argv: Sequence[str] | None) -> int:
+    job, configs = load(argv)
+    if configs[0].run.print_config:
+        for config in configs:
+            print(to_yaml(config, origins=True, everything=True), end="")
+        return 0
+    for config in configs:
+        _refuse_other_runs(config)
+    executor = build_executor(job, configs[0])
+    if job.local:
+        return max(_try_out(executor, config) for config in configs)
+    submitted = submit(executor, configs)
+    for each, config in zip(submitted, configs, strict=True):
+        introduce(job, each, config)
+    return follow(submitted) if job.follow else 0
 
 
 def _refuse_other_runs(config: Config) -> None:

@@ -69,8 +69,7 @@ def build_teacher(
     if options.distillation_type == "none":
         return None
     published = _published_name(options)
-    named_by = "teacher_path" if published not in ("", options.teacher_model) else "teacher_model"
-    with _blamed_on(named_by):
+    with _blamed_on(_named_by(published, options)):
         cfg = published_cfg(published or options.teacher_model)
     name = published or models.resolve_name(options.teacher_model)
     with _blamed_on("teacher_path"):
@@ -94,6 +93,19 @@ def build_teacher(
     return _converted(teacher, preprocessing, own)
 
 
+def check_teacher(options: LossOptions) -> None:
+    """Raise OptionError for a teacher whose name is unknown or whose file is none. Nothing is
+    built or downloaded."""
+    if options.distillation_type == "none":
+        return
+    published, path = _published_name(options), options.teacher_path
+    with _blamed_on(_named_by(published, options)):
+        models.resolve_name(published or options.teacher_model)
+    if not published and "://" not in path:
+        with _blamed_on("teacher_path"):
+            load_checkpoint(path, weights=False)
+
+
 def _published_name(options: LossOptions) -> str:
     """The name of the published model that is to teach, for ``build_model``; "" for a file."""
     path = options.teacher_path
@@ -104,6 +116,11 @@ def _published_name(options: LossOptions) -> str:
     if path.startswith((HUB, FOLDER)):
         return path
     return path.removeprefix(TIMM) if path.startswith(TIMM) else FOLDER + path
+
+
+def _named_by(published: str, options: LossOptions) -> str:
+    """The option that names the teacher's model."""
+    return "teacher_path" if published not in ("", options.teacher_model) else "teacher_model"
 
 
 def _model(
@@ -157,7 +174,7 @@ def _blamed_on(option: str) -> Iterator[None]:
     except OptionError as error:
         if error.option == option:
             raise
-        message = error.message.replace("--finetune FILE", "--teacher-path FILE")
+        message = error.message.replace("--no-pretrained --finetune FILE", "--teacher-path FILE")
         raise OptionError(option, message) from error
     except CheckpointError as error:
         raise OptionError(option, str(error)) from error

@@ -6,14 +6,14 @@ import random
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from errors import OptionError
+from errors import OptionError, without_surrogates
 
 try:
     import resource
@@ -115,6 +115,15 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def bytes_written(thread: int) -> int:
+    """Bytes that a thread (its ``native_id``) has handed to the system so far; 0 if not known."""
+    try:
+        with open(f"/proc/self/task/{thread}/io", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The autocast type of ``--amp`` on ``device``; None is float32 throughout."""
     if amp == "auto":
@@ -159,10 +168,17 @@ def written_whole(path: Path, *, durable: bool = False, shared: bool = False) ->
             _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the reason is the error before
+            temporary.unlink(missing_ok=True)
         raise
     if durable:
         _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, whole, as UTF-8; what no UTF-8 is, in words: see ``without_surrogates``."""
+    with written_whole(path) as temporary:
+        temporary.write_text(without_surrogates(text), encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -1,15 +1,19 @@
 """Any model by name, built by timm."""
 
+import contextlib
 import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
 import timm.models
+from huggingface_hub import hf_hub_url
 from timm.models._hub import load_model_config_from_path
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from architectures.arguments import takes_argument
+from architectures.hub import reached
 from architectures.registry import ALIASES, plain_cfg
 from architectures.weights import load_pretrained_weights
 from errors import OptionError, did_you_mean
@@ -73,6 +77,12 @@ def build_model(
     values = {option: value for option, value in values.items() if value is not None}
     model = _create(name, num_classes, values, required)
     _complete_cfg(model, name)
+    if isinstance(model, NaFlexVit):
+        log.info(
+            "%s takes square images of one size here, as a ViT does: batches of patches in varying "
+            "numbers (timm's NaFlex loader) are not made",
+            name,
+        )
     if "input_size" in values and "input_size" not in required:
         native = model.pretrained_cfg["input_size"][-1]
         if native != input_size:
@@ -100,7 +110,8 @@ def _create(
         for option in list(values):
             if not takes_argument(name, _ARGUMENTS[option], num_classes):
                 _leave_out(option, values.pop(option), name, required)
-        return _timm_model(name, num_classes, values)
+        with reached() if name.startswith("hf-hub:") else contextlib.nullcontext():
+            return _timm_model(name, num_classes, values)
     except (ValueError, AssertionError) as error:
         if "input_size" not in values:
             raise
@@ -144,7 +155,8 @@ def _with_published_weights(
         raise OptionError("pretrained", f"no weights of {name} are published: leave it out")
     try:
         # Of their own classes timm demands that they are complete.
-        published = _timm_model(name, cfg["num_classes"], values, pretrained=True)
+        with reached():
+            published = _timm_model(name, cfg["num_classes"], values, pretrained=True)
     except (OSError, RuntimeError) as error:
         if str(error).startswith("Error(s) in loading"):
             reason = str(error).splitlines()[1].strip()
@@ -153,14 +165,23 @@ def _with_published_weights(
             raise OptionError("pretrained", message) from error
         raise OptionError(
             "pretrained",
-            f"the weights of {name} couldn't be fetched ({first_line(error)}): "
-            "get the file on a machine with a network and use --finetune FILE",
+            f"the weights of {name} couldn't be fetched ({first_line(error)}): get "
+            f"{_address(cfg)} on a machine with a network and use --no-pretrained --finetune FILE",
         ) from error
     if cfg["num_classes"] == num_classes:
         _complete_cfg(published, name)
         return published
     log.info("%s: %s", name, load_pretrained_weights(model, published.state_dict()).summary())
     return model
+
+
+def _address(cfg: Mapping[str, Any]) -> str:
+    """Where the weights of a ``pretrained_cfg`` are."""
+    repository, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
+    if not repository:
+        return cfg.get("url") or "the file"
+    file = cfg.get("hf_hub_filename") or "model.safetensors"
+    return hf_hub_url(repository, file, revision=revision or None)
 
 
 def published_cfg(name: str) -> dict[str, Any]:
@@ -175,7 +196,8 @@ def published_cfg(name: str) -> dict[str, Any]:
             cfg = timm.get_pretrained_cfg(name)
             found = cfg.to_dict() if cfg else {}
         elif source == "hf-hub":
-            found = timm.models.load_model_config_from_hf(place)[0]
+            with reached():
+                found = timm.models.load_model_config_from_hf(place)[0]
         else:
             found = load_model_config_from_path(place)[0]
     except OSError as error:
@@ -191,14 +213,3 @@ def has_published_weights(cfg: Mapping[str, Any]) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type."""
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def wants_channels_last(model: nn.Module, asked: bool | None) -> bool:
-    """Whether images and weights go channels-last: as ``asked``, None: if it is a CNN.
-
-    Its convolutions look beyond one pixel several times; a transformer's do in the stem alone.
-    """
-    if asked is not None:
-        return asked
-    spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
-    return len(spatial) > 4

@@ -1,9 +1,11 @@
 """Parameters and multiply-accumulates of a model."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,26 +23,53 @@ class ModelSummary:
     """Multiply-accumulates of one image."""
 
 
-def summarise(model: nn.Module, input_size: int) -> ModelSummary:
+def summarise(model: nn.Module, input_size: int, num_classes: int | None = None) -> ModelSummary:
     """Count parameters, and the multiply-accumulates of one image of ``input_size`` pixels.
 
     Counting runs on shapes alone where the model allows it. Raises OptionError if the model doesn't
-    take images of that size.
+    take images of that size, or needs more than images, or (with ``num_classes``) answers with
+    other things than a logit for each class: an encoder of timm's gives features.
     """
+    name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     try:
-        macs = _count_macs(model, input_size, torch.device("meta"))
+        macs, answer = _count_macs(model, input_size, torch.device("meta"))
     except Exception:  # of any kind: the size is wrong, or the model can't do without real values
         try:
-            macs = _count_macs(model, input_size, next(model.parameters()).device)
+            macs, answer = _count_macs(model, input_size, next(model.parameters()).device)
         except Exception as error:
-            name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+            _check_arguments(model, name)
             raise OptionError(
                 "input_size", f"{input_size} doesn't fit {name}: {first_line(error)}"
             ) from error
+    if num_classes is not None:
+        _check_answer(answer, name, num_classes)
     return ModelSummary(sum(p.numel() for p in model.parameters()), macs)
 
 
-def _count_macs(model: nn.Module, input_size: int, device: torch.device) -> int:
+def _check_arguments(model: nn.Module, name: str) -> None:
+    """Raise OptionError if ``model`` can't be called with images alone."""
+    try:
+        inspect.signature(model.forward).bind(None)
+    except TypeError as error:
+        raise OptionError(
+            "model", f"{name} needs more than images ({error}): name a model that classifies images"
+        ) from error
+
+
+def _check_answer(answer: Any, name: str, num_classes: int) -> None:
+    """Raise OptionError unless ``answer``, of one image, is (1, num_classes)."""
+    if isinstance(answer, Tensor) and answer.shape == (1, num_classes):
+        return
+    form = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    raise OptionError(
+        "model",
+        f"{name} answers an image with {form}, not with (1, {num_classes}), a logit for each "
+        "class: name a model that classifies images",
+    )
+
+
+def _count_macs(model: nn.Module, input_size: int, device: torch.device) -> tuple[int, Any]:
+    """Multiply-accumulates of one image, and what the model answers."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     tensors = {name: x.detach().to(device) for name, x in tensors.items()}
     image = torch.zeros(1, 3, input_size, input_size, device=device)
@@ -49,7 +78,7 @@ def _count_macs(model: nn.Module, input_size: int, device: torch.device) -> int:
     try:
         # Of the kinds of fused attention only the plain one is counted everywhere.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, tensors, (image,))
+            answer = torch.func.functional_call(model, tensors, (image,))
     finally:
         model.train(was_training)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2, answer

@@ -1,6 +1,7 @@
 """Weights of another model: names and position embeddings fitted, the rest complete or refused."""
 
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from architectures.position_embeddings import TOKENS, Fitted, fit_positions
 from errors import CheckpointError, first_names
+
+log = logging.getLogger(__name__)
 
 # How timm's modules call the function that turns published state dicts into the model's.
 _FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
@@ -68,7 +71,9 @@ def load_pretrained_weights(
 ) -> LoadReport:
     """Copy ``state_dict`` into ``model``, in place, and say what was done.
 
-    Prefixes of DDP and torch.compile are stripped, names of other conventions become the model's
+    Prefixes of DDP and torch.compile are stripped, a model that is a part of another module (DINO's
+    ``backbone``, MoCo's ``base_encoder``, Lightning's ``model``) is taken out of it, names of other
+    conventions become the model's
     (by timm's function for published weights of it), and position embeddings are fitted
     (:func:`architectures.position_embeddings.fit_positions`). A model with LayerScale gets scales
     of 1 from weights that know none, and one without takes a ViT's scales into the layers that they
@@ -94,7 +99,7 @@ def load_pretrained_weights(
     """
     own = model.state_dict()
     given = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): x for name, x in state_dict.items()}
-    source = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    source = _unwrapped({n: x for n, x in given.items() if isinstance(x, Tensor)}, own)
     report = LoadReport()
     known, changes = _in_its_terms(model, own, source, report)
     new = _matched(own, known, changes, report)
@@ -107,11 +112,33 @@ def load_pretrained_weights(
         )
     if not allow_partial:
         _check_complete(model, known, report)
-    report.skipped.update({name: "not a tensor" for name in given if name not in source})
+    others = [name for name, x in given.items() if not isinstance(x, Tensor)]
+    report.skipped.update(dict.fromkeys(others, "not a tensor"))
     with torch.no_grad():
         for name, value in new.items():
             own[name].copy_(value)
     return report
+
+
+def _unwrapped(source: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``source`` without the name of the module that the model is a part of, and without the other
+    parts of that; as it is where most names are the model's ``own`` already."""
+    fitting: dict[str, int] = {}
+    for name in source:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in own:
+                outer = "".join(f"{part}." for part in parts[:i])
+                fitting[outer] = fitting.get(outer, 0) + 1
+    # Of equally many the first: MoCo's momentum encoder comes after the encoder.
+    outer = max(fitting, key=fitting.__getitem__, default="")
+    if fitting.get(outer, 0) < len(own) / 2 or fitting.get("", 0) >= fitting[outer]:
+        return source
+    inner = {n.removeprefix(outer): x for n, x in source.items() if n.startswith(outer)}
+    others = [n for n in source if not n.startswith(outer)]
+    beside = f"; {len(others)} others are left out: {first_names(others, 3)}" if others else ""
+    log.info("the checkpoint's %s* are the model%s", outer, beside)
+    return inner
 
 
 def _in_its_terms(

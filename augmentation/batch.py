@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from augmentation.crops import (
     ATTEMPTS,
@@ -33,7 +35,10 @@ from augmentation.transforms import (
     Preprocessing,
     TrainTransform,
     erasing_probability,
+    margin,
+    pillow_filter,
 )
+from augmentation.windows import is_made_whole, short_side, window
 from samplers import NUM_REPEATS
 from utils import derive_seed
 
@@ -89,8 +94,10 @@ class BatchAugment(Normalise, StoreTransform):
         super().__init__(preprocessing)
         self.options = options
         self.seed = seed
+        self.background = preprocessing.background
         self.size = preprocessing.input_size
         self.pads = self.size <= SMALL or options.src
+        self.margin = margin(self.size)
         self.policy = None
         self.jitter = options.color_jitter or 0.0
         if not options.ThreeAugment and options.aa is not None:
@@ -117,6 +124,8 @@ class BatchAugment(Normalise, StoreTransform):
         if interpolation == "random":
             interpolation = "bilinear" if draws.uniform()[0] < 0.5 else "bicubic"
         if self.pads:
+            if self._grows_huge(image):
+                return self._window(image, interpolation, draws)
             image = self.padded(resize_short_side(image, size, interpolation))
             top, left = random_offsets(draws, image.shape[1] - size, image.shape[2] - size)
             return image[:, top[0] : top[0] + size, left[0] : left[0] + size]
@@ -127,6 +136,27 @@ class BatchAugment(Normalise, StoreTransform):
             image[:, top : top + height, left : left + width], (size, size), interpolation
         )
 
+    def _grows_huge(self, image: Tensor) -> bool:
+        """Whether uint8 (3, H, W) is too narrow to be resized as a whole."""
+        size = image.shape[2], image.shape[1]
+        return not is_made_whole(size, short_side(size, self.size))
+
+    def _window(self, image: Tensor, interpolation: str, draws: Draws) -> Tensor:
+        """The crop of an image that grows huge, with Pillow's filters."""
+        resized = short_side((image.shape[2], image.shape[1]), self.size)
+        rows, columns = (length + 2 * self.margin - self.size for length in resized[::-1])
+        top, left = (int(place[0]) - self.margin for place in random_offsets(draws, rows, columns))
+        fill = (0, 0, 0) if self.size <= SMALL else None
+        cut = window(
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()),
+            resized,
+            (left, top),
+            self.size,
+            pillow_filter(interpolation),
+            fill,
+        )
+        return pil_to_tensor(cut)
+
     # --- on the host or the device, images that are kept ------------------------------------------
 
     def for_store(self) -> "BatchAugment | None":
@@ -135,14 +165,16 @@ class BatchAugment(Normalise, StoreTransform):
         return self if self.pads and alike else None
 
     def keep(self, image: Tensor) -> Tensor:
+        if self._grows_huge(image):
+            return image
         return resize_short_side(image, self.size, self.options.train_interpolation)
 
     def padded(self, images: Tensor) -> Tensor:
         """(…, 3, H, W) with its margin: black around small images, mirrored in ``src``."""
         if self.size <= SMALL:
-            return F.pad(images, [max(1, self.size // 8)] * 4)
+            return F.pad(images, [self.margin] * 4)
         # There is no reflection of bytes.
-        return F.pad(images.float(), [4] * 4, mode="reflect").to(images.dtype)
+        return F.pad(images.float(), [self.margin] * 4, mode="reflect").to(images.dtype)
 
     def take(
         self, images: Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray

@@ -45,6 +45,8 @@ class Transform:
 
     decode_as: Literal["PIL", "tensor"] = "PIL"
     """What ``apply`` takes: an RGB Pillow image, or uint8 (3, H, W)."""
+    background: str = "white"
+    """What transparent images are decoded on, as of ``pipeline.decoding.decode``."""
     by_batch: bool = False
     """Whether augmentation is left to the device, which does it by the batch."""
 
@@ -71,8 +73,14 @@ class Transform:
 class StoreTransform(Transform):
     """A transform whose images can be kept ready and taken by the batch (``pipeline.cache``)."""
 
+    size: int
+    """Pixels of a side of what the model takes, and of the short side of what is kept."""
+
     def keep(self, image: Any) -> Tensor:
-        """A decoded image as it is kept, uint8 (3, H, W): all that is the same in each epoch."""
+        """A decoded image as it is kept, uint8 (3, H, W): all that is the same in each epoch.
+
+        One that would become huge by that stays as it is.
+        """
         raise NotImplementedError
 
     def padded(self, images: Tensor) -> Tensor:

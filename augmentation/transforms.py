@@ -5,7 +5,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,18 +18,14 @@ from timm.data.auto_augment import (
 )
 from timm.data.config import resolve_data_config
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import (
-    CenterCropOrPad,
-    RandomResizedCropAndInterpolation,
-    ResizeKeepRatio,
-    str_to_pil_interp,
-)
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torchvision import transforms
 from torchvision.transforms import functional
-from torchvision.transforms.functional import InterpolationMode
 
 from augmentation.protocol import StoreTransform, Transform
-from errors import OptionError
+from augmentation.windows import Size, centre, long_side, short_side, window
+from config import DROP, background_colour
+from errors import CheckpointError, OptionError
 from samplers import NUM_REPEATS
 from utils import derive_seed, seed_host
 
@@ -37,6 +33,7 @@ if TYPE_CHECKING:
     from config import AugmentOptions
 
 logger = logging.getLogger(__name__)
+_NOTE = "background: "
 SMALL = 32  # inputs up to this many pixels are cropped as CIFAR images are (DeiT)
 
 
@@ -57,17 +54,85 @@ class Preprocessing:
     crop_mode: str = "center"
     """What is resized to input_size / crop_ratio before the centre is cut out: "center", the short
     side; "squash", both sides; "border", the long side, with the mean colour around it."""
+    background: str = "white"
+    """What transparent images are composited on: a colour by name or as #rrggbb; "drop": their
+    colours are taken as they are, as timm does."""
+
+    def __post_init__(self) -> None:
+        """Raises OptionError for a background that is none."""
+        background_colour(self.background)
+
+    @property
+    def resized_side(self) -> int:
+        """Pixels of the side that ``crop_mode`` resizes."""
+        return int(self.input_size / self.crop_ratio)
+
+    @property
+    def border(self) -> tuple[int, ...]:
+        """The colour around an image that is smaller than what is cut out, 0–255."""
+        if self.crop_mode == "border":
+            return tuple(round(255 * value) for value in self.mean)
+        return 0, 0, 0
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What is done to an image, one step after the other, in plain values; docs/export.md has
+        what each means."""
+        side = self.resized_side
+        resize = {
+            "center": {"short_side": side, "long_side": "floor(short_side * long / short)"},
+            "squash": {"width": side, "height": side},
+            "border": {"long_side": side, "short_side": "max(1, round(long_side * short / long))"},
+        }[self.crop_mode]
+        colour = background_colour(self.background)
+        return [
+            {
+                "step": "decode",
+                "channels": "RGB",
+                "exif_orientation": True,
+                "background": None if colour is None else list(colour),
+            },
+            {
+                "step": "resize",
+                **resize,
+                "interpolation": self.interpolation,
+                "antialias": self.interpolation != "nearest",
+            },
+            {
+                "step": "crop",
+                "width": self.input_size,
+                "height": self.input_size,
+                "position": "center",
+                "fill": list(self.border),
+            },
+            {"step": "scale", "from": [0, 255], "to": [0.0, 1.0], "dtype": "float32"},
+            {"step": "normalize", "mean": list(self.mean), "std": list(self.std)},
+            {"step": "layout", "axes": "NCHW"},
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As primitives, for a checkpoint."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
+    def exported(self) -> dict[str, Any]:
+        """As primitives, for files that others read: with the steps."""
+        return {**self.to_dict(), "steps": self.steps()}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """The inverse of ``to_dict``.
 
-        Checkpoints without a crop mode hold a crop ratio for small inputs that was never used.
+        Checkpoints without a crop mode hold a crop ratio for small inputs that was never used;
+        those without a background dropped transparency. The steps that exported files have are
+        left out. Raises CheckpointError for fields that aren't known here.
         """
+        values = {"background": DROP, **values}
+        values.pop("steps", None)
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise CheckpointError(
+                f"its preprocessing has {', '.join(sorted(unknown))}, which this version doesn't "
+                "know: take the version that wrote it"
+            )
         if "crop_mode" not in values and values["input_size"] <= SMALL:
             values = {**values, "crop_ratio": 1.0}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
@@ -93,20 +158,47 @@ class Preprocessing:
             mean=tuple(found["mean"]),
             std=tuple(found["std"]),
             crop_mode=found["crop_mode"],
+            background=next(
+                (n.removeprefix(_NOTE) for n in cfg.get("notes") or () if n.startswith(_NOTE)),
+                cls.background,
+            ),
         )
 
+    def notes(self) -> list[str]:
+        """What timm's ``pretrained_cfg`` has no field for, as its ``notes``."""
+        return [_NOTE + self.background]
 
-class ResizeShortSide:
-    """Short side to ``size`` pixels; interpolation "random" draws bilinear or bicubic."""
 
-    def __init__(self, size: int, interpolation: str) -> None:
+class PaddedRandomCrop:
+    """Short side to ``size`` pixels, a border of a few around, a random square of it.
+
+    Interpolation "random" draws bilinear or bicubic. The border is black, or the mirrored image.
+    Draws and pixels are those of torchvision's ``Resize`` and ``RandomCrop``.
+    """
+
+    def __init__(self, size: int, interpolation: str, *, mirror: bool) -> None:
         names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
-        self.size = size
-        self.modes = [InterpolationMode(name) for name in names]
+        self.size, self.margin = size, margin(size)
+        self.filters = [pillow_filter(name) for name in names]
+        self.fill = None if mirror else (0, 0, 0)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        mode = random.choice(self.modes) if len(self.modes) > 1 else self.modes[0]
-        return functional.resize(image, self.size, mode)
+        resample = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
+        resized = short_side(image.size, self.size)
+        room = [length + 2 * self.margin - self.size + 1 for length in resized]
+        top, left = (int(torch.randint(0, room[axis], (1,))) for axis in (1, 0))
+        corner = left - self.margin, top - self.margin
+        return window(image, resized, corner, self.size, resample, self.fill)
+
+
+def margin(size: int) -> int:
+    """Pixels of the border that the random crop of ``size`` pixels may show."""
+    return max(1, size // 8) if size <= SMALL else 4
+
+
+def pillow_filter(name: str) -> Image.Resampling:
+    """Pillow's filter of an interpolation by name."""
+    return Image.Resampling[name.upper()]
 
 
 class ThreeAugment:
@@ -148,6 +240,7 @@ class TrainTransform(Transform):
         self, preprocessing: Preprocessing, options: "AugmentOptions", seed: int = 0
     ) -> None:
         self.seed = seed
+        self.background = preprocessing.background
         steps = [*_crop(preprocessing.input_size, options)]
         if options.hflip > 0:
             steps.append(transforms.RandomHorizontalFlip(options.hflip))
@@ -199,13 +292,10 @@ def _crop(size: int, options: "AugmentOptions") -> list[Callable]:
         logger.info(
             "input of %d pixels: padded random crop in place of the random resized crop", size
         )
-        padding = max(1, size // 8)
-        resize = ResizeShortSide(size, options.train_interpolation)
-        return [resize, transforms.RandomCrop(size, padding=padding)]
+        return [PaddedRandomCrop(size, options.train_interpolation, mirror=False)]
     if options.src:
         # DeiT III, "simple random crop"
-        resize = ResizeShortSide(size, options.train_interpolation)
-        return [resize, transforms.RandomCrop(size, padding=4, padding_mode="reflect")]
+        return [PaddedRandomCrop(size, options.train_interpolation, mirror=True)]
     return [
         RandomResizedCropAndInterpolation(
             size, options.scale, options.ratio, options.train_interpolation
@@ -221,23 +311,22 @@ def _to_tensor(preprocessing: Preprocessing) -> Callable:
 class CentreCrop(StoreTransform):
     """RGB PIL image -> (3, S, S) uint8, the centre of the resized image; normalised elsewhere.
 
-    ``crop_mode`` says what is resized.
+    ``crop_mode`` says what is resized. The pixels are timm's.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
-        size = preprocessing.input_size
-        side = int(size / preprocessing.crop_ratio)
-        mode = preprocessing.interpolation
-        crop: Callable = transforms.CenterCrop(size)
-        if preprocessing.crop_mode == "squash":
-            resize: Callable = transforms.Resize((side, side), InterpolationMode(mode))
-        elif preprocessing.crop_mode == "border":
-            resize = ResizeKeepRatio(side, longest=1.0, interpolation=mode)
-            fill = tuple(round(255 * value) for value in preprocessing.mean)
-            crop = CenterCropOrPad(size, fill=fill)
-        else:
-            resize = ResizeShortSide(side, mode)
-        self.crop = transforms.Compose([resize, crop])
+        self.background = preprocessing.background
+        self.size = preprocessing.input_size
+        self.side = preprocessing.resized_side
+        self.resample = pillow_filter(preprocessing.interpolation)
+        self.resized_to = _RESIZED[preprocessing.crop_mode]
+        self.fill = preprocessing.border
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The part that the model sees, an RGB image of S × S pixels."""
+        resized = self.resized_to(image.size, self.side)
+        left, top = (centre(length, self.size) for length in resized)
+        return window(image, resized, (left, top), self.size, self.resample, self.fill)
 
     def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
         return self.keep(image)
@@ -254,10 +343,19 @@ class CentreCrop(StoreTransform):
         return images[torch.from_numpy(indices).to(images.device, non_blocking=True)]
 
 
+# By crop mode.
+_RESIZED: dict[str, Callable[[Size, int], Size]] = {
+    "center": short_side,
+    "squash": lambda size, side: (side, side),
+    "border": long_side,
+}
+
+
 class EvalTransform(Transform):
     """RGB PIL image -> (3, S, S) float32, normalised: the centre, as of ``CentreCrop``."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self.background = preprocessing.background
         self.crop = CentreCrop(preprocessing).crop
         self.normalise = _to_tensor(preprocessing)
 
@@ -265,7 +363,7 @@ class EvalTransform(Transform):
         return self.normalise(self.crop(image))
 
     def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
-        return self(image)
+        return self.normalise(self.crop(image))
 
 
 _NUMBER = r"\d+(\.\d+)?"

@@ -1,5 +1,6 @@
 """The checkpoints in a run's folder: newest, best, and which are kept."""
 
+import contextlib
 import logging
 import os
 import re
@@ -38,6 +39,12 @@ def _position(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2] or 0)
 
 
+def epochs_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run that were written at the end of an epoch, by the epochs done."""
+    places = {_position(path): path for path in checkpoints_in(folder)}
+    return {epoch: path for (epoch, samples), path in places.items() if not samples}
+
+
 def newer_checkpoints(folder: Path, epoch: int, samples: int) -> list[Path]:
     """The checkpoints of a run that come after that point."""
     return [path for path in checkpoints_in(folder) if _position(path) > (epoch, samples)]
@@ -61,16 +68,6 @@ def holds_run(folder: Path) -> bool:
     return (folder / "log.txt").exists() or bool(checkpoints_in(folder))
 
 
-def save_in_folder(folder: Path, content: Mapping[str, Any], *, keep: int, best: bool) -> Path:
-    """Save a run's newest checkpoint and keep the last ``keep``; ``best`` sets ``best.pth`` too."""
-    path = folder / f"{name_of(content)}.pth"
-    save_checkpoint(path, content)
-    if best:
-        set_best(folder, path)
-    keep_newest(folder, keep, path)
-    return path
-
-
 def name_of(content: Mapping[str, Any]) -> str:
     """:func:`checkpoint_name` of a checkpoint's content."""
     return checkpoint_name(content["progress"]["epoch"], content["progress"]["samples"])
@@ -79,29 +76,33 @@ def name_of(content: Mapping[str, Any]) -> str:
 def keep_newest(folder: Path, keep: int, written: Path) -> None:
     """Remove all but the newest ``keep`` checkpoints of a run, and the one just ``written``."""
     for old in checkpoints_in(folder)[keep:]:
-        if old == written:
-            continue
-        if old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)
+        if old != written:
+            _remove(old)
 
 
-def write_best(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``best.pth``; a file system that refuses is a warning, as in a CheckpointWriter."""
-    try:
-        save_checkpoint(folder / BEST, content)
-    except OSError as error:
-        log.warning("no %s was written to %s: %s", BEST, folder, error.strerror or error)
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a session that was killed left half-written of checkpoints."""
+    for name in (".checkpoint-*.tmp*", ".best.tmp*", ".checkpoint-*.old"):
+        for path in folder.glob(name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if the file system lets us."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def set_best(folder: Path, path: Path) -> None:
     """Make ``best.pth`` the same as ``path``; a link where the file system has links.
 
-    Of a sharded checkpoint it gets the weights, in one file.
+    Of a sharded checkpoint it gets the weights, in one file. Raises OSError.
     """
     if path.is_dir():
-        write_best(folder, without_optimizer(load_checkpoint(path)))
+        save_checkpoint(folder / BEST, without_optimizer(load_checkpoint(path)))
         return
     with written_whole(folder / BEST, durable=True) as temporary:
         temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import models
 from architectures.factory import first_line, has_published_weights, published_cfg
+from architectures.hub import reached
 from checkpointing.sharded import REST
 from errors import CheckpointError, OptionError, first_names
 
@@ -64,7 +65,8 @@ def read_published(source: str | Path) -> Published:
         name = name_for_timm(str(source))
         cfg = published_cfg(name)
         _refuse_what_cannot_classify(name, cfg)
-        model = timm.create_model(name, pretrained=True)
+        with reached():
+            model = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm and torch raise many types for files that aren't as expected
         cause = error.__cause__ if isinstance(error, OptionError) and error.__cause__ else error
         raise CheckpointError(f"{source}: {_reason(cause, cfg)}") from None

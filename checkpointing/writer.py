@@ -1,8 +1,11 @@
 """Writing a run's checkpoints while training goes on, in either format."""
 
+import errno
 import logging
+import os
 import shutil
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,15 +19,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from checkpointing.files import save_checkpoint, without_optimizer
-from checkpointing.folder import keep_newest, name_of, save_in_folder, write_best
+from checkpointing.folder import BEST, keep_newest, name_of, remove_leftovers, set_best
 from checkpointing.sharded import REST, checksum, on_host, split
 from distributed.wrapping import whole_on_main
-from utils import copy_to_host
+from outputs.files import Outputs, as_os_error, reason
+from utils import bytes_written, copy_to_host
 
 log = logging.getLogger(__name__)
 
+POLL = 0.2  # seconds between looks at a write under way
+GIVE_UP = 20.0  # seconds without a byte
 
-def open_writer(folder: Path, *, keep: int, sharded: bool, is_main: bool) -> "CheckpointWriter":
+
+def open_writer(
+    folder: Path, *, keep: int, sharded: bool, is_main: bool, outputs: Outputs | None = None
+) -> "CheckpointWriter":
     """The writer of this process; to be called by all processes.
 
     Args:
@@ -32,10 +41,14 @@ def open_writer(folder: Path, *, keep: int, sharded: bool, is_main: bool) -> "Ch
         keep: number of checkpoints that stay in it.
         sharded: whether the weights are spread over the processes (FSDP).
         is_main: whether this is the main process.
+        outputs: the run's, which say what can't be written.
     """
+    if is_main:
+        remove_leftovers(folder)
     if sharded:
-        return ShardedWriter(folder, keep=keep)
-    return PlainWriter(folder, keep=keep) if is_main else IdleWriter(folder, keep=keep)
+        return ShardedWriter(folder, keep=keep, outputs=outputs)
+    kind = PlainWriter if is_main else IdleWriter
+    return kind(folder, keep=keep, outputs=outputs)
 
 
 class CheckpointWriter(ABC):
@@ -46,47 +59,110 @@ class CheckpointWriter(ABC):
     Args:
         folder: the run's.
         keep: number of checkpoints that stay in it.
+        outputs: the run's, which say what can't be written.
 
     Attributes:
         needs_content: whether this process writes anything; where not, ``save`` may be left out.
         saved: the newest checkpoint that was written whole.
         error: why the last write failed, or None.
+        stopping: tells whether the run is to stop; to be set.
+        given_up: whether storage held a checkpoint for too long; nothing more is written.
     """
 
     needs_content = True
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, outputs: Outputs | None = None) -> None:
         self.folder = folder
         self.keep = keep
+        self.outputs = outputs or Outputs()
         self.saved: Path | None = None
         self.error: OSError | None = None
+        self.stopping: Callable[[], bool] = lambda: False
+        self.given_up = False
         self._thread: threading.Thread | None = None
+        self._unwritten_best: Mapping[str, Any] | None = None
 
     @abstractmethod
     def save(self, content: Mapping[str, Any], *, best: bool = False) -> None:
         """Write ``content`` as it is now, after the write under way, if any, is done.
 
         Returns once the content is copied to host memory; a thread writes the copy. The name of the
-        checkpoint follows from ``content["progress"]``; ``best`` sets ``best.pth`` too.
+        checkpoint follows from ``content["progress"]``; ``best`` sets ``best.pth`` too. A best one
+        that can't be written is held in memory and tried again with the next save.
         """
 
+    @property
+    def lacks_best(self) -> bool:
+        """Whether ``best.pth`` could not be written and is missing, or an earlier one."""
+        return self._unwritten_best is not None
+
     def wait(self) -> None:
-        """Until everything saved is on disk or has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until everything saved is on disk or has failed.
+
+        Once the run is to stop, storage that takes nothing for GIVE_UP seconds counts as failed.
+        """
+        if self._thread is None:
+            return
+        taken, since = -1, time.monotonic()
+        while self._thread.is_alive() and not self.given_up:
+            self._thread.join(POLL)
+            before, taken = taken, bytes_written(self._thread.native_id)
+            if taken != before or not self.stopping():
+                since = time.monotonic()
+            if time.monotonic() - since > GIVE_UP:
+                self.given_up = True
+                self._fail(self.folder, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+        self._thread = None
+
+    def finish(self) -> None:
+        """Wait, and try once more to write the best one if it is missing."""
+        self.wait()
+        if not self.given_up:
+            self._write_best(then="that was the last try")
 
     def _start(self, write: Callable[..., None], *args: Any) -> None:
-        self._thread = threading.Thread(target=write, args=args)
+        if self.given_up:
+            return
+        # Whoever leaves the process waits as long as it makes sense, and no longer.
+        self._thread = threading.Thread(target=self._guarded, args=(write, *args), daemon=True)
         self._thread.start()
 
-    def _warn(self, reason: str) -> None:
-        log.warning(
-            "no checkpoint was written to %s: %s. Training goes on and the older ones stay; "
-            "free space there",
-            self.folder,
-            reason,
-        )
+    def _guarded(self, write: Callable[..., None], *args: Any) -> None:
+        try:
+            write(*args)
+        except Exception as error:  # a fault of the program must not count as saved either
+            log.exception("no checkpoint was written to %s", self.folder)
+            self.error = OSError(None, f"{type(error).__name__}: {error}")
+
+    def _write_best(
+        self,
+        write: Callable[[], object] | None = None,
+        then: str = "it is held in memory and tried again",
+    ) -> None:
+        """Write what ``best.pth`` lacks, if anything, by ``write`` or from memory."""
+        best, content = self.folder / BEST, self._unwritten_best
+        if content is None:
+            return
+        try:
+            write() if write else save_checkpoint(best, content)
+        except OSError as error:
+            self.outputs.failed(best, error, then)
+        else:
+            self._unwritten_best = None
+            self.outputs.succeeded(best)
+
+    def _succeed(self, path: Path) -> None:
+        if self.error is not None:
+            log.info("checkpoints can be written again: %s", path)
+        self.saved, self.error = path, None
+
+    def _fail(self, path: Path, error: OSError) -> None:
+        """Note that ``path`` wasn't written; the first of several is a warning."""
+        level = logging.WARNING if self.error is None else logging.INFO
+        again = "" if self.error is None else " either"
+        self.error = error
+        text = reason(error, path)
+        log.log(level, "not written%s: %s; training goes on, older ones stay", again, text)
 
 
 class PlainWriter(CheckpointWriter):
@@ -97,12 +173,17 @@ class PlainWriter(CheckpointWriter):
         self._start(self._write, copy_to_host(content), best)
 
     def _write(self, content: Mapping[str, Any], best: bool) -> None:
+        path = self.folder / f"{name_of(content)}.pth"
+        if best:
+            self._unwritten_best = content
         try:
-            self.saved = save_in_folder(self.folder, content, keep=self.keep, best=best)
-            self.error = None
+            save_checkpoint(path, content)
         except OSError as error:
-            self.error = error
-            self._warn(error.strerror or str(error))
+            self._fail(path, error)
+            return
+        self._succeed(path)
+        self._write_best((lambda: set_best(self.folder, path)) if best else None)
+        keep_newest(self.folder, self.keep, path)
 
 
 class IdleWriter(CheckpointWriter):
@@ -121,8 +202,8 @@ class ShardedWriter(CheckpointWriter):
     weights, for whoever uses the model; the main process writes it before :meth:`save` returns.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        super().__init__(folder, keep=keep)
+    def __init__(self, folder: Path, *, keep: int, outputs: Outputs | None = None) -> None:
+        super().__init__(folder, keep=keep, outputs=outputs)
         # Of its own, so that the thread's exchanges don't mix with those of training.
         self._group = dist.new_group(backend="gloo")
         self._mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -146,7 +227,8 @@ class ShardedWriter(CheckpointWriter):
                 key: whole_on_main(content[key]) for key in ("model", "model_ema")
             }
             if self._is_main:
-                write_best(self.folder, without_optimizer(content) | whole)
+                self._unwritten_best = without_optimizer(content) | whole
+        self._write_best()
 
     def _write(self, name: str, rest: dict[str, Any], tensors: dict[str, DTensor]) -> None:
         path, temporary = self.folder / name, self.folder / f".{name}.tmp"
@@ -178,28 +260,37 @@ class ShardedWriter(CheckpointWriter):
             checksums = {k: v for part in self._gather(checksums) for k, v in part.items()}
             failure = self._failure(conclude)
         if failure is None:
-            self.saved, self.error = path, None
+            self._succeed(path)
             return
-        self.error = OSError(failure)
+        self._fail(path, OSError(None, failure))
         if self._is_main:
-            self._warn(failure)
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _failure(self, action: Callable[[], None]) -> str | None:
         """Do ``action``; the first process's reason, on all, why it failed somewhere."""
-        reason = None
+        found = None
         try:
             action()
         except OSError as error:
-            reason = error.strerror or str(error)
+            found = error.strerror or str(error)
         except CheckpointException as error:
-            reason = "; ".join(f"process {r}: {e[0]}" for r, e in error.failures.items())
-        return next((r for r in self._gather(reason) if r is not None), None)
+            found = "; ".join(
+                f"process {r}: {_short(e[0], self.folder)}" for r, e in error.failures.items()
+            )
+        return next((r for r in self._gather(found) if r is not None), None)
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _short(error: BaseException, folder: Path) -> str:
+    """What a process says of its part, in one line."""
+    if isinstance(error, RuntimeError):
+        error = as_os_error(error, folder) or error
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _replace_folder(path: Path, temporary: Path) -> None:

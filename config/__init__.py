@@ -3,9 +3,11 @@
 - ``options``: the declared options, and how to add one
 - ``declared``: an option's record, and how to find it by its name
 - ``convert``: values from texts
+- ``background``: the colour under transparent images
 - ``parser``: the command line
-- ``files``: YAML
+- ``files``: YAML; ``yaml_reader``, its text as it is spelled; ``nested``, what to write instead
 - ``rules``: impossible combinations
+- ``resumed``: what becomes of each option when a run goes on
 - ``config``: the resolved options of a run
 - ``peers``: the options of other programs, and what they are here
 - ``table``: the page of all options
@@ -14,10 +16,12 @@
 Nothing in this package imports torch, so that ``--help`` answers at once.
 """
 
+from config.background import DROP, background_colour
 from config.config import (
     CHECKPOINT,
     COMMAND_LINE,
     DEFAULT,
+    FITTED,
     MODEL,
     Config,
     from_flat,
@@ -32,6 +36,7 @@ from config.declared import (
     is_option,
     nearest_option,
     section_options,
+    value_text,
 )
 from config.files import read_yaml, to_yaml
 from config.options import (
@@ -50,14 +55,19 @@ from config.options import (
 )
 from config.parser import Parser, get_parser
 from config.peers import PEERS, PeerOption, peer_options
+from config.resumed import ON_RESUME, OnResume, on_resume
 from config.rules import conflicts, optimizer_name, unused
-from config.table import option_here, options_table, peer_table, same_default
+from config.table import option_here, options_table, peer_table, resume_table, same_default
+from config.yaml_reader import read_entries
 
 __all__ = [
     "CHECKPOINT",
     "COMMAND_LINE",
     "DEFAULT",
+    "FITTED",
+    "DROP",
     "MODEL",
+    "ON_RESUME",
     "PEERS",
     "AugmentOptions",
     "Config",
@@ -67,6 +77,7 @@ __all__ = [
     "LogOptions",
     "LossOptions",
     "ModelOptions",
+    "OnResume",
     "OptimOptions",
     "Option",
     "Parser",
@@ -75,6 +86,7 @@ __all__ = [
     "SaveOptions",
     "ScheduleOptions",
     "all_options",
+    "background_colour",
     "by_name",
     "conflicts",
     "convert",
@@ -83,16 +95,20 @@ __all__ = [
     "is_option",
     "load",
     "nearest_option",
+    "on_resume",
     "option",
     "option_here",
     "optimizer_name",
     "options_table",
     "peer_options",
     "peer_table",
+    "read_entries",
     "read_yaml",
     "resolve",
+    "resume_table",
     "same_default",
     "section_options",
     "to_yaml",
     "unused",
+    "value_text",
 ]

@@ -29,6 +29,7 @@ DEFAULT = "default"
 COMMAND_LINE = "command line"
 CHECKPOINT = "checkpoint"
 MODEL = "model"
+FITTED = "--epochs"
 
 CheckpointOptions = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """The options that a checkpoint holds, from those of the config file and the command line."""
@@ -51,7 +52,7 @@ class Config:
     dist: DistOptions
     origin: Mapping[str, str]
     """Where each option is from: ``DEFAULT``, ``MODEL`` (the weights that the run starts from),
-    ``CHECKPOINT``, ``COMMAND_LINE`` or a file's path."""
+    ``CHECKPOINT``, ``COMMAND_LINE``, ``FITTED`` (to the number of epochs) or a file's path."""
 
     def flat(self) -> dict[str, Any]:
         """Every option by name, as plain YAML/JSON values."""
@@ -72,6 +73,10 @@ class Config:
             if self.origin[opt.name] != DEFAULT
             and self._value(opt.section, opt.name) != opt.default
         )
+
+    def given(self) -> frozenset[str]:
+        """Names of the options of :meth:`explicit`, and of defaults that the command line has."""
+        return self.explicit() | {n for n, where in self.origin.items() if where == COMMAND_LINE}
 
     def replace(self, origin: str, **values: Any) -> "Config":
         """A copy with the named options changed. Raises OptionError as :func:`from_flat`."""
@@ -133,4 +138,20 @@ def resolve(
     for where, layer in layers:
         values |= layer
         origin |= dict.fromkeys(layer, where)
+    _fit_warmup(values, origin)
     return from_flat(values, origin)
+
+
+def _fit_warmup(values: dict[str, Any], origin: dict[str, str]) -> None:
+    """Shorten a warm-up that takes more than half of ``--epochs``, and that nobody asked for.
+
+    It is asked for on the command line, or where the epochs are from.
+    """
+    epochs, warmup = (
+        convert(by_name(name), values[name]) if name in values else by_name(name).default
+        for name in ("epochs", "warmup_epochs")
+    )
+    where = origin.get("warmup_epochs")
+    asked = where is not None and where in (COMMAND_LINE, origin.get("epochs"))
+    if not asked and 2 * warmup > epochs:
+        values["warmup_epochs"], origin["warmup_epochs"] = epochs / 5, FITTED

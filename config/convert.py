@@ -9,6 +9,9 @@ from typing import Any, Literal
 from config.declared import UNIONS, Option
 from errors import OptionError
 
+# What values out of range may mean, and what to do.
+_OF_BYTES = ": that is of pixels in 0–255, divide it by 255"
+_OUTSIDE = {("mean", "high"): _OF_BYTES, ("std", "high"): _OF_BYTES}
 # Values that DeiT and timm know, and what to take.
 _INSTEAD = {("sched", "tanh"): ": take cosine"}
 
@@ -45,7 +48,8 @@ def _check_bounds(opt: Option, value: float) -> None:
     for kind, (holds, words) in _BOUNDS.items():
         bound = opt.bounds[kind]
         if bound is not None and not holds(value, bound):
-            raise OptionError(opt.name, f"must be {words} {bound}, got {value}")
+            instead = _OUTSIDE.get((opt.name, kind), "")
+            raise OptionError(opt.name, f"must be {words} {bound}, got {value}{instead}")
 
 
 def _check_length(opt: Option, count: int) -> None:

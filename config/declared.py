@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal
 
 from config.options import SECTIONS
-from config.peers import all_peer_options, flags
+from config.peers import all_peer_options, flags, names_elsewhere
 from errors import did_you_mean
 
 # ``int | None`` is the one, ``int | Literal["auto"]`` the other.
@@ -114,8 +114,12 @@ def nearest_option(name: str) -> str:
 
 def nearest_of(name: str, known: Mapping[str, Option]) -> str:
     """As :func:`nearest_option`, among the ``known`` options of :func:`by_key`."""
-    return _known_to_a_peer(option_key(name), known) or did_you_mean(
-        option_key(name),
+    key = option_key(name)
+    meant = option_key(names_elsewhere().get(key, ""))
+    if meant in known:
+        return f"did you mean {known[meant].flag}?"
+    return _known_to_a_peer(key, known) or did_you_mean(
+        key,
         known,
         shown=lambda key: known[key].flag,
         otherwise="--help lists them all",

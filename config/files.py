@@ -1,11 +1,12 @@
 """Config files: YAML to options, and options to YAML."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.convert import convert
 from config.declared import all_options, by_name, is_option, nearest_option
+from config.nested import flat_instead
+from config.yaml_reader import Entry, given_twice, read_entries
 from errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -22,13 +23,15 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[
     Raises UserError that names the file and what is wrong with it.
     """
     path = path.expanduser()
-    content = _parse(path)
-    base = content.pop("base", None)
-    below = [] if base is None else _read_base(path, str(base), _seen)
-    return [*below, (str(path), _values(path, content))]
+    content = read_entries(path, "config")
+    bases = [entry.value for entry in content if entry.key == "base" and entry.value is not None]
+    below = _read_base(path, bases[0], _seen) if bases else []
+    return [*below, (str(path), _values(path, [e for e in content if e.key != "base"]))]
 
 
-def _read_base(path: Path, base: str, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+def _read_base(path: Path, base: Any, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(base, str):
+        raise OptionError("config", f"{path}: base: name one file, which may have a base: itself")
     seen = (*seen, path.resolve())
     base_path = (path.parent / base).resolve()
     if base_path in seen:
@@ -36,68 +39,36 @@ def _read_base(path: Path, base: str, seen: tuple[Path, ...]) -> list[tuple[str,
     return read_yaml(base_path, seen)
 
 
-def _parse(path: Path) -> dict[Any, Any]:
-    """The key-value pairs of a YAML file, as they are written there."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise OptionError("config", f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError("config", f"{path} can't be read: {error}") from None
-    except RecursionError:
-        raise OptionError("config", f"{path}: nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise OptionError("config", f"{path}{_place_and_problem(error)}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise OptionError("config", f"{path}: expected 'option: value' lines")
-    # safe_load keeps the last of several equal keys and says nothing.
-    _refuse_repeated_keys(path, [key.value for key, _ in node.value])
-    return content
-
-
-def _place_and_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"{place}: {getattr(error, 'problem', None) or 'not valid YAML'}"
-
-
-def _refuse_repeated_keys(path: Path, keys: list[Any]) -> None:
-    for key in keys:
-        if keys.count(key) > 1:
-            raise _given_twice(path, key)
-
-
-def _given_twice(path: Path, key: Any) -> OptionError:
-    return OptionError("config", f"{path}: {key} is there twice")
-
-
-def _values(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
+def _values(path: Path, content: list[Entry]) -> dict[str, Any]:
     """The options in the file's ``content``, each converted to its type."""
     values: dict[str, Any] = {}
-    for key, raw in content.items():
-        name = _option_name(path, key)
+    for entry in content:
+        if entry.inner:
+            raise OptionError("config", f"{path}, line {entry.line}: {flat_instead(entry)}")
+        name = _option_name(path, entry)
         if name in values:
-            raise _given_twice(path, key)
+            raise given_twice("config", path, entry.key)
         try:
-            values[name] = convert(by_name(name), raw)
+            values[name] = convert(by_name(name), entry.value)
         except OptionError as error:
-            raise UserError(f"{path}: {error}") from None
+            hint = (
+                "" if entry.value is not None else "; leave the line out, or quote a name: 'null'"
+            )
+            raise UserError(f"{path}, line {entry.line}: {error}{hint}") from None
     return values
 
 
-def _option_name(path: Path, key: Any) -> str:
-    if not is_option(str(key)):
-        raise OptionError("config", f"{path}: unknown option {key!r}; {nearest_option(str(key))}")
-    name = by_name(str(key)).name
+def _option_name(path: Path, entry: Entry) -> str:
+    if not is_option(entry.key):
+        raise OptionError(
+            "config",
+            f"{path}, line {entry.line}: unknown option {entry.key!r}; {nearest_option(entry.key)}",
+        )
+    name = by_name(entry.key).name
     if name in COMMAND_LINE_ONLY:
         raise OptionError(
-            "config", f"{path}: {key} belongs on the command line; use base: to build on a file"
+            "config",
+            f"{path}: {entry.key} belongs on the command line; use base: to build on a file",
         )
     return name
 

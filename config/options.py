@@ -13,7 +13,8 @@ To add an option:
 2. Read it as ``config.SECTION.name`` where it takes effect (``SECTIONS`` at the end has the names).
 3. If it contradicts another option, add that to ``config/rules.py``; if it has no effect without
    another one, add it to ``_needs`` there.
-4. ``python -m tools.docs`` writes ``docs/options.md`` anew.
+4. Say in ``config/resumed.py`` what becomes of it when a run goes on.
+5. ``python -m tools.docs`` writes ``docs/options.md`` anew.
 
 A new section is a dataclass here, a line of ``SECTIONS`` and a field of ``config.Config``.
 Nothing here imports torch, so that ``--help`` answers at once.
@@ -70,7 +71,7 @@ class RunOptions:
     )
     start_epoch: int = option(
         0,
-        "count epochs from here; with --resume, instead of the checkpoint's count",
+        "count that many epochs as done; with --resume, instead of the checkpoint's count",
         low=0,
         transient=True,
     )
@@ -125,7 +126,7 @@ class ModelOptions:
         (), "patterns of parameter names to keep fixed, e.g. 'blocks.*' or '*' with --unfreeze-at"
     )
     unfreeze_at: tuple[str, ...] = option(
-        (), "EPOCH:PATTERN, train those parameters from that epoch on (counted from 0)"
+        (), "EPOCHS:PATTERN, train those parameters once that many epochs are done"
     )
 
     # How it is computed.
@@ -161,6 +162,20 @@ class DataOptions:
         "IMNET (folders train/ and val/, one subfolder per class), CIFAR10, CIFAR100 (or CIFAR), "
         "MNIST, FMNIST, INAT, INAT19, CSV, DIGITS (bundled), or one of timm's readers: "
         "wds/NAME, hfds/NAME, tfds/NAME",
+    )
+    image_root: str = option(
+        "", "CSV: folder that its paths are relative to (default: where the file is)"
+    )
+    image_column: str = option(
+        "", "CSV: name of the column of images (default: path, image, filename, image_id, id …)"
+    )
+    label_column: str = option(
+        "", "CSV: name of the column of classes (default: label, class, target, breed …)"
+    )
+    split_column: str = option(
+        "",
+        "CSV: name of the column that says train, val or test, or none (default: split, set, "
+        "is_train … where its values say so)",
     )
     inat_category: Literal[
         "kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"
@@ -258,6 +273,11 @@ class DataOptions:
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"] = option(
         "bicubic", "evaluation: filter of the resizing (with weights: theirs)"
     )
+    background: str = option(
+        "white",
+        "what transparent images are composited on: a colour by name or as #rrggbb, or drop: the "
+        "colours under it as they are, as in timm (with weights: theirs)",
+    )
     mean: tuple[float, ...] | None = option(
         None,
         "normalisation mean, one or three values in 0–1 (default: the model's or data set's)",
@@ -267,8 +287,9 @@ class DataOptions:
     )
     std: tuple[float, ...] | None = option(
         None,
-        "normalisation std, one or three values (default: the model's or data set's)",
+        "normalisation std, one or three values in 0–1 (default: the model's or data set's)",
         above=0,
+        high=1,
         length=(1, 3),
     )
 
@@ -441,7 +462,12 @@ class ScheduleOptions:
     min_lr: float = option(
         1e-5, "learning rate at the end of cosine, one-cycle and poly, lowest of plateau", low=0
     )
-    warmup_epochs: float = option(5, "length of the warm-up", low=0)
+    warmup_epochs: float = option(
+        5,
+        "length of the warm-up (where nobody set it and it is more than half of --epochs: a fifth "
+        "of them)",
+        low=0,
+    )
     cooldown_epochs: int = option(0, "epochs at the final rate, after --epochs", low=0)
 
     # Options of single schedules.

@@ -47,6 +47,15 @@ def peer_options(peer: str) -> tuple[PeerOption, ...]:
     return (*_records(content["options"]), *_records(unparsed, parsed=False))
 
 
+@cache
+def names_elsewhere() -> dict[str, str]:
+    """What options are often called in other programs, and the option that each means here."""
+    import yaml
+
+    content = yaml.safe_load((FOLDER / "elsewhere.yaml").read_text(encoding="utf-8"))
+    return {name: option for option, names in content.items() for name in names}
+
+
 def _records(content: dict[str, dict[str, Any]], *, parsed: bool = True) -> Iterator[PeerOption]:
     for name, fields in content.items():
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

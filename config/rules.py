@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from config.background import background_colour
 from config.declared import by_name
 from errors import OptionError, did_you_mean
 
@@ -31,6 +32,7 @@ METRICS = (
     "ema_acc5",
     "ema_loss",
     "train_loss",
+    "train_acc1",
 )
 
 Errors = Iterator[OptionError]
@@ -128,7 +130,7 @@ def _freezing(config: "Config") -> Errors:
     for rule in model.unfreeze_at:
         epoch, _, pattern = rule.partition(":")
         if not (epoch.isdigit() and pattern):
-            yield OptionError("unfreeze_at", f"{rule!r} is not EPOCH:PATTERN, e.g. 5:blocks.11.*")
+            yield OptionError("unfreeze_at", f"{rule!r} is not EPOCHS:PATTERN, e.g. 5:blocks.11.*")
     if model.attn_only and model.freeze:
         yield OptionError("attn_only", "and --freeze both say what is fixed: leave one out")
 
@@ -184,6 +186,13 @@ def _ranges(config: "Config") -> Errors:
     sides = augment.cutmix_minmax
     if sides is not None and sides[0] >= sides[1]:
         yield OptionError("cutmix_minmax", "the first value must be below the second")
+
+
+def _background(config: "Config") -> Errors:
+    try:
+        background_colour(config.data.background)
+    except OptionError as error:
+        yield error
 
 
 def _normalisation(config: "Config") -> Errors:
@@ -299,6 +308,7 @@ _SUBJECTS = (
     _evaluation,
     _start_epoch,
     _normalisation,
+    _background,
     _initial_weights,
     _rollback,
     _freezing,
@@ -311,7 +321,7 @@ _SUBJECTS = (
 
 def unused(config: "Config") -> list[str]:
     """A line for each option that was given but has no effect beside the others."""
-    given = config.explicit()
+    given = config.given()
     lines = [
         f"{by_name(name).flag} has no effect without {need}"
         for need, met, names in _needs(config)
@@ -338,6 +348,7 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
     restarts = ("restart_epochs", "restart_mul", "restart_decay")
     average = ("model_ema_decay", "model_ema_warmup", "model_ema_force_cpu")
     inat = config.data.data_set.upper().startswith("INAT")
+    table = ("image_root", "image_column", "label_column", "split_column")
     labels = ("class_map", "valid_labels", "real_labels")
     return (
         ("--sched multistep", sched == "multistep", ("decay_milestones",)),
@@ -358,6 +369,7 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
         ("--early-stop", config.save.early_stop > 0, ("early_stop_delta",)),
         ("--compile", config.model.compile, ("compile_mode",)),
         ("--data-set INAT", inat, ("inat_category",)),
+        ("--data-set CSV", config.data.data_set.upper() == "CSV", table),
         ("--eval", config.run.eval, labels),
         ("--finetune", bool(config.model.finetune), ("allow_partial",)),
     )

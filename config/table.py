@@ -3,9 +3,18 @@
 import itertools
 from collections.abc import Iterable
 
-from config.declared import Option, all_options, by_key, option_key, section_options, value_text
+from config.declared import (
+    Option,
+    all_options,
+    by_key,
+    by_name,
+    option_key,
+    section_options,
+    value_text,
+)
 from config.job import JobOptions
 from config.peers import PeerOption, flags, peer_options
+from config.resumed import ON_RESUME
 
 # Values that say nothing.
 EMPTY = (None, "", (), {})
@@ -33,6 +42,15 @@ def peer_table(peer: str, *, launcher: bool = False) -> str:
     for opt in peer_options(peer):
         if opt.parsed and opt.launcher == launcher:
             lines.append(_row(*_beside(opt)))
+    return "\n".join(lines) + "\n"
+
+
+def resume_table() -> str:
+    """What becomes of each option when a run goes on."""
+    lines = _head("options", "", "that is")
+    for rule in ON_RESUME:
+        names = ", ".join(f"`{by_name(name).flag}`" for name in rule.options)
+        lines.append(_row(names, rule.kind, rule.note))
     return "\n".join(lines) + "\n"
 
 

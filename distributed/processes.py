@@ -1,14 +1,16 @@
 """The processes that train together, and what they exchange."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from errors import UserError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,16 @@ def any_process(flag: bool) -> bool:
     votes = torch.tensor(int(flag))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def in_step(items: Iterable[Item]) -> Iterator[Item | None]:
+    """The items, then None as long as other processes have some."""
+    iterator = iter(items)
+    while True:
+        item = next(iterator, None)
+        if not any_process(item is not None):
+            return
+        yield item
 
 
 def on_main_process(processes: Processes, action: Callable[[], None]) -> None:

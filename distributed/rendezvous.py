@@ -17,7 +17,7 @@ import torch.distributed as dist
 from config import DistOptions
 from distributed.liveness import process_runs
 from distributed.processes import Processes, barrier
-from errors import OptionError, PeerError, UserError, first_names
+from errors import OptionError, PeerError, Stopped, UserError, first_names
 from utils import pick_device
 
 POLL = 0.5  # seconds between looks for the failure of another process
@@ -57,6 +57,9 @@ def joined(options: DistOptions, device_name: str) -> Iterator[Processes]:
         barrier()
     except KeyboardInterrupt:
         watch.stop()
+        raise
+    except Stopped as stopped:
+        watch.tell(f"process {processes.rank} was {stopped}", stopped.exit_code)
         raise
     except Exception as error:
         raise watch.explain(error) from None
@@ -228,12 +231,15 @@ class _Watch:
 
     def _report(self, error: Exception) -> None:
         line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        failure = {
-            "line": f"process {self.processes.rank} failed: {line}",
-            "code": error.exit_code if isinstance(error, UserError) else 1,
-        }
+        code = error.exit_code if isinstance(error, UserError) else 1
+        self.tell(f"process {self.processes.rank} failed: {line}", code)
+
+    def tell(self, line: str, code: int) -> None:
+        """Let the other processes leave with ``line`` and exit code ``code``."""
+        self.stop()
         with contextlib.suppress(RuntimeError):
-            self.store.compare_set(_FAILED, "", json.dumps(failure))
+            failure = json.dumps({"line": line, "code": code})
+            self.store.compare_set(_FAILED, "", failure)
             deadline = time.monotonic() + GRACE
             others = self.processes.world_size - 1
             # The store may live in this process: the others must have read it before it ends.

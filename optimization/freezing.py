@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -19,7 +20,7 @@ class Freezer:
     Args:
         model: the bare module. What it keeps fixed itself stays fixed.
         freeze: patterns of what is kept fixed.
-        unfreeze_at: ``EPOCH:PATTERN``, what is trained from that epoch on.
+        unfreeze_at: ``EPOCHS:PATTERN``, what is trained once that many epochs are done.
         attn_only: in place of ``freeze``.
 
     Raises:
@@ -53,7 +54,7 @@ class Freezer:
             )
 
     def apply(self, epoch: int) -> bool:
-        """Set ``requires_grad`` as ``epoch`` (counted from 0) has it; returns whether any changed.
+        """Set ``requires_grad`` as it is after ``epoch`` epochs; returns whether any changed.
 
         Depends on the epoch only. Gradients of what becomes fixed are dropped.
         """
@@ -84,6 +85,9 @@ def _matching(pattern: str, names: Sequence[str], option: str, kind: str) -> set
         examples = f"there is {first_names(modules, 3) or 'none'}"
         known = [*names, *modules]
         hint = did_you_mean(pattern, known, most=3, cutoff=0.5, otherwise=examples)
+        if Path(pattern).exists():
+            # A shell makes names of files of a bare *.
+            hint += "; a pattern with * must be quoted"
         raise OptionError(option, f"{pattern!r} matches no {kind}; {hint}")
     return found
 
@@ -100,3 +104,10 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
         if getattr(module, "running_mean", None) is not None and fixed:
             found.append(module)
     return found
+
+
+def set_mode(net: nn.Module, model: nn.Module, train_mode: bool = True) -> None:
+    """Training mode, but for batch norms that are frozen: those keep their statistics too."""
+    net.train(train_mode)
+    for norm in frozen_norms(model):
+        norm.eval()

@@ -51,7 +51,7 @@ def build_optimizer(
     name = optimizer_name(options.opt)
     if name != options.opt.lower():
         log.warning("--opt %s: %s is used, the same update without apex", options.opt, name)
-    info, optimizer_class = _registered(name)
+    info, optimizer_class = registered(name)
     arguments = _arguments(name, info, options, required)
     devices = {p.device.type for p in model.parameters()}
     # Fused SGD has no form for sharded tensors.
@@ -73,10 +73,14 @@ def build_optimizer(
     return optimizer
 
 
-def _registered(name: str) -> tuple[Any, type]:
-    """timm's entry for an optimiser, and its class."""
+def registered(opt: str) -> tuple[Any, type]:
+    """timm's entry for the optimiser of ``--opt``, and its class.
+
+    Raises OptionError for an unknown or unusable one.
+    """
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
+    name = optimizer_name(opt)
     base = name.removeprefix("lookahead_")
     if base not in list_optimizers():
         examples = "for example adamw, sgd, lamb, lion"

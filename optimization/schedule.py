@@ -45,6 +45,13 @@ class Schedule(ABC):
     def end_epoch(self, metric: float | None) -> None:  # noqa: B027  (only plateau looks at it)
         """Take note of an epoch's metric; None where nothing was measured."""
 
+    def restart(self) -> None:
+        """Forget that the rate was lowered, for another one that was asked for."""
+        self.factor = 1.0
+
+    def forget_metric(self) -> None:  # noqa: B027  (only plateau looks at it)
+        """Forget the values of a metric that is another one now."""
+
     def state_dict(self) -> dict[str, Any]:
         """Primitives only."""
         return {"factor": self.factor, "last": self.last}
@@ -261,9 +268,10 @@ class PlateauSchedule(Schedule):
         self.lower_is_better = lower_is_better
         self.level = span.lr
         """The rate outside the warm-up; part of the state, as the two below are."""
-        self.best = math.inf if lower_is_better else -math.inf
-        self.bad_epochs = 0
+        self.best: float
+        self.bad_epochs: int
         """Epochs since the best one, or since the rate fell."""
+        self.forget_metric()
 
     def rate(self, t: int) -> float:
         span = self.span
@@ -289,13 +297,23 @@ class PlateauSchedule(Schedule):
             return metric < self.best * (1 - self.THRESHOLD)
         return metric > self.best * (1 + self.THRESHOLD)
 
+    def restart(self) -> None:
+        super().restart()
+        self.level, self.bad_epochs = self.lr, 0
+
+    def forget_metric(self) -> None:
+        self.best = math.inf if self.lower_is_better else -math.inf
+        self.bad_epochs = 0
+
     def state_dict(self) -> dict[str, Any]:
         plateau = {"lr": self.level, "best": self.best, "num_bad_epochs": self.bad_epochs}
-        return super().state_dict() | {"plateau": plateau}
+        return super().state_dict() | {"plateau": plateau | {"peak": self.lr}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if "plateau" in state:
             saved = state["plateau"]
-            self.level, self.best = saved["lr"], saved["best"]
+            # The peak may be another one now, by the images of an update.
+            scale = self.lr / saved["peak"] if saved.get("peak") else 1.0
+            self.level, self.best = saved["lr"] * scale, saved["best"]
             self.bad_epochs = saved["num_bad_epochs"]

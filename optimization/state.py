@@ -31,16 +31,20 @@ class Progress:
     """Optimiser steps since the beginning."""
     best: float | None = None
     """Best value of the monitored metric."""
-    best_epoch: int = -1
-    """Epoch (counted from 0) of that value."""
+    best_epoch: int = 0
+    """Epoch of that value, counted from 1; 0 before there is one."""
     reference: float | None = None
     """Value that early stopping compares with: the last real progress."""
     improved_epoch: int = 0
-    """Epoch of that progress."""
+    """Epoch of that progress, counted from 1."""
     loss_sum: float = 0.0
     """Sum of the batch losses of the epoch under way, over all processes."""
     loss_count: int = 0
     """Number of batch losses in that sum."""
+    hits: int = 0
+    """Right answers to the training images of the epoch under way, over all processes."""
+    answers: int = 0
+    """Number of those images."""
     recent_sum: float = 0.0
     """The part of ``loss_sum`` since the last report."""
     recent_count: int = 0
@@ -62,6 +66,7 @@ class Progress:
         """Count an epoch as done."""
         self.epoch += 1
         self.step = self.samples = self.loss_count = self.recent_count = 0
+        self.hits = self.answers = 0
         self.loss_sum = self.recent_sum = 0.0
 
 

@@ -49,12 +49,13 @@ def apply_cache(
             "fixed --train-interpolation: use ram",
         )
     check_memory(dataset.source)
+    background = dataset.transform.background
     if transform is None:
-        decoded = read_all(dataset, decode_tensor, visible)
+        decoded = read_all(dataset, lambda image: decode_tensor(image, background), visible)
     else:
         read = DECODERS[transform.decode_as]
-        decoded = read_all(dataset, lambda image: transform.keep(read(image)), visible)
-    if transform is not None and decoded.in_one_size():
+        decoded = read_all(dataset, lambda image: transform.keep(read(image, background)), visible)
+    if transform is not None and decoded.in_one_size(transform.size):
         there = device if where == "device" else torch.device("cpu")
         images = transform.padded(decoded.stacked().to(there))
         store = Store(images, torch.from_numpy(decoded.targets).to(there), decoded.bad)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from augmentation.protocol import Plan, Transform
-from errors import DataError, first_names
-from pipeline.decoding import DECODERS, BadImageError
-from pipeline.sources.base import Source, Subset
+from errors import DataError, first_names, printable
+from pipeline.decoding import DECODERS, BadImageError, lacks_file_handles, naming_lack_of_memory
+from pipeline.sources.base import Drawn, Source, Subset, image_numbers
 from pipeline.sources.registry import open_source
 from pipeline.workers import WorkerProgress
 from samplers import SampleKey
@@ -84,16 +84,21 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         """Labels, (N,) int64, or None where a label is only known when its image is read."""
         return self.source.targets
 
+    @property
+    def held_out(self) -> torch.Tensor | None:
+        """Numbers of the images of a validation part that was drawn, (N,) int64; None for others.
+
+        Each follows from the path of its image within the data set.
+        """
+        drawn = isinstance(self.source, Drawn) and not self.source.is_train
+        return torch.from_numpy(image_numbers(self.source)) if drawn else None
+
     def __len__(self) -> int:
         return len(self.source)
 
     def sample_id(self, index: int) -> str:
-        """The path of an image, or what else it is called, on one line that a terminal can show.
-
-        A file name may hold anything, line ends and a terminal's commands too.
-        """
-        name = self.source.sample_id(index)
-        return name if name.isprintable() else name.encode("unicode_escape").decode()
+        """The path of an image, or what else it is called, as a terminal can show it."""
+        return printable(self.source.sample_id(index))
 
     def with_transform(self, transform: Transform) -> "ImageDataset":
         """The same images through another transform."""
@@ -130,13 +135,16 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
             self.progress.begin(index)
             try:
                 encoded, target = self.source.read(index)
-                image = DECODERS[self.transform.decode_as](encoded)
+                image = DECODERS[self.transform.decode_as](encoded, self.transform.background)
+                with naming_lack_of_memory():
+                    tensor = self.transform.apply(image, key.epoch, key.position)
             except (BadImageError, OSError) as error:
+                if lacks_file_handles(error):
+                    raise
                 bad.append(f"{self.sample_id(index)}: {error}")
                 continue
             finally:
                 self.progress.end()
-            tensor = self.transform.apply(image, key.epoch, key.position)
             return Sample(tensor, target, index, key.epoch, key.position, bad)
         return Sample(None, -1, key.index, key.epoch, key.position, bad)
 
@@ -151,6 +159,7 @@ def build_dataset(
     *,
     seed: int,
     classes: list[str] | None = None,
+    held_out: torch.Tensor | None = None,
 ) -> ImageDataset:
     """The training or validation part of ``data.data_set``, which has no transform yet.
 
@@ -160,17 +169,28 @@ def build_dataset(
         seed: decides what ``val_fraction`` holds out.
         classes: those of a trained model, with which a validation part may stand alone; else they
             are those of the training part.
+        held_out: numbers of the images that a run validates on
+            (:attr:`ImageDataset.held_out`); if any of them is here, they are what is held out
+            in place of what ``seed`` would draw.
 
     Raises:
         OptionError: the options ask for what can't be had.
         DataError: something is wrong with the files.
     """
     source = open_source(is_train, data, seed=seed, classes=classes)
+    if held_out is not None and isinstance(source, Drawn):
+        source = source.as_held_out(held_out.numpy())
     if not len(source):
         raise DataError(
             f"{data.data_set}: the {'training' if is_train else 'validation'} part is empty"
         )
     return ImageDataset(source, is_train=is_train, on_bad_image=data.on_bad_image)
+
+
+def findings(*parts: ImageDataset) -> list[str]:
+    """What the user should know of the files of these parts, each sentence once."""
+    texts = (printable(text) for part in parts for text in part.source.findings)
+    return list(dict.fromkeys(texts))
 
 
 def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:

@@ -1,8 +1,10 @@
 """Loaders that survive their workers."""
 
+import errno
 import functools
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from errors import DataError, OptionError
+from errors import DataError, OptionError, Stopped, os_error_text
 from pipeline.dataset import Batch, ImageDataset, collate
 from pipeline.workers import BATCHES_AHEAD, WorkerProgress, init_worker
 from samplers import SampleKey
@@ -39,6 +41,17 @@ class LoaderSettings:
     """Seconds to wait for a batch of the workers; 0 waits for ever."""
 
 
+class TooFewImagesError(OptionError):
+    """An epoch has fewer images than an option asks for; ``images`` per process."""
+
+    def __init__(self, option: str, message: str, images: int) -> None:
+        super().__init__(option, message)
+        self.images = images
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, int]]:
+        return type(self), (self.option, self.message, self.images)
+
+
 class Loader:
     """Batches of a data set in the sampler's order; the same ones for every ``num_workers``.
 
@@ -56,9 +69,11 @@ class Loader:
 
     def __init__(self, dataset: ImageDataset, sampler: Sampler, settings: LoaderSettings) -> None:
         if settings.drop_last and len(sampler) < settings.batch_size:
-            raise OptionError(
+            raise TooFewImagesError(
                 "batch_size",
-                f"{settings.batch_size} is more than the {len(sampler)} images per process",
+                f"{settings.batch_size} is more than the {len(sampler)} images per process: "
+                "lower it",
+                len(sampler),
             )
         self.dataset = dataset
         self.sampler = sampler
@@ -117,17 +132,23 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         done = losses = 0
-        batches = self._start(done)
+        batches: Iterator[Batch] | None = None
         while True:
             try:
+                if batches is None:
+                    batches = self._start(done)
                 batch = next(batches, None)
             except (RuntimeError, OSError, EOFError) as error:
                 # A batch of a worker that died in handing it over fails with a broken connection.
                 losses += 1
                 self._recover(error, losses)
-                del batches
-                batches = self._start(done)
+                batches = None
                 continue
+            except (KeyboardInterrupt, Stopped):
+                # Storage may hold the workers, and whoever leaves would wait for their end.
+                self._progress.kill()
+                self._workers = self._new_workers()
+                raise
             if batch is None:
                 return
             done, losses = done + 1, 0
@@ -157,6 +178,8 @@ class Loader:
         """
         slow = "DataLoader timed out" in str(error)
         if not slow and not self._worker_died(error):
+            if any(sign in str(error) for sign in _NO_FILE_HANDLES):
+                raise DataError(os_error_text(OSError(errno.EMFILE, _NO_FILE_HANDLES[0]))) from None
             if "shared memory" in str(error) or "No space left" in str(error):
                 raise DataError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})") from None
             raise error
@@ -197,6 +220,8 @@ class Loader:
         return True
 
 
+# The second one is what torch says where a worker's batch can't be handed over.
+_NO_FILE_HANDLES = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
 _NO_MEMORY = (
     "memory or shared memory (/dev/shm) ran out: lower --num-workers or --batch-size, or give a "
     "container --shm-size=8g"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from errors import DataError, OptionError
 from pipeline.dataset import ImageDataset
-from pipeline.decoding import BadImageError, decode_tensor
+from pipeline.decoding import BadImageError, decode_tensor, naming_lack_of_memory
 from pipeline.progress import ProgressBar
 from pipeline.sources.base import ArraySource, FileSource, Source, Subset
 from utils import cores
@@ -86,9 +86,10 @@ class Decoded:
     bad: dict[int, str]
     """"path: reason" of each image that can't be read, by number."""
 
-    def in_one_size(self) -> bool:
-        """Whether all images have the same shape."""
-        return len({image.shape for image in self.images if image is not None}) == 1
+    def in_one_size(self, side: int) -> bool:
+        """Whether all images have the same shape, with a short side of ``side`` pixels."""
+        shapes = {image.shape for image in self.images if image is not None}
+        return len(shapes) == 1 and min(shapes.pop()[1:]) == side
 
     def stacked(self) -> torch.Tensor:
         """(N, 3, H, W) uint8; zeros for those that can't be read."""
@@ -112,25 +113,29 @@ def read_all(
     def read(index: int) -> tuple[torch.Tensor | str, int]:
         try:
             image, target = dataset.source.read(index)
-            return prepare(image), target
+            with naming_lack_of_memory():
+                return prepare(image), target
         except (BadImageError, OSError) as error:
             return f"{dataset.sample_id(index)}: {error}", 0
 
     decoded = Decoded([], np.zeros(len(dataset), dtype=np.int64), {})
     bar = ProgressBar("cache", len(dataset), unit="image", visible=visible)
-    with ThreadPoolExecutor(max_workers=min(THREADS, cores())) as pool:
+    pool = ThreadPoolExecutor(max_workers=min(THREADS, cores()))
+    try:
         for index, (image, target) in enumerate(pool.map(read, range(len(dataset)))):
             decoded.targets[index] = target
             decoded.images.append(None if isinstance(image, str) else image)
             if isinstance(image, str):
                 decoded.bad[index] = image
                 if dataset.on_bad_image == "error":
-                    bar.close()
                     raise DataError(
                         f"{image} (mend or remove the file, or add --on-bad-image skip)"
                     )
             bar.to(index + 1)
-    bar.close()
+    finally:
+        bar.close()
+        # Whoever leaves doesn't wait for the others, which storage may hold.
+        pool.shutdown(wait=False, cancel_futures=True)
     if len(decoded.bad) == len(dataset):
         raise DataError(f"{next(iter(decoded.bad.values()))} (no image could be read)")
     return decoded

@@ -1,10 +1,12 @@
 """Loader workers: how many, what each is at, and how they end."""
 
 import contextlib
+import ctypes
 import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from distributed.liveness import process_runs
 from utils import cores
 
 BATCHES_AHEAD = 2  # batches that a worker makes ahead
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class _Row(NamedTuple):
@@ -70,13 +73,23 @@ class WorkerProgress:
 def init_worker(worker: int) -> None:
     """Set up a worker: one thread, and signals that only the main process acts on."""
     torch.set_num_threads(1)
+    _die_with_parent()
     # Ctrl-C and SLURM's warnings go to every process; the main one decides what they mean.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # So does SIGTERM, but with that the main process ends its workers as well: obey it alone.
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Ask the system to end this worker when the process that started it is gone.
+
+    Torch's own look for that comes between two batches, and never if storage holds the worker.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _exit_on_parents_sigterm() -> None:

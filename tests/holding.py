@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 FOLDER, UPDATES = "HOLD_FOLDER", "HOLD_UPDATES"
 OPTIONS = ("--plugin", __file__)
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def variables(folder: Path, *updates: int) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """Errors that a user can fix, and the words of their messages."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from errors import (
     first_names,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 # docs/reliability.md lists them.
 EXIT_CODES = [
     (UserError("wrong"), 2),
@@ -66,3 +70,32 @@ def test_first_names():
     assert first_names(list("abcde")) == "a, b, c, d, e"
     assert first_names(list("abcdef")) == "a, b, c, d, e, …"
     assert first_names([1, 2, 3], most=2) == "1, 2, …"
+
+
+HOST = """
+import sys
+{first}
+sys.path.insert({place}, {root!r})
+from inference import load_for_inference
+"""
+
+
+@pytest.mark.parametrize(
+    "first, place, words",
+    [
+        ("", 0, None),
+        ("import utils", 0, "was imported: import this first"),
+        ("", 1, "comes first: put"),
+    ],
+)
+def test_a_host_programs_module_of_our_name_is_named(tmp_path, first, place, words):
+    (tmp_path / "utils.py").write_text("")
+    code = HOST.format(first=first, place=place, root=str(ROOT))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode == 0) == (words is None), run.stderr
+    if words:
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith(
+            f"ImportError: utils of {ROOT} can't be imported, {tmp_path}/utils.py"
+        )
+        assert words in last

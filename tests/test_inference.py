@@ -2,7 +2,9 @@
 
 import copy
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,10 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import inference
-from augmentation.transforms import Preprocessing
+from augmentation.transforms import EvalTransform, Preprocessing
 from checkpointing.files import save_checkpoint
 from errors import CheckpointError
 from models import build_model
+from pipeline.decoding import BadImageError, decode
+from tools import predict
 
 NAMES = ["amber", "blue", "crimson"]
 PREPROCESSING = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.25,) * 3)
@@ -106,6 +110,80 @@ def test_an_onnx_file_has_one_set_of_weights(tmp_path):
         inference.load_for_inference(tmp_path / "x.onnx", ema=True)
 
 
+# --- images ---------------------------------------------------------------------------------------
+
+
+def files_of_all_kinds(folder) -> list[Path]:
+    """Transparent, grey, deep, palette, print and turned images, with fine detail."""
+    noise = Image.effect_noise((40, 36), 90)
+    rgb = Image.merge("RGB", (noise, noise.rotate(90).resize((40, 36)), noise.rotate(180)))
+    rgba = rgb.copy()
+    rgba.putalpha(Image.linear_gradient("L").resize((40, 36)))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray((np.asarray(noise, dtype=np.uint16) + 1) * 200)
+    images = {
+        "rgba.png": (rgba, {}),
+        "la.png": (rgba.convert("LA"), {}),
+        "l.png": (noise, {}),
+        "one.png": (noise.convert("1"), {}),
+        "p.png": (rgb.quantize(16), {}),
+        "p-transparent.png": (rgb.quantize(16), {"transparency": bytes(range(0, 256, 16))}),
+        "p.gif": (rgb.quantize(16), {"transparency": 3}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "deep.png": (deep, {}),
+        "float.tif": (noise.convert("F"), {}),
+        "turned.jpg": (rgb, {"exif": turned}),
+        "turned.png": (rgba, {"exif": turned}),
+        "turned.tif": (rgb, {"exif": turned}),
+        "rgba.webp": (rgba, {"lossless": True}),
+    }
+    for name, (image, options) in images.items():
+        image.save(folder / name, **options)
+    return [folder / name for name in images]
+
+
+def test_the_transform_takes_whatever_holds_an_image(content, tmp_path, capsys):
+    """And what it gives is what the command line predicts from."""
+    save_checkpoint(tmp_path / "best.pth", content)
+    classifier = inference.load_for_inference(tmp_path / "best.pth")
+    paths = files_of_all_kinds(tmp_path)
+    assert predict.main([str(tmp_path / "best.pth"), *map(str, paths), "--format", "json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    for path, answer in zip(paths, answers, strict=True):
+        tensor = classifier.transform(path)
+        # As in the evaluation of training.
+        expected = EvalTransform(PREPROCESSING).apply(decode(path), 0, 0)
+        assert torch.equal(tensor, expected), path.name
+        assert torch.equal(classifier.transform.apply(decode(path), 0, 0), expected)
+        with Image.open(path) as image, path.open("rb") as file:
+            for source in (str(path), path.read_bytes(), file, image):
+                assert torch.equal(classifier.transform(source), tensor), path.name
+        with torch.no_grad():
+            shares = classifier.model(tensor[None]).softmax(1)[0].tolist()
+        given = {p["class"]: p["confidence"] for p in answer["predictions"]}
+        assert [given[name] for name in NAMES] == pytest.approx(shares, abs=1e-5)
+    array = np.asarray(Image.open(tmp_path / "l.png"))
+    assert torch.equal(classifier.transform(array), classifier.transform(tmp_path / "l.png"))
+    with pytest.raises(BadImageError, match="No such file"):
+        classifier.transform(tmp_path / "none.png")
+
+
+def test_the_background_is_the_checkpoints(content, tmp_path):
+    [path, *_] = files_of_all_kinds(tmp_path)
+    tensors = []
+    for background in ("white", "navy", "drop", None):
+        content["preprocessing"] = PREPROCESSING.to_dict() | {"background": background}
+        if background is None:  # of a checkpoint from before there was a choice
+            del content["preprocessing"]["background"]
+        tensors.append(inference.from_content(content).transform(path))
+    white, navy, drop, older = tensors
+    assert torch.equal(older, drop)
+    with Image.open(path) as image:
+        assert torch.equal(drop, EvalTransform(PREPROCESSING)(image.convert("RGB")))
+    assert not torch.equal(white, navy) and not torch.equal(white, drop)
+
+
 # --- published models -----------------------------------------------------------------------------
 
 
@@ -193,5 +271,5 @@ def test_a_checkpoint_of_a_published_architecture_needs_no_published_weights(tmp
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="without config.json: name a checkpoint in it"):
+    with pytest.raises(CheckpointError, match="without a checkpoint or config.json: name a file"):
         inference.load_for_inference(tmp_path)

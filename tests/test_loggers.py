@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from runs import Terminal, arguments
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import Evaluation
 from loggers import RunLogger, draw_curves, duration, read_log, write_per_class
 
 
 def record(epoch: int, **changes: float) -> dict:
-    values = {"epoch": epoch, "train_lr": 0.1 / (1 + epoch), "train_loss": 2.0 - 0.1 * epoch}
+    values = {"epoch": epoch + 1, "train_lr": 0.1 / (1 + epoch), "train_loss": 2.0 - 0.1 * epoch}
     values |= {"test_loss": 1.9 - 0.1 * epoch, "test_acc1": 30.0 + epoch, "n_parameters": 10}
     return values | {"update": 6 * (epoch + 1), "epoch_seconds": 61.0} | changes
 
@@ -44,26 +45,26 @@ def test_log_has_one_line_per_epoch(tmp_path):
 def test_log_is_cut_back_to_the_epoch_of_the_resume(tmp_path):
     write_epochs(tmp_path, range(5))
     RunLogger(tmp_path, tensorboard=False, epoch=2, update=12).close()
-    assert epochs_in(tmp_path) == [0, 1]
+    assert epochs_in(tmp_path) == [1, 2]
     write_epochs(tmp_path, range(2, 4), epoch=2, update=12)
-    assert epochs_in(tmp_path) == [0, 1, 2, 3]
+    assert epochs_in(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_run_that_starts_anew_empties_the_log(tmp_path):
     write_epochs(tmp_path, range(2))
     write_epochs(tmp_path, range(1))
-    assert epochs_in(tmp_path) == [0]
+    assert epochs_in(tmp_path) == [1]
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out_and_said(tmp_path, caplog):
     write_epochs(tmp_path, range(3))
     path = tmp_path / "log.txt"
     path.write_text(path.read_text()[:-20])
-    assert [r["epoch"] for r in read_log(path)] == [0, 1]
+    assert [r["epoch"] for r in read_log(path)] == [1, 2]
     assert str(path) in caplog.text
     # The run goes on on a line of its own.
     write_epochs(tmp_path, range(2, 4), epoch=2, update=12)
-    assert epochs_in(tmp_path) == [0, 1, 2, 3]
+    assert epochs_in(tmp_path) == [1, 2, 3, 4]
 
 
 def test_no_log_has_no_epochs(tmp_path):
@@ -85,7 +86,7 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     assert found["test_acc1"] == 30.0
     # Such a log can be read, drawn and gone on with.
     write_epochs(tmp_path, range(1, 2), epoch=1, update=6)
-    assert epochs_in(tmp_path) == [0, 1]
+    assert epochs_in(tmp_path) == [1, 2]
 
 
 def test_a_logger_of_another_process_is_silent(tmp_path, monkeypatch, caplog):
@@ -174,6 +175,36 @@ def test_per_class_table(tmp_path):
         "crimson,0,0,",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["per_class.csv"]
+
+
+def test_a_class_name_that_is_not_utf8(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    result = Evaluation(1.0, 40.0, None, 5, torch.tensor([2]), torch.tensor([3]))
+    write_per_class(tmp_path / "per_class.csv", [name], result)
+    assert r"caf\xe9,3,2,66.67" in (tmp_path / "per_class.csv").read_text(encoding="utf-8")
+
+
+# --- TensorBoard --------------------------------------------------------------------------------
+
+
+def test_histograms_that_cannot_be_drawn_are_left_out_and_said_once(tmp_path, caplog):
+    """TensorBoard raises for what is empty or lies beyond its last bin, 1e20."""
+    values = {"fine": [1.0], "empty": [], "nan": [math.nan], "inf": [1.0, math.inf], "far": [1e30]}
+    model = torch.nn.Module()
+    for name, value in values.items():
+        setattr(model, name, torch.nn.Parameter(torch.tensor(value)))
+    model.fine.grad = torch.tensor([math.nan])
+    logger = RunLogger(tmp_path)
+    for update in (1, 2):
+        logger.histograms(model, update)
+    model.nan.data.zero_()
+    logger.histograms(model, 3)
+    logger.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0})
+    found.Reload()
+    steps = {tag: [e.step for e in found.Histograms(tag)] for tag in found.Tags()["histograms"]}
+    assert steps == {"weights/fine": [1, 2, 3], "weights/nan": [3]}
+    assert caplog.text.count("no histograms of 5 tensors") == 1 and "weights/far" in caplog.text
 
 
 # --- the progress bar ---------------------------------------------------------------------------

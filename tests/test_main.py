@@ -1,9 +1,13 @@
 """The command line as a process: help and errors at once, before torch is imported."""
 
+import errno
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from disks import read_only, small_disk
 
 import main
 from config import all_options, load
@@ -75,3 +79,43 @@ def test_each_kind_of_end_has_its_exit_code(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no finite loss\n"
     assert main.main(["--output-dir", "interrupt"]) == 130
     assert "nothing to save" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_that_nobody_foresaw_is_one_line(monkeypatch, capsys):
+    def run(config) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", "/some/where")
+
+    monkeypatch.setattr("training.run.run", run)
+    assert main.main([]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: /some/where: Too many open files (") and shown.count("\n") == 1
+    assert "ulimit -n" in shown
+
+
+@pytest.mark.parametrize(
+    "place, why",
+    [
+        ("file", "a file of that name is in the way"),
+        ("file/run", "a part of this path is a file, not a folder"),
+        ("n" * 300, "give a shorter name"),
+        ("disk/run", "this file system is read-only"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_had_is_one_line(images, tmp_path, capsys, place, why):
+    (tmp_path / "file").write_text("")
+    with small_disk(tmp_path / "disk", 64) as disk:
+        read_only(disk)
+        argv = ["--data-path", str(images), "--output-dir", str(tmp_path / place)]
+        assert main.main([*argv, "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: --output-dir: not writable: ") and shown.count("\n") == 1
+    assert why in shown
+
+
+def test_print_config_shows_what_was_given_where_weights_are_missing(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("finetune: 12:30:45\nmodel: 0x1F\nbatch_size: 064\n")
+    assert main.main(["--config", str(tmp_path / "c.yaml"), "--print-config"]) == 2
+    output = capsys.readouterr()
+    for line in ("finetune: '12:30:45' ", "model: '0x1F' ", "batch_size: 64 "):
+        assert f"\n{line}" in output.out
+    assert output.err == "error: checkpoint 12:30:45 does not exist\n"

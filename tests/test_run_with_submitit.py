@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import main
 import run_with_submitit
 from checkpointing.files import load_checkpoint
 from checkpointing.folder import checkpoints_in
-from errors import UserError
+from errors import Stopped, UserError
 from tests.slurm.cluster import Cluster, missing
 
 RUN = (
@@ -152,7 +153,7 @@ def test_two_nodes_requeued_twice_end_with_the_weights_of_the_undisturbed_run(
     assert len(re.findall(r"^resumed ", text, re.M)) == 2
     assert "Traceback" not in text
     epochs = re.findall(r'"epoch": (\d+)', (folder / "log.txt").read_text())
-    assert epochs == [str(epoch) for epoch in range(3)]
+    assert epochs == ["1", "2", "3"]
     for part in ("model", "model_ema"):
         assert_equal(newest(folder)[part], undisturbed[part], part)
 
@@ -219,6 +220,23 @@ def test_local_executor(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "64 × 1 process(es)" in done.stdout and "epoch 2/2" in done.stdout
     assert newest(output(done.stdout))["progress"]["epoch"] == 2
+
+
+def test_a_process_that_storage_holds_leaves_as_one_that_stopped(monkeypatch, capsys):
+    """So that the job is requeued; submitit makes an error of anything that is raised."""
+    left = []
+    environment = mock.Mock(USR_SIG="USR2", global_rank=0, job_id="7")
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: environment)
+    monkeypatch.setattr(signal, "getsignal", lambda _: mock.Mock())
+    for name in ("_until_training", "_export_environment"):
+        monkeypatch.setattr(run_with_submitit, name, mock.Mock())
+    stopped = mock.Mock(side_effect=Stopped(signal.SIGUSR2, alone=True))
+    monkeypatch.setattr(run_with_submitit, "_train", stopped)
+    monkeypatch.setattr(run_with_submitit, "_leave", lambda code, **_: left.append(code))
+    [config] = run_with_submitit.load([*RUN, "--job-dir", "jobs"])[1]
+    run_with_submitit.TrainingJob(config)()
+    assert left == [128 + signal.SIGUSR2]
+    assert "stopped by signal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

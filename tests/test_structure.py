@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layers. This is the only list of them: what CONTRIBUTING.md shows is compared with it.
 LAYERS = (
     ("errors",),
-    ("config", "architectures"),
+    ("config", "architectures", "outputs"),
     ("utils", "cait_models"),
     ("models", "distributed", "samplers"),
     ("augmentation", "checkpointing"),

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import inference
-from checkpointing.files import load_checkpoint, save_checkpoint, weights_of
+from checkpointing.files import load_checkpoint, named, save_checkpoint, weights_of
 from checkpointing.folder import checkpoints_in
 from errors import CheckpointError, OptionError, UserError
 from tools.common import command, trained
@@ -71,7 +71,7 @@ def average_checkpoints(paths: Sequence[Path], *, ema: bool = False) -> dict[str
         weights = average([weights_of(content, ema=ema) for content in contents])
     except CheckpointError as error:
         raise CheckpointError(f"{', '.join(map(str, paths))}: {error}") from None
-    kept = ("config", "class_names", "preprocessing", "versions")
+    kept = ("config", "class_names", "preprocessing", "split", "versions")
     described = {k: contents[-1][k] for k in kept if k in contents[-1]}
     return {"model": weights, "averaged": [path.name for path in paths], **described}
 
@@ -126,7 +126,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{output} exists: remove it, or name another")
     paths = _paths(arguments)
     content = average_checkpoints(paths, ema=arguments.ema)
-    classifier = inference.from_content(content) if "config" in content else None
+    with named(paths[-1]):
+        classifier = inference.from_content(content) if "config" in content else None
     if arguments.update_bn:
         if classifier is None:
             raise OptionError("update_bn", "needs training checkpoints, not weights alone")
@@ -136,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> None:
     try:
         save_checkpoint(output, content)
     except OSError as error:
-        raise UserError(f"{output} can't be written: {error.strerror}") from None
+        raise command.not_written(output, error) from None
     print(f"{output}: the mean of {', '.join(map(str, paths))}")
 
 

@@ -141,7 +141,7 @@ def _value(record: Record, key: str) -> float:
 
 
 def _epoch(record: Record) -> str:
-    return f"epoch {record['epoch'] + 1}"
+    return f"epoch {record['epoch']}"
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command.run(_run, get_parser(), argv)
+    return command.run(_run, get_parser(), argv, reader_ends=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Write the generated parts of the documents anew: ``python -m tools.docs``.
 
 ``docs/options.md`` is made from ``config/options.py``; the tables in docs/coming-from-deit.md and
-docs/coming-from-timm.md, from ``config/peer_options/``.
+docs/coming-from-timm.md, from ``config/peer_options/``; that in docs/resume.md, from
+``config/resumed.py``.
 """
 
 import re
@@ -17,8 +18,8 @@ TABLE = re.compile(r"(<!-- options: (\w+)( launcher)? -->\n).*?(<!-- end of opti
 def pages() -> dict[Path, str]:
     """Each page that is generated, or holds something generated, as it must be."""
     found = {DOCS / "options.md": config.options_table()}
-    for peer in config.PEERS:
-        path = DOCS / f"coming-from-{peer}.md"
+    for name in (*(f"coming-from-{peer}" for peer in config.PEERS), "resume"):
+        path = DOCS / f"{name}.md"
         found[path] = with_tables(path.read_text(encoding="utf-8"))
     return found
 
@@ -27,8 +28,10 @@ def with_tables(text: str) -> str:
     """``text`` with the tables that its comments name between them."""
 
     def filled(found: re.Match[str]) -> str:
-        head, peer, launcher, end = found.groups()
-        return f"{head}\n{config.peer_table(peer, launcher=bool(launcher))}\n{end}"
+        head, name, launcher, end = found.groups()
+        if name == "resume":
+            return f"{head}\n{config.resume_table()}\n{end}"
+        return f"{head}\n{config.peer_table(name, launcher=bool(launcher))}\n{end}"
 
     return TABLE.sub(filled, text)
 

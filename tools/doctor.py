@@ -11,7 +11,6 @@ to fix (exit code 2). Nothing is left behind.
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import platform
 import resource
 import shutil
@@ -30,20 +29,32 @@ from config import Config
 from distributed.processes import Processes
 from errors import UserError
 from loggers import duration
-from pipeline.dataset import build_dataset
+from pipeline.dataset import build_dataset, findings
 from pipeline.decoding import BadImageError, decode
+from pipeline.loader import TooFewImagesError
 from pipeline.workers import free_shared_memory, shared_memory_needed
 from tools.common import command
 from tools.common.stage import Trial, single_process
-from training.batch_size import out_of_memory_advice
+from tools.common.timing import (
+    Training,
+    affordable,
+    images_per_update,
+    time_evaluation,
+    time_training,
+)
+from training.batch_size import out_of_memory_advice, probe, train_with_largest_batch
+from training.build import total_epochs
 from training.data import loader_settings, worker_batch_bytes
+from training.outlook import few_images
 from training.plugins import import_plugins
 from training.resume import make_writable, output_folder, refuse_other_run
+from training.run import assemble
 from training.saving import versions
+from training.trainer import DATA_WAIT
 from utils import cores
 
 SAMPLED = 32  # images of each part that are read, evenly spread
-TIMED = 3  # updates, after a first one
+LONG = 600  # seconds of a run from which on it is said what makes it shorter
 GIB = 2**30
 
 
@@ -63,9 +74,13 @@ class PlannedRun:
     trial: Trial | None = None
     """The run's parts, once they are built."""
     checkpoint_bytes: int = 0
-    seconds_per_update: float = 0.0
+    tried: Trial | None = None
+    """The same, with batches that don't take long here."""
+    training: Training | None = None
     evaluation_seconds: float = 0.0
     """Of the whole validation part."""
+    seconds: float = 0.0
+    """Of the whole run."""
 
     def built_trial(self) -> Trial:
         """The run's parts. Raises SkippedCheck where they could not be built."""
@@ -130,9 +145,10 @@ def _temporarily(folder: Path) -> Iterator[None]:
 def check_data(run: PlannedRun) -> Iterator[str]:
     """Both parts are found, and images from all over them can be read."""
     import_plugins(run.config.run.plugin)
-    bad, seconds = [], []
+    parts, bad, seconds = [], [], []
     for name in ("train", "val"):
         part = build_dataset(name == "train", run.config.data, seed=run.config.run.seed)
+        parts.append(part)
         yield f"{name}: {len(part)} images, {len(part.classes)} classes"
         count = min(SAMPLED, len(part))
         for index in np.linspace(0, len(part) - 1, count).round().astype(int).tolist():
@@ -143,6 +159,7 @@ def check_data(run: PlannedRun) -> Iterator[str]:
                 bad.append(f"{part.sample_id(index)}: {error}")
             seconds.append(time.monotonic() - began)
     yield f"{len(seconds)} images read, {1000 * np.mean(seconds):.1f} ms each"
+    yield from (f"warning: {text}" for text in findings(*parts))
     if bad and run.config.data.on_bad_image == "error":
         raise UserError(
             f"{len(bad)} of {len(seconds)} images can't be read, {bad[0]}: repair or remove them, "
@@ -165,41 +182,28 @@ def check_model(run: PlannedRun) -> Iterator[str]:
 
 def check_training(run: PlannedRun) -> Iterator[str]:
     """A few updates of the real training."""
-    trial = run.built_trial()
-    reports: list[engine.StepReport] = []
-    moments: list[float] = []
-
-    def note(report: engine.StepReport) -> None:
-        reports.append(report)
-        moments.append(time.monotonic())
-
-    updates = min(1 + TIMED, trial.data.updates_per_epoch(run.config))
+    trial, config = run.built_trial(), run.config
+    if config.model.unfreeze_at:
+        # Later epochs train more: the slowest counts, in time and memory.
+        trial.parts.freezer.apply(total_epochs(config) - 1)
     try:
-        with out_of_memory_advice(run.config, run.device):
-            trial.train(updates, report=note)
+        with out_of_memory_advice(config, run.device):
+            run.tried = affordable(trial)
+            done = run.training = time_training(trial, run.tried)
     except engine.NonFinite:
         raise UserError("the loss is not finite: python -m tools.overfit says more") from None
-    laps = np.diff(moments)
-    run.seconds_per_update = float(np.median(laps)) if len(laps) else 0.0
-    yield f"{len(reports)} updates, loss {reports[0].loss:.3f} to {reports[-1].loss:.3f}"
-    if len(laps):
-        yield f"{run.seconds_per_update:.3g} s per update, after the first"
+    first, last = done.reports[0], done.reports[-1]
+    yield f"{len(done.reports)} updates, loss {first.loss:.3f} to {last.loss:.3f}"
+    batch, tried = images_per_update(trial), images_per_update(run.tried)
+    scaled = f": scaled from {tried} images, not {batch}, at a time" if tried < batch else ""
+    yield f"{done.seconds:.3g} s per update, after the first{scaled}"
 
 
 def check_evaluation(run: PlannedRun) -> Iterator[str]:
-    """Two batches of the validation part, evaluated as in training."""
-    trial = run.built_trial()
-    loader, count = trial.data.val_loader, min(2, len(trial.data.val_loader))
-    began = time.monotonic()
-    result = engine.evaluate(
-        trial.state.model,
-        itertools.islice(iter(loader), count),
-        trial.settings,
-        num_classes=len(trial.data.class_names),
-        batch_size=loader.batch_size,
-    )
-    seconds = time.monotonic() - began
-    run.evaluation_seconds = seconds / count * len(loader)
+    """Some batches of the validation part, evaluated as in training."""
+    result, run.evaluation_seconds = time_evaluation(run.tried or run.built_trial())
+    if not result.count:
+        raise UserError("no validation image could be read: python -m tools.data explore finds why")
     yield f"{result.count} images, loss {result.loss:.3f}, top-1 {result.acc1:.1f} %"
 
 
@@ -256,23 +260,54 @@ def check_memory(run: PlannedRun) -> Iterator[str]:
             )
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-    yield f"host: peak {host:.1f} GiB in this process"
+    tried, batch = run.tried or run.trial, run.trial.settings.batch_size
+    few = f" with {tried.settings.batch_size} images, not {batch}, at a time"
+    yield (
+        f"host: peak {host:.1f} GiB in this process"
+        + (few if tried.settings.batch_size < batch else "")
+    )
 
 
 def check_time(run: PlannedRun) -> Iterator[str]:
-    """An estimate of the whole run on this device alone."""
-    if not run.seconds_per_update:
+    """An estimate of the whole run on this device alone, and what makes it shorter."""
+    if run.training is None:
         raise SkippedCheck("a timed training step")
+    if not run.evaluation_seconds:
+        raise SkippedCheck("a timed evaluation")
     config, trial = run.config, run.built_trial()
-    epochs = config.run.epochs + config.schedule.cooldown_epochs
-    training = run.seconds_per_update * trial.data.updates_per_epoch(config)
+    training = run.training.seconds * trial.data.updates_per_epoch(config)
     # The moving average is evaluated too.
     evaluation = run.evaluation_seconds * (2 if config.ema.model_ema else 1)
-    epoch = training + evaluation
+    run.seconds = total_epochs(config) * (training + evaluation)
     yield (
-        f"about {duration(epoch)} per epoch, {duration(epochs * epoch)} for {epochs}, "
-        "in one process"
+        f"about {duration(run.seconds)} for {total_epochs(config)} epochs in one process; an "
+        f"epoch: training {duration(training)}, evaluation {duration(evaluation)}"
     )
+    if config.model.unfreeze_at:
+        yield "as if all that --unfreeze-at frees were trained from the start"
+    if run.seconds > LONG:
+        ways = _ways_to_shorten(run, evaluation / (training + evaluation))
+        yield f"shorter by: {'; '.join(ways)}"
+    advice = few_images(config, trial.data.train, trial.state.model, run.folder)
+    if advice:
+        yield f"warning: {advice}"
+
+
+def _ways_to_shorten(run: PlannedRun, evaluation: float) -> Iterator[str]:
+    """What to change, the easiest first; ``evaluation`` is its share of the time."""
+    config, device = run.config, run.device.type
+    if device == "cpu":
+        yield "a GPU"
+    elif torch.cuda.device_count() > 1 and device == "cuda":
+        yield f"torchrun --nproc-per-node {torch.cuda.device_count()} main.py …"
+    if run.training.data_wait > DATA_WAIT:
+        yield from run.built_trial().data.ways_to_feed_faster(config)
+    elif device == "cuda" and not config.model.compile:
+        yield "--compile"
+    if config.ema.model_ema and evaluation > 0.2:
+        yield "--no-model-ema (the average is evaluated too)"
+    yield f"fewer --epochs than {config.run.epochs}"
+    yield f"a smaller --model, or --input-size than {config.model.input_size}"
 
 
 CHECKS: dict[str, Check] = {
@@ -315,10 +350,29 @@ def _carry_out(arguments: argparse.Namespace) -> int:
     config: Config = arguments.config
     # Each update is timed; the other options stay those of the run.
     config = config.replace("doctor", log_interval=1)
-    with single_process(config) as (config, processes, device):
-        problems = examine(PlannedRun(config, processes, device, output_folder(config)))
+    with single_process(config, finds_batch=True) as (config, processes, device):
+        if config.data.batch_size != "auto":
+            return _examine(config, processes, device)
+
+        def attempt(chosen: Config) -> int:
+            try:
+                probe(assemble(chosen, processes, device))
+            except TooFewImagesError:
+                raise
+            except UserError:
+                pass  # its check will tell
+            return _examine(chosen, processes, device)
+
+        folder = output_folder(config)
+        return train_with_largest_batch(config, folder, processes, device, attempt)
+
+
+def _examine(config: Config, processes: Processes, device: torch.device) -> int:
+    """Check, print what was found; returns the exit code."""
+    run = PlannedRun(config, processes, device, output_folder(config))
+    problems = examine(run)
     if not problems:
-        print("ready")
+        print(f"ready: about {duration(run.seconds)}")
         return 0
     print(f"{len(problems)} to fix:")
     for name, problem in problems.items():

@@ -5,11 +5,13 @@ speaks for one class.
 """
 
 import argparse
+import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,58 +185,143 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
     """What speaks for a class on one image (1, 3, H, W): (rows, columns), not negative.
 
     Grad-CAM (arXiv:1610.02391): ReLU(Σₖ αₖ Aₖ), where A is the last feature map before pooling and
-    αₖ the mean gradient of the class's logit on its k-th channel. Of a transformer A are the
-    patches that go into the last attention, and each has its own gradient for αₖ (HiResCAM,
-    arXiv:2011.08891): the class token reads few of them, a mean would blame all.
+    αₖ the mean gradient of the class's logit on its k-th channel. Where attention can be followed,
+    A are the patches that go into the last attention, and each has its own gradient for αₖ
+    (HiResCAM, arXiv:2011.08891): the class token reads few of them, a mean would blame all. Of
+    other transformers with a class token A are the last patches that reach it; those that take the
+    mean of their patches are refused.
+
+    Raises UserError for a model in which no such map is found.
     """
-    tokens = _attention_layers(model)
-    kept: list[Tensor] = []
+    # Frozen weights must not end the graph before the feature map.
+    images = images.detach().clone().requires_grad_(True)
+    layers, inner = _attention_layers(model), [m for m in model.modules() if m is not model]
+    with torch.enable_grad():
+        if layers:
+            with _kept(layers[-1:], lambda inputs, output: inputs[:1]) as found:
+                logits = model(images)
+        elif hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+            logits, found = _from_features(model, inner, images)
+        else:
+            with _kept(
+                inner, lambda inputs, output: filter(_is_map, [output]), after=True
+            ) as found:
+                logits = model(images)
+    index = int(logits[0].argmax()) if class_index is None else class_index
+    for features in reversed(found):
+        gradient = torch.autograd.grad(
+            logits[0, index], features, retain_graph=True, allow_unused=True
+        )[0]
+        if gradient is None:
+            continue
+        gradient = _channels_first(gradient, model)
+        if not layers:
+            if features.ndim == 3 and not gradient.any():
+                continue  # from here on the class token alone is read
+            gradient = gradient.mean((1, 2), keepdim=True)
+        return (gradient * _channels_first(features.detach(), model)).sum(0).relu()
+    raise UserError(f"{type(model).__name__} has no feature map that Grad-CAM could look at")
+
+
+def _from_features(
+    model: nn.Module, inner: Sequence[nn.Module], images: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The logits, and the maps or patches that they come from, in order, by timm's interface.
+
+    A map is what ``forward_features`` returns. Where the answer is read from a class token, it
+    comes from patches that went into a norm before, as the sum of all blocks so far.
+    """
+    inner = [layer for layer in inner if isinstance(layer, nn.LayerNorm)] or inner
+    with _kept(inner, lambda inputs, output: [x for x in inputs if _is_patches(x, model)]) as found:
+        features = model.forward_features(images)
+    if not isinstance(features, Tensor):
+        raise UserError(f"{type(model).__name__} has more than one feature map: Grad-CAM takes one")
+    logits = model.forward_head(features)
+    with torch.no_grad():
+        wanted = model(images)
+    if not torch.allclose(wanted, logits, rtol=1e-3, atol=1e-3):
+        raise UserError(f"the answer of {type(model).__name__} isn't read from its features alone")
+    if features.ndim == 4:
+        return logits, [features]
+    if _is_patches(features, model):
+        [gradient] = torch.autograd.grad(logits.square().sum(), features, retain_graph=True)
+        if _channels_first(gradient, model).any():
+            # Attention has spread over all of them what one of them saw.
+            raise UserError(
+                f"the answer of {type(model).__name__} is the mean of patches that have seen each "
+                "other: Grad-CAM doesn't show where it comes from"
+            )
+    return logits, [x for x in found if x.shape[2] == features.shape[2]]
+
+
+@contextmanager
+def _kept(
+    layers: Sequence[nn.Module],
+    pick: Callable[[tuple[Any, ...], Any], Iterable[Tensor]],
+    *,
+    after: bool = False,
+) -> Iterator[list[Tensor]]:
+    """A list that gets what is to ``pick`` of each layer's inputs, and ``after`` it of its output,
+    as the model runs."""
+    found: list[Tensor] = []
     caller = threading.get_ident()
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: object = None) -> None:
-        if threading.get_ident() != caller:
-            return
-        if tokens:
-            kept[:] = inputs[:1]
-        elif _is_feature_map(output):
-            kept[:] = [output]
+    def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+        # A server's other threads may be using the same model.
+        if threading.get_ident() == caller:
+            found.extend(pick(inputs, output))
 
-    if tokens:
-        hooks = [tokens[-1].register_forward_pre_hook(keep)]
-    else:
-        inner = [m for m in model.modules() if m is not model]
-        hooks = [m.register_forward_hook(keep) for m in inner]
+    hooks = [
+        layer.register_forward_hook(keep) if after else layer.register_forward_pre_hook(keep)
+        for layer in layers
+    ]
     try:
-        with torch.enable_grad():
-            # Frozen weights must not end the graph before the feature map.
-            logits = model(images.detach().clone().requires_grad_(True))
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    if not kept:
-        raise UserError(f"{type(model).__name__} has no feature map that Grad-CAM could look at")
-    index = int(logits[0].argmax()) if class_index is None else class_index
-    [gradient] = torch.autograd.grad(logits[0, index], kept[0])
-    features, gradient = (_channels_first(x.detach(), model) for x in (kept[0], gradient))
-    weights = gradient if tokens else gradient.mean((1, 2), keepdim=True)
-    return (weights * features).sum(0).relu()
 
 
-def _is_feature_map(output: object) -> bool:
-    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; images are square."""
+def _is_map(output: object) -> bool:
+    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; images are square.
+
+    The weights of attention, (1, heads, N, N), have this form as well: their rows are shares.
+    """
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.requires_grad:
         return False
     _, first, second, third = output.shape
-    return second == third > 1 or first == second > 1
+    if not (second == third > 1 or first == second > 1):
+        return False
+    rows = output.detach().sum(-1)
+    return not (torch.allclose(rows, torch.ones_like(rows), atol=1e-3) and (output >= 0).all())
+
+
+def _is_patches(x: object, model: nn.Module) -> bool:
+    """Whether it is (1, N, D), of a square grid of patches with at most a few tokens before."""
+    is_tokens = isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and x.requires_grad
+    return is_tokens and _tokens_before(x.shape[1], model) is not None
+
+
+def _tokens_before(count: int, model: nn.Module) -> int | None:
+    """How many of ``count`` tokens come before a square of patches; None where there is none."""
+    known = getattr(model, "num_prefix_tokens", None)
+    for prefix in range(3) if known is None else (known,):
+        side = math.isqrt(max(0, count - prefix))
+        if side > 1 and side**2 == count - prefix:
+            return prefix
+    return None
 
 
 def _channels_first(x: Tensor, model: nn.Module) -> Tensor:
     """A feature map or tokens of one image as (C, rows, columns)."""
     if x.ndim == 4:
-        return x[0] if x.shape[2] == x.shape[3] else x[0].permute(2, 0, 1)
-    prefix = getattr(model, "num_prefix_tokens", 1)
+        last = getattr(model, "output_fmt", "") == "NHWC" or x.shape[2] != x.shape[3]
+        return x[0].permute(2, 0, 1) if last else x[0]
+    prefix = _tokens_before(x.shape[1], model)
+    if prefix is None:
+        raise UserError(f"{x.shape[1]} tokens of {type(model).__name__} are no square of patches")
     patches = x[0, prefix:]
-    return patches.T.unflatten(1, _grid(model, len(patches)))
+    return patches.T.unflatten(1, (math.isqrt(len(patches)), -1))
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -286,7 +373,7 @@ def _run(arguments: argparse.Namespace) -> int:
     unreadable = 0
     for number, path in enumerate(command.progress(paths, "images", total=len(paths))):
         try:
-            tensor = trained.read_image(path, classifier)
+            tensor = classifier.transform(path)
         except BadImageError as error:
             print(f"{path}: {error}", file=sys.stderr)
             unreadable += 1
@@ -317,7 +404,7 @@ def _save(image: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+        raise command.not_written(path, error) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ model on the run's validation images.
 
 import argparse
 import copy
+import io
 import logging
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 import inference
 from errors import OptionError, UserError
 from loggers import CURVES_FILE
+from outputs.files import as_os_error
 from tools.common import command, trained
+from tools.common.onnx_files import INPUT, reason_of, save_onnx, to_onnx
 from tools.hub import card, folder, push
 
 TOLERANCE = 1e-4  # largest difference of a logit, for formats that keep every digit
-INPUT, OUTPUT = "images", "logits"
 QUANTISED = ("Conv", "Gemm", "MatMul")
 _TIMED = 32  # images at a time when speed is measured
 _RUNS = 5
@@ -59,40 +61,29 @@ class Row(NamedTuple):
 
 
 # --- formats --------------------------------------------------------------------------------------
-# Each writes the CPU model (in evaluation mode) of square images, whose number may vary.
+# Each writes the CPU model (in evaluation mode) of square images, whose number may vary: that of
+# ONNX is in tools.common.onnx_files.
 
 Metadata = Mapping[str, str]
 Writer = Callable[[nn.Module, Tensor, Path, Metadata], None]
 
 
-def to_onnx(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
-    """ONNX with the metadata as ``metadata_props``; the number of images is free."""
-    onnx = command.require("onnx")
-    command.require("onnxscript")
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.onnx.export(
-        model,
-        (example,),
-        dynamo=True,
-        dynamic_shapes=shapes,
-        verbose=False,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-    )
-    _save_onnx(onnx, program.model_proto, path, metadata)
-
-
 def to_torchscript(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
     """TorchScript with the metadata as ``_extra_files``."""
     traced = torch.jit.trace(model, example, check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files=dict(metadata))
+    # torch's own writing to a file ends the process where the disk is full.
+    content = io.BytesIO()
+    torch.jit.save(traced, content, _extra_files=dict(metadata))
+    path.write_bytes(content.getbuffer())
 
 
 def to_program(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
     """A program of ``torch.export`` with the metadata as ``extra_files``."""
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    torch.export.save(program, path, extra_files=dict(metadata))
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=dict(metadata))
+    path.write_bytes(content.getbuffer())
 
 
 def to_safetensors(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
@@ -111,8 +102,7 @@ def to_int8_dynamic(source: Path, path: Path, metadata: Metadata, images: Images
         per_channel=True,
         weight_type=quantization.QuantType.QInt8,
     )
-    onnx = command.require("onnx")
-    _save_onnx(onnx, onnx.load(path), path, metadata)
+    save_onnx(command.require("onnx").load(path), path, metadata)
 
 
 def to_int8_static(source: Path, path: Path, metadata: Metadata, images: Images) -> None:
@@ -139,14 +129,7 @@ def to_int8_static(source: Path, path: Path, metadata: Metadata, images: Images)
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
     )
-    onnx = command.require("onnx")
-    _save_onnx(onnx, onnx.load(path), path, metadata)
-
-
-def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: Metadata) -> None:
-    onnx.helper.set_model_props(proto, dict(metadata))
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
+    save_onnx(command.require("onnx").load(path), path, metadata)
 
 
 HUB = "hub"  # a folder; what it is made of, beside the model: tools.hub
@@ -256,12 +239,12 @@ def export(
             with _explained(format, path), _quiet():
                 if format in writers:
                     writers[format](model, example, path, metadata)
+                    floating = path if format == "onnx" else floating
                 else:
                     if not floating.exists():
                         to_onnx(model, example, floating, metadata)
                     INT8[format](floating, path, metadata, images)
-                written = opened(path)
-            row = compare(format, path, written, images, wanted)
+                row = compare(format, path, opened(path), images, wanted)
             scale = max(1.0, float(wanted.abs().max()))
             if format in writers and not row.difference <= TOLERANCE * scale:
                 folder.remove(path) if path.is_dir() else path.unlink()
@@ -281,11 +264,11 @@ def _explained(format: str, path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
     except Exception as error:  # the exporters raise types of many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"this model can't be exported as {format}: {reason}") from error
+        if failure := as_os_error(error, path):
+            folder.remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+            raise command.not_written(path, failure) from None
+        raise UserError(f"this model can't be exported as {format}: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -333,7 +316,7 @@ def _run(arguments: argparse.Namespace) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output} can't be written: {error.strerror}") from None
+        raise command.not_written(output, error) from None
     metadata = inference.metadata_of(model.content)
     bare = model.classifier.model
     wanted = answers(bare, images.images)

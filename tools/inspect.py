@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import inference
-from checkpointing.files import weights_of
+from checkpointing.files import named, weights_of
 from errors import UserError, first_names
 from tools.common import command, trained
 from tools.common.recipe import is_off_default
@@ -170,7 +170,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if path.endswith(".onnx"):
         raise UserError(f"{path}: an ONNX file is looked into with onnx or netron")
     content = inference.read_content(path)
-    weights = weights_of(content, ema=arguments.ema)
+    with named(path):
+        weights = weights_of(content, ema=arguments.ema)
     table = layers(weights)
     found = summary(path, content)
     found["tensors"] = len(table)
@@ -258,7 +259,7 @@ def _flow_table(flow: Sequence[Gradient]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command.run(_run, get_parser(), argv)
+    return command.run(_run, get_parser(), argv, reader_ends=True)
 
 
 if __name__ == "__main__":

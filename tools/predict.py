@@ -14,6 +14,7 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from errors import printable
 from inference import Classifier
 from pipeline.decoding import BadImageError
 from tools.common import command, trained
@@ -52,7 +53,7 @@ def predict(
 
     def read(path: str) -> Tensor | str:
         try:
-            return trained.read_image(path, classifier)
+            return classifier.transform(path)
         except BadImageError as error:
             return str(error)
 
@@ -81,7 +82,7 @@ def write_table(predictions: Iterable[Prediction], out: TextIO) -> None:
     for file, classes, confidences in predictions:
         answers = zip(classes, confidences, strict=True)
         shown = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answers)
-        print(f"{_printable(file)}  {shown}", file=out, flush=True)
+        print(f"{printable(file)}  {shown}", file=out, flush=True)
 
 
 def write_json(predictions: Iterable[Prediction], out: TextIO) -> None:
@@ -104,11 +105,6 @@ def write_csv(predictions: Iterable[Prediction], out: TextIO) -> None:
     for file, classes, confidences in predictions:
         for rank, (name, share) in enumerate(zip(classes, confidences, strict=True), start=1):
             writer.writerow((file, rank, name, f"{share:.6f}"))
-
-
-def _printable(name: str) -> str:
-    # A file name may hold anything, line ends and a terminal's commands too.
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 WRITERS = {"table": write_table, "json": write_json, "csv": write_csv}
@@ -139,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     def unreadable(path: str, reason: str) -> None:
         bad.append(path)
-        print(f"{_printable(path)}: {reason}", file=sys.stderr)
+        print(f"{printable(path)}: {reason}", file=sys.stderr)
 
     predictions = predict(
         model.classifier,
@@ -159,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command.run(_run, get_parser(), argv)
+    return command.run(_run, get_parser(), argv, reader_ends=True)
 
 
 if __name__ == "__main__":

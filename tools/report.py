@@ -237,7 +237,7 @@ def reliability_chart(measured: dict[str, Any]) -> "Figure":
 
 
 def _thumbnail(dataset: ImageDataset, index: int) -> Image.Image:
-    image = decode(dataset.source.read(index)[0])
+    image = decode(dataset.source.read(index)[0], dataset.transform.background)
     scale = THUMBNAIL / max(image.size)
     size = tuple(max(1, round(scale * side)) for side in image.size)
     # Small images are shown with the pixels they have.
@@ -274,7 +274,7 @@ def write(
         _write_matrix(folder / "confusion.csv", matrix, names)
         chart.savefig(folder / "confusion.png", dpi=120)
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+        raise command.not_written(folder, error) from None
     _page(content, chart, dataset).write(folder / "report.html")
     return content
 

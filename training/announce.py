@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from checkpointing.folder import BEST, checkpoints_in
-from config import Config, unused
+from config import FITTED, Config, unused
 from loggers import CURVES_FILE, LOG_FILE
 from pipeline.dataset import summarise_classes
 from training.bad_images import BAD_IMAGES_FILE
 from training.build import Parts, effective_batch, total_epochs
+from training.ending import way_on
+from training.outlook import few_images
 from training.saving import Saver
 
 log = logging.getLogger(__name__)
@@ -64,20 +66,33 @@ def announce_start(parts: Parts, folder: Path) -> None:
         _AMP_NAMES[parts.settings.amp],
         folder,
     )
+    if config.origin["warmup_epochs"] == FITTED:
+        log.info(
+            "warm-up  %g of %d epochs, shortened to a fifth: --warmup-epochs sets another length",
+            config.schedule.warmup_epochs,
+            config.run.epochs,
+        )
     for line in unused(config):
         log.warning("%s", line)
+    if not parts.state.progress.update:
+        advice = few_images(config, data.train, parts.state.model, folder)
+        if advice:
+            log.warning("%s", advice)
+            log.info("time     is said after the first steps")
 
 
-def announce_interruption(config: Config, folder: Path, saver: Saver, signal: int | None) -> int:
-    """Say where the run stopped and how to go on; returns the exit code."""
-    if saver.writer.error:
-        newest = checkpoints_in(folder)
-        log.error(
-            "stopped by signal %d; where it stood could NOT be saved, the newest checkpoint is %s",
-            signal,
-            newest[0] if newest else "none",
-        )
-        return 1
+def announce_interruption(
+    config: Config, folder: Path, saver: Saver, signal: int | None, *, lost: bool = False
+) -> int:
+    """Say where the run stopped and how to go on; returns the exit code.
+
+    ``lost``: where it stood was not to be saved.
+    """
+    if lost or saver.writer.error:
+        log.error("stopped by signal %d; where it stood could NOT be saved", signal)
+        return _without_the_last(config, folder)
+    if saver.writer.lacks_best:
+        log.error("%s could NOT be written: it lacks the best epoch", folder / BEST)
     log.info("stopped by signal %d; saved %s", signal, saver.writer.saved)
     log.info("go on with: %s", _command(config, "--resume", str(saver.writer.saved)))
     return 128 + (signal or 0)
@@ -93,21 +108,20 @@ def announce_end(parts: Parts, folder: Path, saver: Saver, bad_images: int) -> i
             folder / BAD_IMAGES_FILE,
         )
     if saver.writer.error:
-        log.error("the last checkpoint is missing: free space, then --resume auto")
-        return 1
-    if progress.best is not None:
-        log.info(
-            "best     %s %.2f after epoch %d",
-            config.save.best_metric,
-            progress.best,
-            progress.best_epoch + 1,
-        )
+        log.error("the last checkpoint could NOT be written")
+        return _without_the_last(config, folder)
+    _announce_best(parts)
     best = folder / BEST
+    if saver.writer.lacks_best:
+        log.error("%s could NOT be written: it lacks the best epoch", best)
+        return 1
     weights = best if best.exists() else saver.writer.saved
     log.info("weights  %s", weights)
     log.info("curves   %s", folder / CURVES_FILE)
     tensorboard = (
-        f" and TensorBoard: tensorboard --logdir {folder}" if config.log.tensorboard else ""
+        f" and TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}"
+        if config.log.tensorboard
+        else ""
     )
     log.info("logs     %s%s", folder / LOG_FILE, tensorboard)
     if progress.epoch < total_epochs(config) and config.run.stop_at_epoch:
@@ -115,6 +129,36 @@ def announce_end(parts: Parts, folder: Path, saver: Saver, bad_images: int) -> i
     else:
         log.info("next     %s", _command(config, "--eval", "--resume", str(weights)))
     return 0
+
+
+def announce_over(parts: Parts, folder: Path, source: str, over: str) -> None:
+    """Say why a run that ``source`` is the last checkpoint of has nothing left to train."""
+    config, best = parts.config, folder / BEST
+    log.info("nothing left to train: %s; %s", over, way_on(config, parts.state.progress))
+    _announce_best(parts)
+    weights = best if best.exists() else source
+    log.info("weights  %s", weights)
+    log.info("next     %s", _command(config, "--eval", "--resume", str(weights)))
+
+
+def _announce_best(parts: Parts) -> None:
+    progress, metric = parts.state.progress, parts.config.save.best_metric
+    if progress.best is not None:
+        log.info("best     %s %.2f after epoch %d", metric, progress.best, progress.best_epoch)
+
+
+def _without_the_last(config: Config, folder: Path) -> int:
+    """Say what there is where the last checkpoint could not be written; returns the exit code."""
+    newest = next(iter(checkpoints_in(folder)), None)
+    if newest is None:
+        log.error("there is no checkpoint in %s: what was trained is lost", folder)
+    else:
+        log.error(
+            "the newest checkpoint is %s; once storage takes it, go on with: %s",
+            newest,
+            _command(config, "--resume", str(newest)),
+        )
+    return 1
 
 
 def _command(config: Config, *arguments: str) -> str:

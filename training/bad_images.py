@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from distributed.processes import gather
-from loggers import write_or_warn
+from outputs.files import Outputs
 from pipeline.dataset import Batch
+from utils import write_text
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,9 @@ class BadImages:
         listed: "path: reason" of all processes, as of the last :meth:`gather`.
     """
 
-    def __init__(self, folder: Path, before: Sequence[str] = ()) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, outputs: Outputs, before: Sequence[str] = ()) -> None:
+        self.path = folder / BAD_IMAGES_FILE
+        self.outputs = outputs
         self.listed = list(before)
         self._seen: dict[str, None] = {}  # by this process, an ordered set
 
@@ -48,6 +50,4 @@ class BadImages:
         if not is_main or len(self.listed) == before:
             return
         text = "".join(f"{line}\n" for line in self.listed)
-        write_or_warn(
-            self.folder, BAD_IMAGES_FILE, lambda path: path.write_text(text, encoding="utf-8")
-        )
+        self.outputs.write(self.path, lambda path: write_text(path, text))

@@ -11,11 +11,15 @@ import torch
 from checkpointing.folder import holds_run
 from config import Config
 from distributed.processes import Processes, any_process
-from engine import set_mode
 from errors import OptionError, OutOfMemoryError
+from optimization.freezing import set_mode
+from pipeline.loader import TooFewImagesError
 from training.build import Parts
 
 log = logging.getLogger(__name__)
+
+
+_UPDATES = 4  # per epoch at least, where --effective-batch is not asked for
 
 
 class BatchTooLarge(torch.OutOfMemoryError):
@@ -29,11 +33,41 @@ def train_with_largest_batch(
     device: torch.device,
     train: Callable[[Config], int],
 ) -> int:
-    """``train`` with the largest batch that fits, and accumulation up to ``--effective-batch``."""
+    """``train`` with the largest batch that fits, and accumulation up to ``--effective-batch``.
+
+    Where an epoch is too short for the default of that, updates are as small as give an epoch four
+    of them at least.
+    """
     effective, world = config.data.effective_batch, processes.world_size
     if effective % world:
         raise OptionError("effective_batch", f"{effective} can't be shared by {world} processes")
-    share = effective // world
+    try:
+        return _largest_that_fits(config, effective // world, folder, processes, device, train)
+    except TooFewImagesError as error:
+        images = error.images
+    if "effective_batch" in config.explicit():
+        raise OptionError(
+            "effective_batch",
+            f"{effective} images per update are more than an epoch has, {images * world}: lower it",
+        )
+    share = 1 << max(0, (images // _UPDATES).bit_length() - 1)
+    log.info(
+        "batch    an epoch has %d images: %d per update (--effective-batch)",
+        images * world,
+        share * world,
+    )
+    return _largest_that_fits(config, share, folder, processes, device, train)
+
+
+def _largest_that_fits(
+    config: Config,
+    share: int,
+    folder: Path,
+    processes: Processes,
+    device: torch.device,
+    train: Callable[[Config], int],
+) -> int:
+    """``train`` with ``share`` images per update and process, as many of them at a time as fit."""
     # The host's memory ends runs without a warning: what is usual fits there.
     most = share if device.type == "cuda" else min(share, 64)
     sizes = [size for size in range(most, 0, -1) if share % size == 0]
@@ -93,6 +127,34 @@ def rehearse(parts: Parts) -> None:
         loss.backward()
     finally:
         state.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
+def refuse_single_images(parts: Parts) -> None:
+    """Raise OptionError if the model can't be trained on one image at a time, for want of batch
+    statistics; changes nothing."""
+    settings, model = parts.settings, parts.state.model
+    alone = settings.batch_size == 1 and settings.train_mode and parts.criterion.copies == 1
+    # Statistics of all processes have several images.
+    shared = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    if not alone or shared:
+        return
+    image = settings.place(torch.zeros(1, 3, settings.input_size, settings.input_size))
+    kept = [(b, b.clone()) for b in model.buffers()]
+    set_mode(model, model, True)
+    try:
+        with torch.no_grad(), settings.autocast():
+            model(image)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise OptionError(
+            "batch_size",
+            "1 image has no batch statistics for the batch norm of "
+            f"{parts.config.model.model} at {settings.input_size} pixels: 2 or more",
+        ) from None
+    finally:
         for buffer, before in kept:
             buffer.copy_(before)
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import losses
 import models
 import teachers
 import utils
-from architectures.factory import wants_channels_last
+from architectures.memory_format import to_channels_last, wants_channels_last
 from architectures.summary import ModelSummary
 from architectures.talking_heads import Choice, set_path
 from architectures.weights import PartialWeightsError, load_pretrained_weights
@@ -23,7 +23,7 @@ from augmentation.mixing import Mixer
 from augmentation.transforms import Preprocessing
 from cait_models import Attention_talking_head
 from checkpointing.files import weights_of
-from config import Config
+from config import CHECKPOINT, DEFAULT, MODEL, Config
 from distributed.batch_norm import synchronise_batch_norm
 from distributed.processes import Processes
 from distributed.wrapping import replicate, shard
@@ -34,6 +34,7 @@ from optimization.freezing import Freezer
 from optimization.optimizer import build_optimizer, scaled_lr
 from optimization.schedule import build_schedule
 from optimization.state import Progress, TrainState
+from outputs.files import Outputs
 from pipeline.sources.registry import default_normalization
 from training.data import Data
 from training.image_options import evaluation_crop_ratio, three_values
@@ -57,6 +58,7 @@ class Parts:
     freezer: Freezer
     mixer: Mixer | None
     settings: engine.StepSettings
+    outputs: Outputs = field(default_factory=Outputs)
 
 
 def _channels_last(config: Config, model: nn.Module) -> bool:
@@ -91,11 +93,11 @@ def build_model(
         _start_from(model, options.finetune, options.allow_partial, evaluate=config.run.eval)
     if config.dist.sync_bn and dist.is_initialized() and not config.run.eval:
         model = synchronise_batch_norm(model, device)
-    channels_last = _channels_last(config, model)
-    layout = torch.channels_last if channels_last else torch.preserve_format
     if not config.dist.fsdp or config.run.eval:
         # A model that is to be sharded may be too large for one device.
-        model.to(device, memory_format=layout)
+        model.to(device)
+    if _channels_last(config, model):
+        to_channels_last(model)
     return model, _preprocessing(config, model, resumed or {})
 
 
@@ -104,8 +106,9 @@ def _start_from(model: nn.Module, source: str, allow_partial: bool, *, evaluate:
 
     OptionError unless all is filled that has to be: to ``evaluate``, everything.
     """
-    weights = weights_of(read_content(source))
+    content = read_content(source)
     try:
+        weights = weights_of(content)
         report = load_pretrained_weights(model, weights)
     except PartialWeightsError as error:
         if evaluate or not allow_partial:
@@ -130,11 +133,15 @@ def choose_talking_heads(model: nn.Module, choice: Choice) -> None:
 
 
 def _preprocessing(config: Config, model: nn.Module, resumed: dict[str, Any]) -> Preprocessing:
-    """As asked for; normalisation else as the run began, of the data set, or of the model."""
+    """As asked for; normalisation else as the run began, of the data set, or of the model; the
+    background else as the run began."""
     own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     saved = resumed.get("preprocessing")
+    background = config.data.background
     if saved is not None:
         mean, std = tuple(saved["mean"]), tuple(saved["std"])
+        if config.origin["background"] in (DEFAULT, MODEL, CHECKPOINT):
+            background = Preprocessing.from_dict(saved).background
     else:
         mean, std = default_normalization(config.data.data_set) or own
     return Preprocessing(
@@ -144,6 +151,7 @@ def _preprocessing(config: Config, model: nn.Module, resumed: dict[str, Any]) ->
         mean=three_values(config.data.mean or mean),
         std=three_values(config.data.std or std),
         crop_mode=config.data.crop_mode,
+        background=background,
     )
 
 

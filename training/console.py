@@ -1,36 +1,18 @@
-"""Messages on standard output."""
+"""Which messages of a run go to standard output, and how they look."""
 
 import logging
-import sys
 
 from distributed.processes import Processes
-
-
-class _Console(logging.Handler):
-    """Writes messages to standard output, above a progress bar if one is drawn."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(self.format(record), flush=True)
+from outputs.console import show_messages
 
 
 def setup_messages(processes: Processes) -> None:
     """Messages go to standard output; other processes' only from warnings up, with the rank."""
-    handler = _Console()
     if processes.is_main:
-        handler.setFormatter(_Formatter())
+        show_messages(_Formatter(), logging.INFO)
     else:
-        handler.setFormatter(
-            logging.Formatter(f"[rank {processes.rank}] %(levelname)s: %(message)s")
-        )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if processes.is_main else logging.WARNING)
-    # Libraries speak up from warnings on.
-    for name in ("timm", "matplotlib", "PIL", "torch", "submitit"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        text = f"[rank {processes.rank}] %(levelname)s: %(message)s"
+        show_messages(logging.Formatter(text), logging.WARNING)
 
 
 class _Formatter(logging.Formatter):

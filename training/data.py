@@ -2,20 +2,22 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from augmentation.batch import Normalise, augments_by_batch, build_train_transform
 from augmentation.protocol import Transform
 from augmentation.transforms import CentreCrop, Preprocessing
+from checkpointing.files import class_names_of, split_of
 from config import Config
 from distributed.processes import Processes, main_process_first
 from errors import OptionError
 from pipeline.cache import CachedLoader, apply_cache
-from pipeline.dataset import ImageDataset, build_dataset
-from pipeline.loader import Loader, LoaderSettings
+from pipeline.dataset import ImageDataset, build_dataset, findings
+from pipeline.loader import Loader, LoaderSettings, TooFewImagesError
 from pipeline.workers import auto_num_workers, batch_bytes, free_shared_memory, most_workers
 from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
 from utils import cores
@@ -32,6 +34,9 @@ class Sets(NamedTuple):
     settings: LoaderSettings
     steps: int
     """Batches per epoch and process."""
+    split: dict[str, Any]
+    """How the parts were drawn: "seed", "held_out" (:func:`split_of`), and the number of images
+    to "train" on."""
 
     @property
     def class_names(self) -> list[str]:
@@ -50,6 +55,8 @@ class Data:
     val_loader: Loader | CachedLoader
     steps: int
     """Batches per epoch and process."""
+    split: dict[str, Any]
+    """How the parts were drawn, see :class:`Sets`."""
     prepare: Normalise
     """What makes the model's input of uint8 batches, on the device."""
 
@@ -87,16 +94,22 @@ class Data:
         return ways
 
 
-def build_sets(config: Config, processes: Processes) -> Sets:
+def build_sets(
+    config: Config, processes: Processes, resumed: Mapping[str, Any] | None = None
+) -> Sets:
     """The data sets of ``--data-set``; with ``--overfit-batches`` the few images, twice.
 
-    All that can be checked without the model is checked here: raises OptionError or DataError for
-    what is wrong with the options or the files, for options that these sets can't fulfil, and for
-    a ``--best-metric`` that this number of classes doesn't have.
+    In a run that is ``resumed`` from a checkpoint the images that ``--val-fraction`` held out at
+    first are held out. All that can be checked without the model is checked here: raises
+    OptionError or DataError for what is wrong with the options or the files, for options that these
+    sets can't fulfil, and for a ``--best-metric`` that this number of classes doesn't have.
     """
     with main_process_first(processes):
-        train = build_dataset(True, config.data, seed=config.run.seed)
-        val = build_dataset(False, config.data, seed=config.run.seed)
+        train, val = (_part(is_train, config, resumed or {}) for is_train in (True, False))
+    seed, _ = split_of(resumed or {}, config.run.seed)
+    split = {"seed": seed, "held_out": val.held_out, "train": len(train)}
+    for text in findings(train, val):
+        log.warning("%s", text)
     metric = config.save.best_metric
     if metric.endswith("acc5") and len(train.classes) < 5:
         raise OptionError("best_metric", f"{metric} needs at least 5 classes: use {metric[:-1]}1")
@@ -112,10 +125,30 @@ def build_sets(config: Config, processes: Processes) -> Sets:
     settings = loader_settings(config, processes, config.data.batch_size, drop_last=True)
     steps = len(Loader(train, sampler, settings))
     if config.optim.accum_steps > steps:
-        raise OptionError(
-            "accum_steps", f"an epoch has only {steps} batches to accumulate: lower it"
+        raise TooFewImagesError(
+            "accum_steps",
+            f"an epoch has only {steps} batches to accumulate: lower it",
+            len(sampler),
         )
-    return Sets(train, val, sampler, settings, steps)
+    return Sets(train, val, sampler, settings, steps, split)
+
+
+def _part(is_train: bool, config: Config, resumed: Mapping[str, Any]) -> ImageDataset:
+    """The training or validation part, drawn as in the run that is ``resumed``."""
+    seed, before = split_of(resumed, config.run.seed)
+    part = build_dataset(is_train, config.data, seed=seed, held_out=before)
+    if before is None or part.held_out is None or class_names_of(resumed) != list(part.classes):
+        return part
+    gone = len(before) - int(torch.isin(before, part.held_out).sum())
+    if gone == len(before):
+        raise OptionError(
+            "data_path",
+            f"none of the {gone} images that this run validates on is there: name the folder where "
+            "they are, or start anew with --finetune",
+        )
+    if gone:
+        log.warning("%d of the %d images that this run validates on are gone", gone, len(before))
+    return part
 
 
 def build_data(
@@ -149,6 +182,7 @@ def build_data(
         train_loader=train_loader,
         val_loader=val_loader,
         steps=sets.steps,
+        split=sets.split,
         prepare=transform if transform.by_batch else Normalise(preprocessing),
     )
 
@@ -191,7 +225,7 @@ def loader_settings(
     """How batches are loaded. Raises OptionError if the workers' batches don't fit /dev/shm."""
     return LoaderSettings(
         batch_size=batch_size,
-        num_workers=_num_workers(config, processes),
+        num_workers=_num_workers(config, processes, warn=drop_last),
         pin_memory=config.data.pin_mem and config.run.device != "cpu",
         drop_last=drop_last,
         seed=config.run.seed,
@@ -205,8 +239,9 @@ def worker_batch_bytes(config: Config) -> int:
     return batch_bytes(config.data.batch_size, config.model.input_size, by_batch=by_batch)
 
 
-def _num_workers(config: Config, processes: Processes) -> int:
-    """``--num-workers``, as many as the shared memory has room for."""
+def _num_workers(config: Config, processes: Processes, *, warn: bool) -> int:
+    """``--num-workers``, as many as the shared memory has room for; ``warn`` of fewer, once for all
+    loaders of a run."""
     most = most_workers(
         worker_batch_bytes(config), processes.local_world_size, free_shared_memory()
     )
@@ -215,12 +250,13 @@ def _num_workers(config: Config, processes: Processes) -> int:
     if most is None or workers <= most:
         return workers
     if wanted == "auto":
-        log.warning(
-            "%d workers instead of %d: /dev/shm has no room for more; in a container, see "
-            "--shm-size",
-            most,
-            workers,
-        )
+        if warn:
+            log.warning(
+                "%d workers instead of %d: /dev/shm has no room for more; in a container, see "
+                "--shm-size",
+                most,
+                workers,
+            )
         return most
     raise OptionError(
         "num_workers",

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +11,26 @@ from torch import nn
 import engine
 import inference
 import utils
-from architectures.factory import has_published_weights, published_cfg, wants_channels_last
+from architectures.factory import has_published_weights, published_cfg
+from architectures.memory_format import to_channels_last, wants_channels_last
+from augmentation.protocol import Transform
 from augmentation.transforms import Preprocessing, build_transform
-from checkpointing.files import class_names_of, load_checkpoint, weights_of
+from checkpointing.files import (
+    class_names_of,
+    load_checkpoint,
+    model_of,
+    named,
+    split_of,
+    weights_of,
+)
 from checkpointing.folder import BEST, load_newest
 from config import CHECKPOINT, DEFAULT, Config
 from distributed.processes import Processes, main_process_first, on_main_process
 from errors import DataError, OptionError
 from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, write_per_class
 from optimization.counts import Evaluation, RealCounts
-from pipeline.dataset import Batch, ImageDataset, build_dataset
+from outputs.files import Outputs
+from pipeline.dataset import Batch, ImageDataset, build_dataset, findings
 from pipeline.progress import ProgressBar
 from pipeline.sources.registry import validation_classes
 from training.build import build_model, compiled
@@ -59,7 +70,7 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
     channels_last = wants_channels_last(found.models["model"], config.model.channels_last)
     if channels_last:
         for model in found.models.values():
-            model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
     settings = engine.StepSettings(
         device=device,
         amp=utils.amp_dtype(config.optim.amp, device),
@@ -69,6 +80,7 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
     log.info("%s on %d images of %d classes", found.source, len(found.data_set), classes)
     if space.note:
         log.info("       %s", space.note)
+    outputs = Outputs()
     for name, model in found.models.items():
         bar = ProgressBar(f"evaluate {name}", len(loader), visible=processes.is_main)
         bad: dict[str, None] = {}
@@ -88,8 +100,9 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
         names, table = space.table(result)
         if processes.is_main and len(names) <= PER_CLASS_LIMIT:
             path = folder / f"eval_{name.lower()}_{PER_CLASS_FILE}"
-            write_per_class(path, names, table)
-            log.info("       each class: %s", path)
+            table_of = partial(write_per_class, class_names=names, result=table)
+            if outputs.write(path, table_of):
+                log.info("       each class: %s", path)
     return 0
 
 
@@ -99,32 +112,45 @@ def _candidates(config: Config, processes: Processes, device: torch.device) -> _
     Raises DataError or OptionError if the classes of the data set are not the model's.
     """
     option, source, content = _weights(config)
-    whole = option == "resume" and "config" in content
+    held = model_of(content) if option == "resume" else None
+    whole = held is not None
     if option == "resume" and not whole:
         # Published weights, of the model that --model names.
         config = config.replace("--resume", finetune=source, resume="")
     known = _known_classes(config, option, source, content)
     with main_process_first(processes):
         alone = validation_classes(config.data)
-        val = build_dataset(False, config.data, seed=config.run.seed, classes=alone)
+        seed, before = split_of(content, config.run.seed)
+        val = build_dataset(False, config.data, seed=seed, classes=alone, held_out=before)
+    for text in findings(val):
+        log.warning("%s", text)
     if known is None:  # what the model lacks shows when the weights are loaded
         known = ModelClasses(option, source, len(val.classes), list(val.classes))
     space = label_space(val.classes, known, config.data)
-    models: dict[str, nn.Module] = {}
     if whole:
-        _refuse_other_model(config, content["config"]["model"])
-        preprocessing = asked_preprocessing(
-            config, Preprocessing.from_dict(content["preprocessing"])
-        )
-        for name, ema in (("model", False), ("EMA", True)):
-            if not ema or content.get("model_ema") is not None:
-                models[name], transform, _ = inference.from_content(
-                    content, device=device, ema=ema, preprocessing=preprocessing
-                )
+        _refuse_other_model(config, held)
+        with named(source):
+            models, transform = _whole(config, content, device)
     else:
-        models["model"], preprocessing = build_model(config, known.count, device)
+        model, preprocessing = build_model(config, known.count, device)
+        models = {"model": model}
         transform = build_transform(False, preprocessing, config.augment)
     return _Candidates(source, models, val.with_transform(transform), known, space)
+
+
+def _whole(
+    config: Config, content: dict[str, Any], device: torch.device
+) -> tuple[dict[str, nn.Module], Transform]:
+    """The models in a checkpoint of a run by name, and how they see an image."""
+    trained = Preprocessing.from_dict(content["preprocessing"])
+    preprocessing = asked_preprocessing(config, trained)
+    models = {}
+    for name, ema in (("model", False), ("EMA", True)):
+        if not ema or content.get("model_ema") is not None:
+            models[name], transform, _ = inference.from_content(
+                content, device=device, ema=ema, preprocessing=preprocessing
+            )
+    return models, transform
 
 
 def _weights(config: Config) -> tuple[str, str, dict[str, Any]]:
@@ -151,7 +177,8 @@ def _known_classes(
         names = list(names.values()) if isinstance(names, Mapping) else names
         names = names if names and len(names) == count else None
         return ModelClasses.of(option, f"what is published as {config.model.model}", count, names)
-    weights, layers = weights_of(content), cfg["classifier"] or ()
+    with named(source):
+        weights, layers = weights_of(content), cfg["classifier"] or ()
     layers = (layers,) if isinstance(layers, str) else layers
     heads = [weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in weights]
     return ModelClasses.of(option, source, len(heads[0])) if heads else None

@@ -12,6 +12,7 @@ from typing import Any
 
 from architectures.factory import published_cfg
 from augmentation.transforms import SMALL, Preprocessing
+from checkpointing.files import model_of, named
 from checkpointing.folder import CONFIG_FILE
 from checkpointing.published import is_published
 from config import CHECKPOINT, DEFAULT, MODEL, Config, read_yaml
@@ -27,6 +28,7 @@ _FIELDS = {
     "interpolation": "interpolation",
     "mean": "mean",
     "std": "std",
+    "background": "background",
 }
 
 
@@ -59,11 +61,12 @@ def _options_of_weights(config: Config, folder: Path | None) -> dict[str, Any]:
         return read_yaml(folder / CONFIG_FILE)[-1][1]
     if file == resume and CHECKPOINT in config.origin.values() and not is_published(file):
         return {}  # its options are here already, and need not be read again
-    content = read_content(file) if file else {}
-    if file == resume and "config" in content and not is_published(file):
+    content = read_content(file, weights=False) if file else {}
+    if file == resume and model_of(content) and not is_published(file):
         return {}
     if "preprocessing" in content:
-        trained = Preprocessing.from_dict(content["preprocessing"])
+        with named(file):
+            trained = Preprocessing.from_dict(content["preprocessing"])
     else:
         cfg = published_cfg(config.model.model)
         if config.run.eval:

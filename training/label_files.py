@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import OptionError
+from errors import OptionError, os_error_text
 
 FindClass = Callable[[str], int]
 """The index of the class that a word means; raises ValueError with the reason where none is."""
@@ -102,9 +102,10 @@ def _found(option: str, file: str, place: str, word: str, find: FindClass) -> in
 def _text(option: str, file: str) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise OptionError(option, f"{file} does not exist: name the file") from None
     except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise OptionError(option, f"{file} {reason}: name the file") from None
+        raise OptionError(option, os_error_text(error, file)) from None
     except UnicodeDecodeError:
         raise OptionError(option, f"{file} isn't text: give a .txt or .json file") from None
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from checkpointing.folder import load_newest
 from distributed.processes import any_process, barrier, gather
 from distributed.wrapping import local
-from engine import Mixer, NonFinite, StepSettings, forward_loss, set_mode
+from engine import Mixer, NonFinite, StepSettings, forward_loss
 from errors import DivergedError
+from optimization.freezing import set_mode
 from optimization.state import TrainState
 from pipeline.dataset import Batch
 from training.build import Parts
+from utils import write_text
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +77,14 @@ def list_images(parts: Parts, folder: Path, step: int, update: int, culprit: str
     path = folder / f"nonfinite-rank{processes.rank}.json"
     report = {
         "update": update,
-        "epoch": state.progress.epoch,
-        "step": step,
+        "epoch": state.progress.epoch + 1,
+        "step": step + 1,
         "learning_rate": state.schedule.rate(update) * state.schedule.factor,
         "first_nonfinite": culprit,
         "images": [data.train.sample_id(i) for i in indices.tolist()],
     }
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2) + "\n"
+    parts.outputs.write(path, lambda path: write_text(path, text))
     return path
 
 

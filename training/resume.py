@@ -1,21 +1,35 @@
 """A run's folder, and going on from what is in it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import utils
+from architectures.factory import first_line, resolve_name
 from checkpointing.files import class_names_of, load_checkpoint, weights_of
-from checkpointing.folder import BEST, holds_run, load_newest, newer_checkpoints, set_best
+from checkpointing.folder import (
+    BEST,
+    epochs_in,
+    holds_run,
+    load_newest,
+    newer_checkpoints,
+    set_best,
+)
 from checkpointing.published import is_published
-from config import Config
-from distributed.processes import any_process, on_main_process
+from config import Config, all_options, by_name, on_resume, optimizer_name, value_text
+from distributed.processes import gather, on_main_process
 from errors import CheckpointError, OptionError
+from loggers import LOG_FILE, read_log
 from optimization.state import Progress, check_same_weights
+from outputs.files import reason
 from training.build import Parts
+from training.ending import out_of_patience
 from training.lock import RunLock
 
 log = logging.getLogger(__name__)
+
+_LOSS = {opt.name for opt in all_options() if opt.section == "loss"}
 
 
 def output_folder(config: Config) -> Path:
@@ -28,8 +42,8 @@ def output_folder(config: Config) -> Path:
 
 def open_folder(config: Config, folder: Path) -> RunLock:
     """Make the output directory and lock it; refuse one that holds a run, unless ``--resume``."""
-    refuse_other_run(config, folder)
     make_writable(folder)
+    refuse_other_run(config, folder)
     return RunLock(folder)
 
 
@@ -53,9 +67,7 @@ def make_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OptionError(
-            "output_dir", f"{folder} can't be written: {error.strerror}; choose another"
-        ) from None
+        raise OptionError("output_dir", f"not writable: {reason(error, folder)}") from None
 
 
 class Start(NamedTuple):
@@ -87,29 +99,64 @@ def find_start(config: Config, folder: Path) -> Start | None:
     return None
 
 
+def refuse_other_options(config: Config, start: Start) -> None:
+    """Raise OptionError if an option is not as in the checkpoint and can't be another one."""
+    for name, (now, was) in _changed(config, start.content).items():
+        rule = on_resume(name)
+        if rule.kind == "refused" and _plain_name(name, now) != _plain_name(name, was):
+            flag = by_name(name).flag
+            raise OptionError(
+                name,
+                f"{start.source} was written with {flag} {value_text(was)}, and {rule.note}: "
+                f"resume with that, or start anew with --finetune {start.source} "
+                "--output-dir ANOTHER",
+            )
+
+
+def _changed(config: Config, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options that are not as in the checkpoint: what each is now, and what it was."""
+    recipe, saved = config.recipe(), content.get("config") or {}
+    return {k: (recipe[k], was) for k, was in saved.items() if k in recipe and recipe[k] != was}
+
+
+def _plain_name(option: str, value: Any) -> Any:
+    """``value`` without the choice of names that some options have for the same thing."""
+    if option == "opt":
+        return optimizer_name(value)
+    try:
+        return resolve_name(value) if option == "model" else value
+    except OptionError:
+        return value
+
+
 def resume(parts: Parts, folder: Path, start: Start) -> None:
     """Put the state where the checkpoint was, and say what is not as it was.
 
+    Nothing in the folder changes. What belonged to an option that is another one now starts anew.
     Raises CheckpointError if the checkpoint is of another model, optimiser or list of classes.
     """
     state, source, content = parts.state, *start
     _load_state(parts, content, source)
-    if "rng" in content:
-        utils.set_rng_state(content["rng"])
-    _count_anew(parts)
+    changed = _changed(parts.config, content)
+    _count_anew(parts, same_order=_same_order(parts, content, changed))
     progress = state.progress
     here = f", {progress.samples} images into the next" if progress.samples else ""
     log.info("resumed %s: %d epochs done%s", source, progress.epoch, here)
-    recipe = parts.config.recipe()
-    for name, was in (content.get("config") or {}).items():
-        if name in recipe and recipe[name] != was:
-            log.info("  --%s is %s now, was %s", name.replace("_", "-"), recipe[name], was)
-    without_best: list[bool] = []
-    on_main_process(
-        parts.processes, lambda: without_best.append(_settle_folder(folder, progress, source))
-    )
-    if any_process(any(without_best)):
+    for name, (now, was) in changed.items():
+        log.info("  %s is %s now, was %s", by_name(name).flag, now, was)
+    if "seed" in changed and parts.data.split["held_out"] is not None:
+        log.info("  the images that were held out for validation stay the same")
+    if state.ema and content.get("model_ema") is None:
+        log.info("  the average of the weights starts from those of the checkpoint")
+    if {"lr", "unscale_lr"} & changed.keys():
+        state.schedule.restart()
+        progress.rollbacks = 0
+    if "best_metric" in changed:
+        _count_best_anew(parts, folder)
+    elif parts.config.save.best_metric == "train_loss" and _LOSS & changed.keys():
         progress.best = progress.reference = None
+        progress.improved_epoch = progress.epoch
+    _end_stop_of_shorter_run(parts.config, progress, changed)
 
 
 def _load_state(parts: Parts, content: dict[str, Any], source: str) -> None:
@@ -122,49 +169,157 @@ def _load_state(parts: Parts, content: dict[str, Any], source: str) -> None:
             raise CheckpointError(
                 "it was trained on other classes; use --finetune to take its weights over"
             )
-        opt = (content.get("config") or {}).get("opt", parts.config.optim.opt)
-        if opt != parts.config.optim.opt:
-            raise CheckpointError(
-                f"it was written with --opt {opt}: resume with that, or start anew with --finetune"
-            )
         parts.state.load_state_dict(content)
+        if "rng" in content:
+            utils.set_rng_state(content["rng"])
     except CheckpointError as error:
         raise CheckpointError(f"--resume {source}: {error}") from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # A file from elsewhere may hold anything under these names.
+        raise CheckpointError(
+            f"--resume {source}: the state of its run isn't as this project writes it "
+            f"({type(error).__name__}: {first_line(error)}); start from its weights with --finetune"
+        ) from error
 
 
-def _count_anew(parts: Parts) -> None:
+def _same_order(
+    parts: Parts, content: Mapping[str, Any], changed: Mapping[str, tuple[Any, Any]]
+) -> bool:
+    """Whether an epoch under way goes on with the images that it has not had yet; said if not."""
+    before = (content.get("split") or {}).get("train", parts.data.split["train"])
+    now = parts.data.split["train"]
+    if before != now:
+        log.warning("%d images to train on now, %d before", now, before)
+    if before == now and not {"seed", "sampler", "repeated_aug"} & changed.keys():
+        return True
+    if content["progress"]["samples"]:
+        log.warning("the epoch under way goes on in another order: images may come twice or not")
+    return False
+
+
+def _count_anew(parts: Parts, *, same_order: bool) -> None:
     """Count updates and batches as this session has them, where it has others than the last."""
     config, progress = parts.config, parts.state.progress
     per_epoch = parts.data.updates_per_epoch(config)
+    images = parts.data.sampler.num_samples
     before = progress.updates_per_epoch, progress.batch_size, progress.world_size
     now = per_epoch, config.data.batch_size, parts.processes.world_size
+    progress.samples = min(progress.samples, images)
     if config.run.start_epoch:
         start_at(progress, config.run.start_epoch, per_epoch)
     elif before != now:
         # The images seen stay seen; what is counted in batches starts anew behind them.
-        share = progress.samples / parts.data.sampler.num_samples
-        progress.update = round((progress.epoch + share) * per_epoch)
+        progress.update = round((progress.epoch + progress.samples / images) * per_epoch)
         progress.step = 0
         log.warning(
             "%d updates per epoch of batches of %d on %d process(es) now, %d of %d on %d before: "
-            "no image of the epoch is skipped or repeated, but batches, dropout and rate differ "
-            "from the first plan",
+            "%sbatches, dropout and rate differ from the first plan",
             *now,
             *before,
+            "no image of the epoch is skipped or repeated, but " if same_order else "",
         )
     progress.updates_per_epoch, progress.batch_size, progress.world_size = now
 
 
-def _settle_folder(folder: Path, progress: Progress, source: str) -> bool:
-    """Make the folder agree with the checkpoint that a run goes on from.
+def _count_best_anew(parts: Parts, folder: Path) -> None:
+    """Take the best score under another metric from what is there, and give it all patience.
 
-    Checkpoints of a future that the run has gone back behind are put aside. Returns whether there
-    is no ``best.pth`` any more that the run could have to beat.
+    To be beaten is the best checkpoint that is still in the folder, so that ``best.pth`` is never
+    a worse one; progress, for an early stop, is what is better than all epochs of the log.
     """
-    place = (progress.epoch, progress.samples)
-    newer = newer_checkpoints(folder, *place)
-    best, path = folder / BEST, Path(source)
-    if best.exists() and not _is_past(best, progress):
+    metric, progress = parts.config.save.best_metric, parts.state.progress
+    found: list[tuple[float | None, int, float | None]] = []
+    if parts.processes.is_main:
+        scores = _scores(folder, metric, progress.epoch)
+        there = {*epochs_in(folder), _best_here(folder)[0]}
+        kept = {epoch: score for epoch, score in scores.items() if epoch in there}
+        best, best_epoch = _best_of(kept, lower=metric.endswith("loss"))
+        found.append((best, best_epoch, _best_of(scores, lower=metric.endswith("loss"))[0]))
+    progress.best, progress.best_epoch, progress.reference = gather(found)[0][0]
+    progress.improved_epoch = progress.epoch
+    parts.state.schedule.forget_metric()
+    if progress.best is None:
+        log.info("  no checkpoint has a %s yet: the best is counted from here on", metric)
+    else:
+        log.info(
+            "  to be beaten: %s %.4f of epoch %d, the best that is still here",
+            metric,
+            progress.best,
+            progress.best_epoch,
+        )
+
+
+def _scores(folder: Path, metric: str, epochs: int) -> dict[int, float]:
+    """The scores of the first ``epochs`` epochs in the log, as far as it has them."""
+    records = (r for r in read_log(folder / LOG_FILE) if r["epoch"] <= epochs)
+    return {r["epoch"]: r[metric] for r in records if r.get(metric) is not None}
+
+
+def _best_of(scores: Mapping[int, float], *, lower: bool) -> tuple[float | None, int]:
+    """The best score and its epoch; None and 0 where there is none."""
+    if not scores:
+        return None, 0
+    epoch = (min if lower else max)(scores, key=scores.__getitem__)
+    return scores[epoch], epoch
+
+
+def _end_stop_of_shorter_run(
+    config: Config, progress: Progress, changed: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Give a run all patience again that an early stop ended and that is to be longer now."""
+    longer = any(
+        now > was for name, (now, was) in changed.items() if name in ("epochs", "cooldown_epochs")
+    )
+    if longer and out_of_patience(config, progress):
+        progress.improved_epoch = progress.epoch
+        log.info("  more epochs: the patience of --early-stop is counted from here on")
+
+
+def settle(parts: Parts, folder: Path) -> None:
+    """Make the folder agree with the checkpoint that the run goes on from.
+
+    Checkpoints of a future that the run has gone back behind are put aside, and the best one is
+    named.
+    """
+    on_main_process(parts.processes, lambda: _put_newer_aside(folder, parts.state.progress))
+    settle_best(parts, folder)
+
+
+def settle_best(parts: Parts, folder: Path) -> None:
+    """Make ``best.pth`` the checkpoint of the best epoch, or count what it is as the best so far.
+
+    A run may have ended before its best weights were written. Without a ``best.pth`` there is no
+    score to beat.
+    """
+    progress, metric = parts.state.progress, parts.config.save.best_metric
+    found: list[tuple[int, float | None]] = []
+
+    def name_and_look() -> None:
+        _name_best(folder, progress, metric)
+        epoch, scores = _best_here(folder)
+        found.append((epoch, scores.get(metric)))
+
+    on_main_process(parts.processes, name_and_look)
+    epoch, score = gather(found)[0][0]
+    if not epoch:
+        progress.best = progress.reference = None
+        return
+    older = epoch <= progress.epoch and epoch != progress.best_epoch
+    if older and None not in (score, progress.best) and score != progress.best:
+        log.warning(
+            "the best weights, of epoch %d, were not written: to be beaten is %s %.4f of epoch %d",
+            progress.best_epoch,
+            metric,
+            score,
+            epoch,
+        )
+        progress.best, progress.best_epoch = score, epoch
+
+
+def _put_newer_aside(folder: Path, progress: Progress) -> None:
+    newer = newer_checkpoints(folder, progress.epoch, progress.samples)
+    best = folder / BEST
+    if best.exists() and not 0 < _best_here(folder)[0] <= progress.epoch:
         newer.append(best)
     if newer:
         aside = folder / "set-aside"
@@ -172,24 +327,35 @@ def _settle_folder(folder: Path, progress: Progress, source: str) -> bool:
         for file in newer:
             file.replace(aside / file.name)
         log.warning("%d newer checkpoints were put into %s", len(newer), aside)
-    is_best = place == (progress.best_epoch + 1, 0) and progress.best is not None
-    if is_best and path.parent.resolve() == folder.resolve():
-        # The run may have died between writing the checkpoint and naming it the best.
-        set_best(folder, path)
-    return not best.exists()
 
 
-def _is_past(best: Path, progress: Progress) -> bool:
+def _name_best(folder: Path, progress: Progress, metric: str) -> None:
+    """Make ``best.pth`` the checkpoint of the best epoch, where it isn't and that one is there.
+
+    A run may have died between writing a checkpoint and naming it the best.
+    """
+    own = epochs_in(folder).get(progress.best_epoch)
+    if own is None or progress.best is None:
+        return
+    epoch, scores = _best_here(folder)
+    if epoch <= progress.epoch and scores.get(metric) != progress.best:
+        set_best(folder, own)
+
+
+def _best_here(folder: Path) -> tuple[int, Mapping[str, Any]]:
+    """The epochs done and the scores of ``best.pth``; 0 and none where it can't be read."""
     try:
-        return load_checkpoint(best)["progress"]["epoch"] <= progress.epoch
+        content = load_checkpoint(folder / BEST, weights=False)
+        return content["progress"]["epoch"], content.get("metrics") or {}
     except (CheckpointError, KeyError):
-        return False
+        return 0, {}
 
 
 def start_at(progress: Progress, epoch: int, updates_per_epoch: int) -> None:
-    """Count from ``--start-epoch``, at the beginning of that epoch."""
+    """Count ``epoch`` epochs as done, as ``--start-epoch`` says."""
     progress.end_epoch()
     progress.epoch = epoch
     progress.update = epoch * updates_per_epoch
-    if progress.best_epoch >= epoch:
+    progress.improved_epoch = min(progress.improved_epoch, epoch)
+    if progress.best_epoch > epoch:
         progress.best = progress.reference = None

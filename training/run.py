@@ -16,24 +16,45 @@ from config import Config, to_yaml
 from distributed.processes import Processes, on_main_process
 from distributed.rendezvous import joined
 from errors import OptionError
-from training.announce import announce_start
-from training.batch_size import out_of_memory_advice, probe, train_with_largest_batch
+from outputs.console import console
+from training.announce import announce_over, announce_start
+from training.batch_size import (
+    out_of_memory_advice,
+    probe,
+    refuse_single_images,
+    train_with_largest_batch,
+)
 from training.build import Parts, build_criterion, build_model, build_state, step_settings
 from training.console import setup_messages
 from training.data import build_data, build_sets
+from training.early import check_names
+from training.ending import end_reached
 from training.evaluation import evaluate_checkpoint
 from training.image_options import with_options_of_weights
 from training.lock import RunLock
 from training.plugins import import_plugins
-from training.resume import find_start, open_folder, output_folder, resume, start_at
+from training.resume import (
+    find_start,
+    open_folder,
+    output_folder,
+    refuse_other_options,
+    resume,
+    settle,
+    settle_best,
+    start_at,
+)
 from training.signals import StopRequest
 from training.trainer import Trainer
 
 
 def run(config: Config) -> int:
-    """Train (or, with ``--eval``, evaluate) as ``config`` says; returns the exit code."""
-    with joined(config.dist, config.run.device) as processes:
+    """Train (or, with ``--eval``, evaluate) as ``config`` says; returns the exit code.
+
+    Raises Stopped if a signal came before there was anything to save.
+    """
+    with console(), StopRequest() as stop, joined(config.dist, config.run.device) as processes:
         device = set_up_process(config, processes)
+        check_names(config)
         config = with_options_of_weights(config, output_folder(config))
         if config.run.eval:
             return evaluate_checkpoint(config, processes, device)
@@ -43,10 +64,10 @@ def run(config: Config) -> int:
         folder = output_folder(config)
         with held_folder(config, processes, folder), out_of_memory_advice(config, device):
             if config.data.batch_size != "auto":
-                return train(config, processes, device, folder)
+                return train(config, processes, device, folder, stop)
 
             def attempt(chosen: Config) -> int:
-                return train(chosen, processes, device, folder, probing=True)
+                return train(chosen, processes, device, folder, stop, probing=True)
 
             return train_with_largest_batch(config, folder, processes, device, attempt)
 
@@ -56,11 +77,14 @@ def train(
     processes: Processes,
     device: torch.device,
     folder: Path,
+    stop: StopRequest,
     *,
     probing: bool = False,
 ) -> int:
     """Train into ``folder``; with ``probing``, raise BatchTooLarge first if a step doesn't fit."""
     start = find_start(config, folder)
+    if start:
+        refuse_other_options(config, start)
     parts = assemble(config, processes, device, start.content if start else None)
     if start:
         resume(parts, folder, start)
@@ -68,12 +92,20 @@ def train(
         start_at(parts.state.progress, config.run.start_epoch, parts.data.updates_per_epoch(config))
     if probing:
         probe(parts)
+    refuse_single_images(parts)
+    if start:
+        # From here on the folder changes.
+        if over := end_reached(config, parts.state.progress):
+            settle_best(parts, folder)
+            announce_over(parts, folder, start.source, over)
+            return 0
+        settle(parts, folder)
     if processes.is_main:
-        with utils.written_whole(folder / CONFIG_FILE) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+        text = to_yaml(config)
+        parts.outputs.write(folder / CONFIG_FILE, lambda path: utils.write_text(path, text))
     trainer = Trainer(parts, folder, start.content.get("bad_images", ()) if start else ())
     announce_start(parts, folder)
-    with StopRequest() as stop:
+    with stop.deferred():
         return trainer.fit(stop)
 
 
@@ -87,10 +119,10 @@ def assemble(
 
     A run that is ``resumed`` from a checkpoint needs no weights to start from.
     """
-    sets = build_sets(config, processes)
+    sets = build_sets(config, processes, resumed)
     utils.seed_all(config.run.seed)
     model, preprocessing = build_model(config, len(sets.class_names), device, resumed)
-    summary = summarise(model, config.model.input_size)
+    summary = summarise(model, config.model.input_size, len(sets.class_names))
     data = build_data(config, processes, sets, preprocessing, device)
     criterion = build_criterion(config, data, preprocessing, device)
     state, freezer = build_state(config, model, data, processes, device)

@@ -32,6 +32,7 @@ class Saver:
             keep=parts.config.save.keep,
             sharded=parts.config.dist.fsdp,
             is_main=parts.processes.is_main,
+            outputs=parts.outputs,
         )
         self._saved_at = time.monotonic()
 
@@ -58,7 +59,7 @@ class Saver:
         here = checkpoint_name(progress.epoch, progress.samples)
         if self.writer.saved is None or self.writer.saved.stem != here:
             self.save()
-            self.writer.wait()
+        self.writer.finish()
 
     def _content(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds; see checkpointing/files.py."""
@@ -68,6 +69,7 @@ class Saver:
             "config": parts.config.recipe(),
             "class_names": parts.data.class_names,
             "preprocessing": parts.preprocessing.to_dict(),
+            "split": parts.data.split,
             "metrics": metrics,
             "bad_images": list(self.bad_images.listed),
             "versions": versions(),

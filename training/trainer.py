@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,22 @@ from torch import nn
 
 import engine
 from checkpointing.folder import checkpoints_in
-from distributed.processes import barrier, broadcast_buffers
+from distributed.processes import barrier, broadcast_buffers, gather
+from distributed.wrapping import is_sharded
 from engine import StepReport, StepRequest
-from errors import DataError
-from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, RunLogger, write_or_warn, write_per_class
+from errors import DataError, Stopped
+from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, RunLogger, write_per_class
 from optimization.counts import Evaluation
 from optimization.state import is_better
+from pipeline.cache import CachedLoader
 from pipeline.dataset import Batch
+from pipeline.loader import Loader
 from training.announce import announce_end, announce_interruption
 from training.bad_images import BadImages
 from training.build import Parts, total_epochs
+from training.ending import end_reached
 from training.nonfinite import list_images, recover
+from training.outlook import TimeToGo
 from training.saving import Saver
 from training.signals import StopRequest
 
@@ -45,17 +50,19 @@ class Trainer(engine.Hooks):
         self.config = parts.config
         self.state = parts.state
         self.folder = folder
-        self.bad_images = BadImages(folder, bad_images)
+        self.bad_images = BadImages(folder, parts.outputs, bad_images)
         self.saver = Saver(parts, folder, self.bad_images)
         self.total_epochs = total_epochs(parts.config)
         self.logger = self._open_logger()
         self.stop = StopRequest()
         self._warned_of_data_wait = False
+        self.time_to_go = TimeToGo(parts)
 
     def _open_logger(self) -> RunLogger:
         progress = self.state.progress
         return RunLogger(
             self.folder if self.parts.processes.is_main else None,
+            outputs=self.parts.outputs,
             tensorboard=self.config.log.tensorboard,
             print_epoch=self.config.log.print_epoch,
             epoch=progress.epoch,
@@ -63,8 +70,26 @@ class Trainer(engine.Hooks):
         )
 
     def fit(self, stop: StopRequest) -> int:
-        """Train to the last epoch, an early stop or a signal; returns the exit code."""
+        """Train to the last epoch, an early stop or a signal; returns the exit code.
+
+        Raises Stopped where a signal ends this process alone, since it can't go on with the others.
+        """
         self.stop = stop
+        self.saver.writer.stopping = lambda: stop.signal is not None
+        try:
+            return self._fit()
+        except Stopped as stopped:
+            code = self._leave_interrupted(alone=stopped.alone)
+            if not stopped.alone:
+                return code
+            stopped.announced = True
+            raise
+        finally:
+            self.saver.writer.wait()
+
+    def _fit(self) -> int:
+        """Train to the last epoch, an early stop or a signal at the end of a step."""
+        stop = self.stop
         if self.config.log.tb_graph:
             side = self.config.model.input_size
             self.logger.graph(
@@ -72,7 +97,7 @@ class Trainer(engine.Hooks):
             )
         if self.config.optim.on_nonfinite == "rollback" and not checkpoints_in(self.folder):
             self.saver.save()
-        while self.state.progress.epoch < self.total_epochs:
+        while not self._over():
             start, rollbacks = time.monotonic(), self.state.progress.rollbacks
             freezer = self.parts.freezer
             changed = freezer.apply(self.state.progress.epoch)
@@ -83,14 +108,13 @@ class Trainer(engine.Hooks):
             if self.state.progress.rollbacks > rollbacks:
                 continue
             self._finish_epoch(start)
-            if self._stops_early():
-                break
-            progress = self.state.progress
-            if stop.agreed() and progress.epoch < self.total_epochs:
+            if stop.agreed() and not self._over():
                 return self._leave_interrupted()
-            if self.config.run.stop_at_epoch and progress.epoch >= self.config.run.stop_at_epoch:
-                break
         return self._leave_finished()
+
+    def _over(self) -> str:
+        """Why training ends here; empty where it goes on."""
+        return end_reached(self.config, self.state.progress)
 
     # --- an epoch ---------------------------------------------------------------------------------
 
@@ -120,15 +144,25 @@ class Trainer(engine.Hooks):
         except DataError:
             if self.stop.signal is None:
                 raise
-            # The signal went to the workers too.
-            return False
+            # The signal went to the workers too. Other processes may be in a step.
+            raise Stopped(self.stop.signal, alone=parts.processes.distributed) from None
 
     def _watched(self, batches: Any) -> Iterator[Batch]:
         """Pass batches through; note bad images, move the bar, show the first batch."""
-        for number, batch in enumerate(self.bad_images.watch(batches)):
+        for number, batch in enumerate(self.bad_images.watch(self._awaited(batches))):
             self.logger.advance(self.state.progress.step)
             if number == 0 and self.state.progress.update == 0:
                 self._show(batch)
+            yield batch
+
+    def _awaited(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches through; a signal ends the wait for one."""
+        iterator = iter(batches)
+        while True:
+            with self.stop.waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
             yield batch
 
     def _show(self, batch: Batch) -> None:
@@ -153,6 +187,7 @@ class Trainer(engine.Hooks):
 
     def request(self) -> StepRequest:
         """What all processes do after this update: stop, save or go on."""
+        self.time_to_go.after_update()
         if self.stop.agreed():
             return StepRequest.STOP
         return StepRequest.SAVE if self.saver.due() else StepRequest.CONTINUE
@@ -178,9 +213,10 @@ class Trainer(engine.Hooks):
         if config.log.tb_histograms:
             self.logger.histograms(state.model, progress.update)
         record: dict[str, Any] = {
-            "epoch": progress.epoch,
+            "epoch": progress.epoch + 1,
             "train_lr": state.schedule.last,
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
+            "train_acc1": 100 * progress.hits / max(progress.answers, 1),
         }
         scores, results = self._evaluate_all()
         record |= scores
@@ -196,8 +232,7 @@ class Trainer(engine.Hooks):
         }
         progress.end_epoch()
         self.logger.epoch(record, epochs=self.total_epochs, best=best)
-        last = progress.epoch in (self.total_epochs, config.run.stop_at_epoch)
-        if best or last or progress.epoch % config.save.save_every == 0:
+        if best or self._over() or progress.epoch % config.save.save_every == 0:
             self.saver.save(record, best=best)
 
     def _evaluate_all(self) -> tuple[dict[str, Any], dict[str, Evaluation]]:
@@ -223,19 +258,39 @@ class Trainer(engine.Hooks):
         if next(model.parameters()).device != parts.settings.device:
             # A moving average that lives in host memory.
             model = copy.deepcopy(model).to(parts.settings.device)
-        result = engine.evaluate(
-            model,
-            self.bad_images.watch(loader),
-            parts.settings,
-            num_classes=len(parts.data.class_names),
-            batch_size=loader.batch_size,
-            shared=self.config.dist.dist_eval,
-            progress=self.logger.advance,
-        )
+        sharded = is_sharded(model)
+        try:
+            result = engine.evaluate(
+                model,
+                self._in_turn(loader, together=sharded),
+                parts.settings,
+                num_classes=len(parts.data.class_names),
+                batch_size=loader.batch_size,
+                shared=self.config.dist.dist_eval,
+                progress=self.logger.advance,
+            )
+        except Stopped:
+            if sharded:
+                model.reshard()  # as an evaluation that ends does
+            raise
         self.logger.end_bar()
         if result.count == 0:
             raise DataError("no validation image could be read")
         return result
+
+    def _in_turn(self, loader: Loader | CachedLoader, *, together: bool) -> Iterator[Batch | None]:
+        """Batches for an evaluation, which all processes leave at the same one if any is asked to.
+
+        Processes may have one batch less than others. Those of a model that they compute
+        ``together`` get None for it.
+        """
+        batches = self.bad_images.watch(self._awaited(loader))
+        for _ in range(max(gather(len(loader)))):
+            if self.stop.agreed():
+                raise Stopped(self.stop.signal)
+            batch = next(batches, None)
+            if batch is not None or together:
+                yield batch
 
     def _note_score(self, score: float, results: dict[str, Evaluation]) -> bool:
         """Whether ``score`` is the best so far; then the accuracies per class are written."""
@@ -244,40 +299,40 @@ class Trainer(engine.Hooks):
         best = is_better(score, progress.best, lower=lower)
         delta = options.early_stop_delta
         if is_better(score, progress.reference, lower=lower, delta=delta):
-            progress.reference, progress.improved_epoch = score, progress.epoch
+            progress.reference, progress.improved_epoch = score, progress.epoch + 1
         if best:
-            progress.best, progress.best_epoch = score, progress.epoch
+            progress.best, progress.best_epoch = score, progress.epoch + 1
             shown = results["ema" if options.best_metric.startswith("ema_") else "test"]
             names = self.parts.data.class_names
             if len(names) <= PER_CLASS_LIMIT and self.parts.processes.is_main:
-                write_or_warn(
-                    self.folder, PER_CLASS_FILE, lambda path: write_per_class(path, names, shown)
+                self.parts.outputs.write(
+                    self.folder / PER_CLASS_FILE, lambda path: write_per_class(path, names, shown)
                 )
         return best
 
-    def _stops_early(self) -> bool:
-        """Whether ``--early-stop`` ends training here; then it is saved here."""
-        patience, progress = self.config.save.early_stop, self.state.progress
-        if not patience or progress.epoch - 1 - progress.improved_epoch < patience:
-            return False
-        log.info("early stop: no better %s for %d epochs", self.config.save.best_metric, patience)
-        self.saver.save_now()
-        return True
-
     # --- the end ----------------------------------------------------------------------------------
 
-    def _leave_interrupted(self) -> int:
-        """Save where training stands, say how to go on; returns the exit code."""
+    def _leave_interrupted(self, *, alone: bool = False) -> int:
+        """Save where training stands, say how to go on; returns the exit code.
+
+        A process that leaves ``alone`` saves what it can without the others.
+        """
         self.logger.end_bar()
-        self.saver.save_now()
+        lost = alone and is_sharded(self.state.model)
+        if not lost:
+            self.saver.save_now()
         # Launchers end all processes as soon as one leaves: none may before this is written.
-        barrier()
+        if not alone:
+            barrier()
         self.logger.close()
-        return announce_interruption(self.config, self.folder, self.saver, self.stop.signal)
+        number = self.stop.signal
+        return announce_interruption(self.config, self.folder, self.saver, number, lost=lost)
 
     def _leave_finished(self) -> int:
         """Wait for the last checkpoint, say what was reached; returns the exit code."""
-        self.saver.writer.wait()
+        if self.state.progress.epoch < self.total_epochs:
+            log.info("%s", self._over())
+        self.saver.writer.finish()
         if self.logger.records:
             final = {k: v for k, v in self.logger.records[-1].items() if isinstance(v, float)}
             self.logger.hyper_parameters(self.config.recipe(), final)

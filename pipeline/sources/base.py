@@ -1,5 +1,6 @@
 """What a source of images is, the ready-made ones, and what all kinds share."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errors import DataError, OptionError
+from errors import DataError, OptionError, os_error_text
 
 if TYPE_CHECKING:
     from config import DataOptions
@@ -28,6 +29,8 @@ class Source:
     """
     bytes_in_memory: int = 0
     """Of decoded images that are kept, see ``pipeline.memory``."""
+    findings: Sequence[str] = ()
+    """What the user should know of the files, a sentence each."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -43,6 +46,10 @@ class Source:
     def sample_id(self, index: int) -> str:
         """What to call the image in a message."""
         raise NotImplementedError
+
+    def identity(self, index: int) -> str:
+        """What stays the image's name when the data set is moved."""
+        return self.sample_id(index)
 
 
 class FileSource(Source):
@@ -61,7 +68,10 @@ class FileSource(Source):
         return self.sample_id(index)
 
     def sample_id(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+        return os.path.join(self.root, self.identity(index))
+
+    def identity(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
 
 
 class ArraySource(Source):
@@ -90,6 +100,7 @@ class Subset(Source):
         self.indices = np.asarray(indices, dtype=np.int64)
         self.classes = source.classes
         self.targets = None if source.targets is None else source.targets[self.indices]
+        self.findings = source.findings
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -102,6 +113,9 @@ class Subset(Source):
 
     def sample_id(self, index: int) -> str:
         return self.source.sample_id(self.indices[index])
+
+    def identity(self, index: int) -> str:
+        return self.source.identity(self.indices[index])
 
 
 def stratified_split(
@@ -122,9 +136,42 @@ def stratified_split(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def held_out(source: Source, is_train: bool, fraction: float, seed: int) -> Source:
+class Drawn(Subset):
+    """One part of a source of which a share is held out for validation."""
+
+    def __init__(self, source: Source, indices: Sequence[int], *, is_train: bool) -> None:
+        super().__init__(source, indices)
+        self.is_train = is_train
+
+    def as_held_out(self, numbers: np.ndarray) -> "Drawn":
+        """This part where the images of these :func:`image_numbers` are what is held out.
+
+        The part stays as it was drawn if none of them is here.
+        """
+        if self.is_train:
+            drawn = np.delete(image_numbers(self.source), self.indices)
+        else:
+            drawn = image_numbers(self)
+        # The same draw: of an image that is listed twice, one may be on either side.
+        if np.array_equal(np.sort(drawn), np.sort(numbers)):
+            return self
+        out = np.isin(image_numbers(self.source), numbers)
+        if not out.any():
+            return self
+        return Drawn(self.source, np.flatnonzero(out != self.is_train), is_train=self.is_train)
+
+
+def image_numbers(source: Source) -> np.ndarray:
+    """A number for each image that follows from its identity alone, (N,) int64."""
+    names = (source.identity(index) for index in range(len(source)))
+    hashes = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
+    return np.frombuffer(b"".join(hashes), dtype="<i8").astype(np.int64)
+
+
+def held_out(source: Source, is_train: bool, fraction: float, seed: int) -> Drawn:
     """The part of ``source`` for training, or the ``fraction`` that is held out for validation."""
-    return Subset(source, stratified_split(source.targets, fraction, seed)[0 if is_train else 1])
+    indices = stratified_split(source.targets, fraction, seed)[0 if is_train else 1]
+    return Drawn(source, indices, is_train=is_train)
 
 
 def refuse_val_fraction(data: "DataOptions", what: str) -> None:
@@ -138,8 +185,11 @@ def data_root(data: "DataOptions") -> Path:
     if not data.data_path:
         raise OptionError("data_path", f"{data.data_set} needs the folder of the data set")
     root = Path(data.data_path).expanduser()
-    if not root.exists():
-        raise OptionError("data_path", f"{root} does not exist")
+    try:
+        if not root.exists():
+            raise OptionError("data_path", f"{root} does not exist")
+    except OSError as error:
+        raise OptionError("data_path", os_error_text(error, root)) from None
     return root
 
 
@@ -154,7 +204,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OptionError("data_path", f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(os_error_text(error, path)) from None
+    except ValueError as error:
         raise DataError(f"{path} can't be read: {error}") from None
 
 

@@ -1,130 +1,324 @@
 """CSV: a file that lists image paths and labels."""
 
-import csv
-import io
+import logging
+import os
+import re
+import shlex
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from errors import DataError, OptionError
-from pipeline.sources.base import (
-    VAL_NAMES,
-    FileSource,
-    Source,
-    data_root,
-    first_existing,
-    held_out,
-    refuse_val_fraction,
-)
+import numpy as np
+
+from errors import DataError, OptionError, first_names, os_error_text
+from pipeline.sources.base import FileSource, Source, Subset, data_root, held_out
+from pipeline.sources.layout import part_named, split_roles
+from pipeline.sources.lookup import ImageFiles, where_it_lies
+from pipeline.sources.scan import listing, suffix
+from pipeline.sources.tables import Table, find_columns, no_labels, parts_of, read_table
 
 if TYPE_CHECKING:
     from config import DataOptions
 
-_PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "file_name", "img")
-_LABEL_COLUMNS = ("label", "class", "target", "category", "class_name")
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3  # lines that a message names
+_MISSING_SHOWN = 10
+_FILLERS = ("label", "labels", "list", "annotation", "annotations", "metadata", "csv")
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[str], list[int]]:
-    """Image paths, labels and line numbers of a CSV file; a header is optional."""
+class _Listed(NamedTuple):
+    """The images of a CSV file, in its order."""
+
+    path: Path
+    table: Table
+    files: ImageFiles
+    paths: list[str]
+    labels: list[str] | None
+    """None: the file has no labels."""
+    parts: list[str] | None
+    """"train", "val" or "test" of each image by its column; None: there is no such column."""
+    split_column: str
+    """The name of that column."""
+
+    def has_part(self, *names: str) -> bool:
+        return self.parts is not None and any(name in self.parts for name in names)
+
+    @property
+    def val_part(self) -> str | None:
+        """Which of its rows are for validation."""
+        return next((name for name in ("val", "test") if self.has_part(name)), None)
+
+
+def _read(path: Path, data: "DataOptions") -> _Listed:
+    files = ImageFiles(_image_root(path, data), anywhere=bool(data.image_root))
+
+    def exists(name: str) -> bool:
+        return bool(files.find(name))
+
+    table = read_table(path, exists)
+    columns = find_columns(table, data, exists)
+    return _Listed(
+        path,
+        table,
+        files,
+        table.column(columns.path),
+        None if columns.label is None else table.column(columns.label),
+        None if columns.split is None else parts_of(table, columns.split),
+        "" if columns.split is None else table.header[columns.split],
+    )
+
+
+def _image_root(path: Path, data: "DataOptions") -> Path:
+    """The folder that the paths in the file are relative to. Raises OptionError."""
+    if not data.image_root:
+        return path.parent
+    root = Path(data.image_root).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}") from None
-    first_line = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(",;\t|", key=first_line.count)
-    if delimiter not in first_line:
-        raise DataError(f"{path}, line 1: expected two columns, an image's path and its label")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
-    rows = [(number, row) for number, row in rows if any(row)]
-    width, columns = len(rows[0][1]), _csv_columns(path, rows[0][1])
-    if columns is None:
-        columns = (0, 1)
-        if width != 2 or not (path.parent / rows[0][1][0]).exists():
-            raise DataError(
-                f"{path}, line 1: neither a header (path{delimiter}label) nor "
-                "an image that exists and its label"
-            )
-    else:
-        rows = rows[1:]
-    for number, row in rows:
-        if len(row) != width:
-            raise DataError(f"{path}, line {number}: {len(row)} columns instead of {width}")
-        for column, what in zip(columns, ("path", "label"), strict=True):
-            if not row[column]:
-                raise DataError(f"{path}, line {number}: no {what}")
-    if not rows:
-        raise DataError(f"{path} has no images")
-    paths, labels = ([row[column] for _, row in rows] for column in columns)
-    return paths, labels, [number for number, _ in rows]
+        there = root.is_dir()
+    except OSError as error:
+        raise OptionError("image_root", os_error_text(error, root)) from None
+    if not there:
+        raise OptionError("image_root", f"{root} is no folder: give the one that holds the images")
+    return root
 
 
-def _csv_columns(path: Path, header: list[str]) -> tuple[int, int] | None:
-    names = [name.lower() for name in header]
-    found = [
-        next((names.index(n) for n in usual if n in names), None)
-        for usual in (_PATH_COLUMNS, _LABEL_COLUMNS)
-    ]
-    if found == [None, None]:
-        return None
-    for column, usual in zip(found, (_PATH_COLUMNS, _LABEL_COLUMNS), strict=True):
-        if column is None:
-            raise DataError(f"{path}, line 1: no column named {', '.join(usual[:4])}")
-    return found[0], found[1]
-
-
-def _csv_source(path: Path, classes: list[str] | None = None) -> FileSource:
-    paths, labels, numbers = _read_csv(path)
-    if classes is None:
-        numeric = all(label.lstrip("-").isdigit() for label in labels)
-        classes = sorted(set(labels), key=int if numeric else None)
+def _source(listed: _Listed, data: "DataOptions", classes: list[str] | None = None) -> FileSource:
+    """All images of the file. Raises DataError for images and labels that can't be used."""
+    labels, numbers = listed.labels, listed.table.numbers
+    if labels is None:
+        raise DataError(no_labels(listed.table))
+    classes = _class_names(labels) if classes is None else classes
     label_of = {name: label for label, name in enumerate(classes)}
     for number, label in zip(numbers, labels, strict=True):
         if label not in label_of:
-            raise DataError(f"{path}, line {number}: no class {label!r} in the training part")
-    return FileSource(path.parent, paths, [label_of[label] for label in labels], classes)
+            raise DataError(
+                f"{listed.path}, line {number}: no class {label!r} in the training part"
+            )
+    paths, findings = _found(listed, data.on_bad_image)
+    targets = [label_of[label] for label in labels]
+    source = FileSource(listed.files.root, paths, targets, classes)
+    source.findings = (*findings, *_repeated(listed.path, paths, labels))
+    return source
+
+
+def _class_names(labels: list[str]) -> list[str]:
+    """The labels in the order of their numbers, or of the letters."""
+    names = sorted(set(labels))  # 01 and 1 are two names of one number
+    numeric = all(re.fullmatch("-?[0-9]+", name) for name in names)
+    return sorted(names, key=int) if numeric else names
+
+
+def _found(listed: _Listed, on_bad_image: str) -> tuple[list[str], list[str]]:
+    """The paths of the images from their root, and what the user should know.
+
+    Raises DataError where names fit several files, or none and ``on_bad_image`` isn't "skip".
+    """
+    root = listed.files.root
+    paths, missing, several = [], [], []
+    for number, name in zip(listed.table.numbers, listed.paths, strict=True):
+        found = listed.files.find(name)
+        paths.append(found[0] if found else name)
+        if not found:
+            missing.append((number, name))
+        elif len(found) > 1:
+            several.append(f"{name} (line {number}: {first_names(found, 3)})")
+    if several:
+        raise DataError(
+            f"{listed.path}: {len(several)} names fit more than one file below {root}: "
+            f"{first_names(several, _SHOWN)}: write the whole name, with folder and extension"
+        )
+    if not missing:
+        return paths, []
+    lines = [f"{name} (line {number})" for number, name in missing]
+    what = (
+        f"{listed.path}: {len(missing)} of {len(paths)} images are missing below {root}: "
+        f"{first_names(lines, _MISSING_SHOWN)}"
+    )
+    if on_bad_image == "skip" and len(missing) < len(paths):
+        return paths, [what]
+    fix = _where_they_are([name for _, name in missing], listed)
+    if len(missing) < len(paths):
+        fix += (
+            "; --on-bad-image skip goes on without them, and python -m tools.data explore with it "
+            "lists them all"
+        )
+    raise DataError(f"{what}: {fix}")
+
+
+def _where_they_are(names: list[str], listed: _Listed) -> str:
+    """What to do about missing images."""
+    name = names[0]
+    others = listed.files.find(os.path.splitext(name)[0])
+    if others:
+        return f"there is {others[0]}: correct the extensions in the list, or leave them out"
+    folder = where_it_lies(name, listed.path.parent)
+    last = where_it_lies(names[-1], listed.path.parent)
+    if folder is not None and last is not None:
+        found = {listed.files.root} if len(names) < len(listed.paths) else set()
+        if not os.path.dirname(name) and len(places := {folder, last, *found}) > 1:
+            # Names alone are looked for in all folders below.
+            folder = os.path.commonpath([place.resolve() for place in places])
+        return f"{name} lies in {folder}: add --image-root {shlex.quote(str(folder))}"
+    if name.startswith(("http://", "https://", "s3://", "gs://")):
+        return "these are addresses: download the images, and list the files"
+    if name.startswith("/") or name[1:3] in (":\\", ":/"):
+        return "the paths of another machine? List them from a folder, and give it as --image-root"
+    return "give --image-root, or correct the list"
+
+
+def _repeated(path: Path, paths: list[str], labels: list[str]) -> list[str]:
+    """What the user should know of images that are listed more than once."""
+    again = {name for name, count in Counter(paths).items() if count > 1}
+    if not again:
+        return []
+    pairs = {(n, label) for n, label in zip(paths, labels, strict=True) if n in again}
+    torn = sum(count > 1 for count in Counter(name for name, _ in pairs).values())
+    under = f", {torn} of them under more than one class" if torn else ""
+    return [
+        f"{path}: {len(again)} images are listed more than once{under} "
+        f"({first_names(sorted(again), 2)})"
+    ]
+
+
+def _tables(root: Path) -> dict[str, str]:
+    """The CSV files in a folder that stand for a part, by name, and which."""
+    names = [name for name in listing(root).files if suffix(name) in (".csv", ".tsv")]
+    roles = split_roles([Path(name).stem for name in names], _FILLERS)
+    return {name: roles[Path(name).stem] for name in names if Path(name).stem in roles}
+
+
+def _usual(role: str) -> list[str]:
+    stems = ("val", "valid", "validation") if role == "val" else (role,)
+    return [f"{stem}.csv" for stem in stems]
+
+
+def _training_file(root: Path) -> Path:
+    """Raises OptionError where there is none."""
+    if root.is_file():
+        return root
+    name = part_named("train", _tables(root), _usual("train"), root)
+    if name is None:
+        others = [n for n in listing(root).files if suffix(n) in (".csv", ".tsv")]
+        table = shlex.quote(str(root / others[0])) if others else ""
+        hint = f", e.g. --data-path {table} --val-fraction 0.1" if others else ""
+        raise OptionError(
+            "data_path",
+            f"{root / 'train.csv'} does not exist: give a CSV file, or its folder{hint}",
+        )
+    return root / name
+
+
+def _validation_file(root: Path, data: "DataOptions") -> tuple[_Listed | None, list[str]]:
+    """The list of the validation part in a folder; what is wrong with files of that name."""
+    unusable = []
+    if root.is_file():
+        return None, unusable
+    roles = _tables(root)
+    for role in ("val", "test"):
+        name = part_named(role, roles, _usual(role), root)
+        if name is None:
+            continue
+        listed = _read_labelled(root / name, data)
+        if listed is not None:
+            return listed, []
+        unusable.append(f"{root / name} has no labels (Kaggle's test set?)")
+    return None, unusable
+
+
+def _read_labelled(path: Path, data: "DataOptions") -> _Listed | None:
+    """The list in a file; None for one without labels."""
+    try:
+        first = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
+    except OSError as error:
+        raise DataError(os_error_text(error, path)) from None
+    if not any(mark in first for mark in ",;\t|"):
+        return None
+    listed = _read(path, data)
+    return None if listed.labels is None else listed
 
 
 def csv_file(is_train: bool, data: "DataOptions", seed: int) -> Source:
-    """train.csv and val.csv of a folder, or one file of which a share is held out.
+    """train.csv and val.csv of a folder, or one file with a column that says train, val or test,
+    or of which a share is held out.
 
-    Paths are relative to the CSV file.
+    Paths are relative to ``--image-root``, else to the CSV file.
     """
     root = data_root(data)
-    train = root if root.is_file() else root / "train.csv"
-    if not train.is_file():
-        raise OptionError("data_path", f"{train} does not exist: give a CSV file, or its folder")
-    val = None if root.is_file() else first_existing(root / f"{n}.csv" for n in VAL_NAMES)
-    if val is None:
-        if data.val_fraction is None:
-            raise OptionError(
-                "val_fraction", f"{train} has no val.csv beside it: add --val-fraction 0.1"
-            )
-        return held_out(_csv_source(train), is_train, data.val_fraction, seed)
-    refuse_val_fraction(data, str(root))
-    source = _csv_source(train)
-    return source if is_train else _csv_source(val, source.classes)
+    train = _read(_training_file(root), data)
+    val, unusable = _validation_file(root, data)
+    own = f"{train.path}: its column {train.split_column}"
+    if val is not None and train.val_part:
+        raise OptionError(
+            "data_path",
+            f"{own} and {val.path} both name a validation part: give one file alone, "
+            "or add --split-column none",
+        )
+    if val is None and not (train.val_part and train.has_part("train")):
+        return _drawn(is_train, train, unusable, data, seed)
+    if data.val_fraction is not None:
+        where = f"{own} names a validation part" if val is None else f"{root} has {val.path.name}"
+        column = ", or add --split-column none to draw one" if val is None else ""
+        alone = f", or give {train.path} alone" if val is not None else ""
+        raise OptionError("val_fraction", f"{where}: leave it out{column}{alone}")
+    source = _source(train, data)
+    if val is not None:
+        return source if is_train else _source(val, data, source.classes)
+    return _part(source, train, "train" if is_train else train.val_part)
 
 
-def _part_alone(data: "DataOptions") -> Path | None:
+def _part(source: FileSource, listed: _Listed, part: str) -> Source:
+    """The rows of one part."""
+    if part == "train" and listed.val_part == "val" and listed.has_part("test"):
+        logger.info("%s: its rows of the test part are not used", listed.path)
+    return Subset(source, np.flatnonzero(np.array(listed.parts) == part))
+
+
+def _drawn(
+    is_train: bool, train: _Listed, unusable: list[str], data: "DataOptions", seed: int
+) -> Source:
+    """A file of which a share is held out."""
+    if data.val_fraction is None:
+        why = f"{'; '.join(unusable)}: " if unusable else ""
+        raise OptionError(
+            "val_fraction",
+            f"{why}{train.path} has no val.csv beside it and no column that says train or val: "
+            "add --val-fraction 0.1",
+        )
+    source = _source(train, data)
+    source.findings = (*(f"{text}: it isn't used" for text in unusable), *source.findings)
+    return held_out(source, is_train, data.val_fraction, seed)
+
+
+def _part_alone(data: "DataOptions") -> _Listed | None:
     """The CSV file of a set without a training part; None for other sets."""
     root = data_root(data)
     if root.is_file():
-        return root if data.val_fraction is None else None
-    if (root / "train.csv").exists():
+        if data.val_fraction is not None:
+            return None
+        listed = _read(root, data)
+        return None if listed.has_part("train") and listed.val_part else listed
+    if "train" in _tables(root).values():
         return None
-    return first_existing(root / f"{name}.csv" for name in VAL_NAMES)
+    val, unusable = _validation_file(root, data)
+    if val is None and unusable:
+        raise OptionError(
+            "data_path", f"{'; '.join(unusable)}: python -m tools.predict classifies without them"
+        )
+    return val
 
 
 def csv_validation_part(data: "DataOptions", classes: list[str]) -> Source | None:
     """A CSV file without a training part, for a model that knows its classes."""
     part = _part_alone(data)
-    return None if part is None else _csv_source(part, classes)
+    return None if part is None else _source(part, data, classes)
 
 
 def csv_classes(data: "DataOptions") -> list[str] | None:
     """The labels in the CSV file of a set without a training part; None for other sets."""
     part = _part_alone(data)
-    return None if part is None else _csv_source(part).classes
+    if part is None:
+        return None
+    if part.labels is None:
+        raise DataError(no_labels(part.table))
+    return _class_names(part.labels)

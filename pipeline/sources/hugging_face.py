@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from architectures.hub import reached
 from errors import DataError, OptionError
 from pipeline.sources.base import VAL_NAMES, Source, refuse_val_fraction
 
@@ -79,7 +80,8 @@ def hugging_face_set(name: str, is_train: bool, data: "DataOptions") -> Source:
     splits = ("train",) if is_train else ("validation", *VAL_NAMES)
     for split in dict.fromkeys(splits):
         try:
-            source = HuggingFaceSource(name, root, split)
+            with reached():
+                source = HuggingFaceSource(name, root, split)
         except ImportError:
             raise OptionError("data_set", "hfds/ needs: pip install datasets") from None
         except ValueError as error:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import DataError
-from pipeline.decoding import EXTENSIONS
+from pipeline.formats import EXTENSIONS
 from utils import written_whole
 
 logger = logging.getLogger(__name__)

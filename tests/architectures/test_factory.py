@@ -253,3 +253,15 @@ def test_weights_that_are_not_published(name):
 def test_the_prefix_of_published_models_is_taken():
     assert resolve_name("timm/resnet50.a1_in1k") == "resnet50.a1_in1k"
     assert resolve_name("timm/deit_tiny") == "deit_tiny_patch16_224"
+
+
+def test_naflexvit_takes_square_images_and_says_so(caplog):
+    caplog.set_level(logging.INFO)
+    with torch.device("meta"):
+        for name in ("naflexvit_base_patch16_gap", "naflexvit_base_patch16_map"):
+            model = build_model(name, 5, input_size=48)
+            assert model(torch.zeros(2, 3, 48, 48)).shape == (2, 5)
+            assert f"{name} takes square images of one size here" in caplog.text
+        caplog.clear()
+        build_model("vit_tiny_patch16_224", 5, input_size=48)
+    assert "square images" not in caplog.text

@@ -41,3 +41,48 @@ def test_summary_of_an_impossible_size(size):
     with pytest.raises(OptionError, match=f"{size} doesn't fit deit_nano.*32×32") as error:
         summarise(model, size)
     assert error.value.option == "input_size"
+
+
+class Elsewhere(nn.Linear):
+    """Answers with ``form`` of its logits."""
+
+    def __init__(self, form) -> None:
+        super().__init__(3, 5)
+        self.form = form
+
+    def forward(self, x):
+        return self.form(super().forward(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    "form, shown",
+    [
+        (lambda logits: {"logits": logits}, "a dict"),
+        (lambda logits: (logits, logits), "a tuple"),
+        (lambda logits: logits[:, None], "(1, 1, 5)"),
+        (lambda logits: logits[:, :4], "(1, 4)"),
+    ],
+)
+def test_what_is_no_logit_for_each_class_is_refused(form, shown):
+    assert summarise(Elsewhere(lambda logits: logits), 8, 5).macs == 15
+    with pytest.raises(OptionError) as error:
+        summarise(Elsewhere(form), 8, 5)
+    assert error.value.option == "model"
+    assert error.value.message.startswith(f"Elsewhere answers an image with {shown}, not")
+
+
+def test_an_encoder_of_timm_is_refused():
+    with torch.device("meta"):
+        model = build_model("qwen3_vit_88m_enc", 5, input_size=32)
+    with pytest.raises(OptionError, match=r"qwen3_vit_88m_enc answers .* \(1, 1, 1024\)"):
+        summarise(model, 32, 5)
+
+
+def test_a_model_that_needs_more_than_images_is_refused():
+    class Guided(nn.Linear):
+        def forward(self, x, guide):
+            return super().forward(x.mean((2, 3))) + guide
+
+    with pytest.raises(OptionError, match="Guided needs more than images .*'guide'") as error:
+        summarise(Guided(3, 5), 8, 5)
+    assert error.value.option == "model"

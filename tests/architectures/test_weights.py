@@ -261,3 +261,30 @@ def test_model_without_layer_scale_computes_what_the_weights_did(name):
     assert report.fitted["blocks.1.mlp.fc2.weight"] == "with its LayerScale"
     assert source(images()).std() > 0.1
     torch.testing.assert_close(model(images()), source(images()), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "prefix, others",
+    [
+        ("backbone.", {"head.mlp.0.weight": (3, 3), "head.last_layer.weight_g": (3, 1)}),
+        ("base_encoder.", {"momentum_encoder.": None, "queue": (4,)}),
+        ("model.", {"criterion.weight": (7,)}),
+        ("model.net.", {}),
+    ],
+    ids=["DINO", "MoCo", "Lightning", "twice"],
+)
+def test_a_model_inside_of_another_module_is_taken_out(prefix, others, caplog):
+    caplog.set_level("INFO")
+    source, model = VisionTransformer(**SMALL), VisionTransformer(**SMALL)
+    own = source.state_dict()
+    state = {f"module.{prefix}{name}": value for name, value in own.items()}
+    for name, shape in others.items():
+        if shape is None:  # the same model once more, with other weights
+            state |= {f"module.{name}{key}": 0 * value for key, value in own.items()}
+        else:
+            state[f"module.{name}"] = torch.ones(shape)
+    report = load_pretrained_weights(model, state)
+    assert set(report.loaded) == set(own) and not (report.skipped or report.missing)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in own.items())
+    assert f"the checkpoint's {prefix}* are the model" in caplog.text
+    assert ("others are left out" in caplog.text) == bool(others)

@@ -1,13 +1,16 @@
 """augmentation/transforms.py, one image at a time, against timm and torchvision."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from plain_steps import prepared
 from timm.data import create_transform
 
+from augmentation.batch import build_train_transform
 from augmentation.transforms import (
     CentreCrop,
     EvalTransform,
@@ -19,6 +22,7 @@ from augmentation.transforms import (
 )
 from config import AugmentOptions
 from errors import OptionError
+from pipeline.decoding import decode
 from utils import derive_seed, seed_all
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,6 +104,43 @@ def test_small_inputs_of_older_checkpoints_keep_the_whole_image():
     assert torch.equal(transform(image), expected)
     assert transform(make_image(8, 8)).shape == (3, 32, 32)
     assert transform(make_image(8, 20)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("background", ["white", "#204060", "drop"])
+@pytest.mark.parametrize("size", [(90, 70), (50, 121), (20, 20), (200, 3)])
+@pytest.mark.parametrize("ratio", [0.875, 1.0, 1.2])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_the_steps_are_what_is_done(size, ratio, crop_mode, background, tmp_path):
+    """Done anew with Pillow and NumPy alone, from what exported files say."""
+    values = Preprocessing(64, ratio, "bicubic", MEAN, STD, crop_mode, background)
+    image = make_image(*size)
+    image.putalpha(make_image(*size, seed=1).getchannel("R"))
+    image.save(tmp_path / "image.png")
+    steps = json.loads(json.dumps(values.exported()))["steps"]
+    expected = prepared(tmp_path / "image.png", steps)[0]
+    given = EvalTransform(values)(decode(tmp_path / "image.png", background))
+    # Pillow's two ways to composite round differently.
+    assert np.abs(given.numpy() - expected).max() <= 1.01 / 255 / min(STD)
+    assert Preprocessing.from_dict(values.exported()) == values
+
+
+def test_what_older_checkpoints_did_with_transparency_stays():
+    values = PREPROCESSING.to_dict()
+    assert values["background"] == "white"
+    assert Preprocessing.from_dict(values | {"background": "navy"}).background == "navy"
+    del values["background"]
+    assert Preprocessing.from_dict(values).background == "drop"
+    with pytest.raises(OptionError, match="--background: 'whit' is no colour"):
+        replace(PREPROCESSING, background="whit")
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_every_transform_has_the_background(is_train):
+    values = replace(PREPROCESSING, background="navy")
+    options = replace(AugmentOptions(), augment_on="cpu")
+    transforms = [build_transform(is_train, values, options), CentreCrop(values)]
+    transforms += [build_train_transform(values, o, 0) for o in (options, AugmentOptions())]
+    assert [transform.background for transform in transforms] == ["navy"] * 4
 
 
 # --- training -------------------------------------------------------------------------------------

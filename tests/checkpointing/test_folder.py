@@ -1,13 +1,21 @@
 """The checkpoints of a run's folder: their order, which are kept, and the best one."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from checkpointing.files import load_checkpoint
-from checkpointing.folder import checkpoints_in, load_newest, save_in_folder
+from checkpointing.files import load_checkpoint, save_checkpoint
+from checkpointing.folder import (
+    checkpoints_in,
+    keep_newest,
+    load_newest,
+    name_of,
+    remove_leftovers,
+    set_best,
+)
 from errors import CheckpointError
 
 
@@ -15,9 +23,18 @@ def content(epoch: int = 1, samples: int = 0) -> dict:
     return {"model": nn.Linear(3, 2).state_dict(), "progress": {"epoch": epoch, "samples": samples}}
 
 
+def save(folder: Path, content: dict, keep: int, *, best: bool = False) -> None:
+    """What a writer does."""
+    path = folder / f"{name_of(content)}.pth"
+    save_checkpoint(path, content)
+    if best:
+        set_best(folder, path)
+    keep_newest(folder, keep, path)
+
+
 def test_newest_are_kept_in_order_of_progress(tmp_path):
     for epoch, samples in ((1, 0), (2, 0), (2, 17), (10, 0), (9, 200)):
-        save_in_folder(tmp_path, content(epoch, samples), keep=9, best=False)
+        save(tmp_path, content(epoch, samples), keep=9)
     names = [p.name for p in checkpoints_in(tmp_path)]
     assert names == [
         "checkpoint-0010.pth",
@@ -26,7 +43,7 @@ def test_newest_are_kept_in_order_of_progress(tmp_path):
         "checkpoint-0002.pth",
         "checkpoint-0001.pth",
     ]
-    save_in_folder(tmp_path, content(11), keep=2, best=False)
+    save(tmp_path, content(11), keep=2)
     kept = [p.name for p in checkpoints_in(tmp_path)]
     assert kept == ["checkpoint-0011.pth", "checkpoint-0010.pth"]
 
@@ -40,11 +57,23 @@ def test_best_outlives_its_checkpoint(tmp_path, monkeypatch, links):
 
         monkeypatch.setattr(os, "link", no_links)
     first = content(1)
-    save_in_folder(tmp_path, first, keep=1, best=True)
-    save_in_folder(tmp_path, content(2), keep=1, best=False)
+    save(tmp_path, first, keep=1, best=True)
+    save(tmp_path, content(2), keep=1)
     best = load_checkpoint(tmp_path / "best.pth")
     assert torch.equal(best["model"]["weight"], first["model"]["weight"])
     assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-0002.pth"]
+
+
+def test_what_a_killed_session_left_half_written_is_removed(tmp_path):
+    """And nothing else: best.pth, checkpoints and the files of others stay."""
+    kept = ["best.pth", "checkpoint-0001.pth", ".bashrc", "notes.tmp"]
+    for name in (*kept, ".checkpoint-0002.tmp.pth", ".best.tmp.pth"):
+        (tmp_path / name).write_text("x")
+    for name in (".checkpoint-0003.shards.tmp", ".checkpoint-0003.shards.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("x")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_latest_of_an_empty_folder_and_of_a_ruined_one(tmp_path):

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from disks import fill, small_disk
 from runs import on_each_process
 from torch import nn
 
@@ -58,12 +61,29 @@ def test_an_error_is_kept_until_a_write_succeeds(tmp_path, monkeypatch, caplog):
         writer.wait()
     assert writer.error.errno == 28
     assert writer.saved == tmp_path / "checkpoint-0001.pth"
-    assert "No space left on device. Training goes on and the older ones stay" in caplog.text
+    said = f"not written: {tmp_path / 'checkpoint-0002.pth'}: No space left on device"
+    assert said in caplog.text and caplog.text.count("training goes on, older ones stay") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0001.pth"]
     writer.save(content(torch.zeros(1), 3))
     writer.wait()
     assert writer.error is None
     assert writer.saved == tmp_path / "checkpoint-0003.pth"
+
+
+def test_best_weights_without_room_are_written_with_the_next_save(tmp_path, monkeypatch, caplog):
+    """Though their own checkpoint is gone by then."""
+    writer = PlainWriter(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpointing.writer.set_best", no_space)
+        writer.save(content(torch.ones(1), 1), best=True)
+        writer.wait()
+    assert writer.lacks_best and writer.error is None
+    assert f"{tmp_path / BEST}: No space left on device" in caplog.text
+    writer.save(content(torch.zeros(1), 2))
+    writer.wait()
+    assert not writer.lacks_best
+    assert torch.equal(load_checkpoint(tmp_path / BEST)["model"]["w"], torch.ones(1))
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-0002.pth"]
 
 
 def test_one_process_writes(tmp_path):
@@ -121,6 +141,40 @@ def test_sharded_checkpoints_hold_the_whole_model(tmp_path):
         assert torch.equal(saved["model"]["1.running_mean"], torch.ones(4))
         assert saved["progress"]["epoch"] == 2
     assert "optimizer" not in saved
+
+
+@pytest.mark.parametrize("leave", [0, 8192, 131072])
+def test_sharded_checkpoints_on_a_full_disk(tmp_path, leave):
+    """What has no room leaves nothing behind, and the older one stays; with room it goes on."""
+
+    def work(rank: int) -> list:
+        model = nn.Sequential(nn.Linear(100, 400))
+        shard(model, torch.device("cpu"), None)
+        writer = open_writer(disk, keep=1, sharded=True, is_main=rank == 0)
+        found = []
+        for epoch in (1, 2, 3):
+            if rank == 0 and epoch > 1:
+                fill(disk, leave) if epoch == 2 else (disk / "fill").unlink()
+            dist.barrier()
+            state = {"model": model.state_dict(), "model_ema": None, "optimizer": {}}
+            writer.save(state | {"progress": {"epoch": epoch, "samples": 0}}, best=epoch > 1)
+            writer.wait()
+            dist.barrier()
+            left = sorted(p.name for p in disk.iterdir() if p.name.startswith("."))
+            found.append([writer.saved.name, writer.error and writer.error.strerror, left])
+            dist.barrier()
+        return [*found, writer.lacks_best]
+
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        for report in on_each_process(tmp_path, 2, work):
+            first, second, third, lacks_best = report
+            assert first == ["checkpoint-0001.shards", None, []]
+            assert second[0] == "checkpoint-0001.shards" and second[2] == []
+            assert "No space left on device" in second[1] and "enforce" not in second[1]
+            assert third == ["checkpoint-0003.shards", None, []] and not lacks_best
+        assert load_checkpoint(disk / BEST)["progress"]["epoch"] == 3
+        saved = load_checkpoint(disk / "checkpoint-0003.shards")["model"]["0.weight"]
+        assert saved.shape == (400, 100)
 
 
 def test_an_error_on_one_process_is_known_to_all(tmp_path):

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from config import CHECKPOINT, COMMAND_LINE, DEFAULT, all_options, from_flat, load, resolve, to_yaml
+from config import (
+    CHECKPOINT,
+    COMMAND_LINE,
+    DEFAULT,
+    FITTED,
+    all_options,
+    from_flat,
+    load,
+    resolve,
+    to_yaml,
+)
 from errors import OptionError
 
 
@@ -45,6 +55,29 @@ def test_defaults_that_a_saved_config_spells_out_are_not_explicit(write_yaml):
     path = write_yaml(to_yaml(load(["--ThreeAugment", "--lr", "0.1"])))
     again = load(["--config", path])
     assert again.explicit() == {"config", "ThreeAugment", "lr"}
+
+
+def test_a_warm_up_that_nobody_asked_for_fits_a_short_run(write_yaml):
+    for epochs, warmup in ((300, 5), (10, 5), (9, 1.8), (5, 1), (1, 0.2)):
+        c = load(["--epochs", str(epochs)])
+        assert c.schedule.warmup_epochs == warmup
+        assert c.origin["warmup_epochs"] == (DEFAULT if warmup == 5 else FITTED)
+    assert load(["--epochs", "9", "--warmup-epochs", "5"]).schedule.warmup_epochs == 5
+    # A recipe's warm-up is for the recipe's epochs.
+    recipe = write_yaml("epochs: 60\nwarmup_epochs: 20\n")
+    for epochs, warmup in ((60, 20), (40, 20), (30, 6), (20, 4)):
+        c = load(["--config", recipe, "--epochs", str(epochs)])
+        assert c.schedule.warmup_epochs == warmup
+    # What was fitted once is saved, and stays.
+    again = load(["--config", write_yaml(to_yaml(load(["--epochs", "5"])))])
+    assert again.schedule.warmup_epochs == 1
+
+
+def test_a_warm_up_that_was_asked_for_is_refused_where_it_does_not_fit(write_yaml):
+    both = write_yaml("epochs: 5\nwarmup_epochs: 5\n")
+    for line in (["--epochs", "5", "--warmup-epochs", "5"], ["--config", both]):
+        with pytest.raises(OptionError, match="--warmup-epochs: 5 leaves nothing of --epochs 5"):
+            load(line)
 
 
 def test_flat_options_make_the_same_config():

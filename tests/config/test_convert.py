@@ -123,3 +123,9 @@ RIGHT = [
 def test_values_are_read_as_people_write_them(name, raw, value):
     converted = convert(by_name(name), raw)
     assert converted == value and type(converted) is type(value)
+
+
+@pytest.mark.parametrize("name, value", [("mean", [123.675, 116.28, 103.53]), ("std", "58.4")])
+def test_normalisation_of_bytes_is_told_apart(name, value):
+    with pytest.raises(OptionError, match=f"--{name}: must be at most 1.*0–255, divide it by 255"):
+        convert(by_name(name), value)

@@ -37,9 +37,9 @@ def test_base_files_come_first(write_yaml):
 
 
 BAD_FILES = [
-    ("warmup_epocs: 3", "unknown option 'warmup_epocs'; did you mean --warmup-epochs"),
+    ("warmup_epocs: 3", "line 1: unknown option 'warmup_epocs'; did you mean --warmup-epochs"),
     ("qqqq: 3", "unknown option 'qqqq'; --help"),
-    ("lr: fast", "--lr: expected float, got 'fast'"),
+    ("seed: 1\nlr: fast", "line 2: --lr: expected float, got 'fast'"),
     ("mixup_prob: 3", "--mixup-prob: must be at most 1, got 3"),
     ("scale: [0.1]", "--scale: takes 2 values, got 1"),
     ("- lr\n- seed", "expected 'option: value' lines"),
@@ -50,6 +50,8 @@ BAD_FILES = [
     ("lr: 1" + "0" * 400, "--lr: expected float"),
     ("config: other.yaml", "config belongs on the command line; use base:"),
     ("base: missing.yaml", "missing.yaml does not exist"),
+    ("base: [a.yaml, b.yaml]", "base: name one file"),
+    ("base:\n  lr: 1", "base: name one file"),
     ("base: c.yaml", "leads back to itself"),
     ("[" * 2_000, "nested too deeply"),
 ]
@@ -74,7 +76,7 @@ def test_base_files_may_not_go_in_circles(write_yaml):
 def test_unreadable_files(tmp_path):
     with pytest.raises(OptionError, match=r"--config: .*does not exist"):
         load(["--config", str(tmp_path / "no.yaml")])
-    with pytest.raises(OptionError, match="can't be read"):
+    with pytest.raises(OptionError, match="Is a directory.*name a file"):
         load(["--config", str(tmp_path)])
     (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(OptionError, match="--config"):
@@ -151,3 +153,71 @@ def test_origins_are_comments(write_yaml):
     options = [line for line in lines if line and not line.startswith("#")]
     found = {line.split(":")[0]: line.split("  # ")[1] for line in options}
     assert found["lr"] == COMMAND_LINE and found["epochs"] == path and found["opt"] == DEFAULT
+
+
+# --- spelling -------------------------------------------------------------------------------------
+
+SPELLED = (
+    *("2024_01_05", "1.10", "0x1F", "12:30:45", "064", "1_0", "0o17", ".5", "+1", "1e3", "1."),
+    *("yes", "no", "on", "off", "Yes", "NO", "y", "n", "true", "False", ".inf", ".nan", "=", "~x"),
+    *("2024-01-05", "2024-01-05 10:00:00", "null_", "none", "0b11", "190:20:30", "1,000"),
+)
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_a_text_stays_as_it_is_spelled(write_yaml, text):
+    c = load(["--config", write_yaml(f"output_dir: {text}\nfreeze: [{text.split(',')[0]}, x]\n")])
+    assert c.run.output_dir == text
+    assert c.model.freeze == (text.split(",")[0], "x")
+    again = load(["--config", write_yaml(to_yaml(c, everything=True), "again.yaml")])
+    assert again.run.output_dir == text and again.model.freeze == c.model.freeze
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("064", 64), ("1_000", 1000), ("1e2", 100), ("0x1F", None), ("12:30:45", None), ("no", None)],
+)
+def test_a_number_is_what_it_is_on_the_command_line(write_yaml, text, value):
+    """Octal and base 60 of YAML 1.1 would make other numbers of them, in silence."""
+    for argv in (["--config", write_yaml(f"batch_size: {text}\n")], ["--batch-size", text]):
+        if value is None:
+            with pytest.raises(UserError, match=f"--batch-size: expected int.auto, got '{text}'"):
+                load(argv)
+        else:
+            assert load(argv).data.batch_size == value
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_nothing_is_no_text(write_yaml, text):
+    assert load(["--config", write_yaml(f"clip_grad: {text}\naa: {text}\n")]).augment.aa is None
+    with pytest.raises(UserError, match="line 2: --data-path: expected str.*quote a name: 'null'"):
+        load(["--config", write_yaml(f"lr: 1\ndata_path: {text}\n")])
+    assert load(["--config", write_yaml("data_path: 'null'\n")]).data.data_path == "null"
+
+
+@pytest.mark.parametrize(
+    "text, advice",
+    [
+        ("lr: 1\nfreeze: *", r"line 2.*; quote what begins with \*: freeze: '\*'"),
+        ("freeze: *.bias", r"; quote what begins with \*: freeze: '\*\.bias'"),
+        ("freeze: *head", r"undefined alias.*; quote what begins with \*: freeze: '\*head'"),
+        ("freeze: [*, head]", r"; quote what begins with \*: '\*'"),
+        ("freeze:\n- '*'\n- *x", r"line 3.*; quote what begins with \*: '\*'"),
+        ("plugin: @mine", "; quote what begins with @: plugin: '@mine'"),
+        ("model: !mine", "; quote what begins with !: model: '!mine'"),
+        ("lr: 1\n\tseed: 2", "line 2.*; indent with spaces"),
+        ("data_path: a: b", "; quote a value that has a colon in it"),
+    ],
+)
+def test_what_yaml_refuses_comes_with_the_fix(write_yaml, text, advice):
+    with pytest.raises(OptionError, match=advice) as caught:
+        load(["--config", write_yaml(text)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("lr: 0.5\n".encode("utf-8-sig"))
+    assert load(["--config", str(tmp_path / "c.yaml")]).optim.lr == 0.5
+    (tmp_path / "c.yaml").write_bytes("lr: 0.5\n".encode("utf-16"))
+    with pytest.raises(OptionError, match="c.yaml isn't text in UTF-8"):
+        load(["--config", str(tmp_path / "c.yaml")])

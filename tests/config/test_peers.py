@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 
 import run_with_submitit
-from config import PEERS, Config, get_parser, load, option_here, peer_options, same_default
+from config import (
+    PEERS,
+    Config,
+    get_parser,
+    is_option,
+    load,
+    option_here,
+    peer_options,
+    same_default,
+)
 from config.job import SHARED_DIR
+from config.peers import flags, names_elsewhere
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -130,6 +140,15 @@ def test_as_many_options_as_the_parsers_have():
         ("--use_volta32", "run_with_submitit.py takes --constraint"),
         ("--lr--epochs", "a space is missing: --lr --epochs"),
         ("--lr--epoch", "did you mean"),
+        ("--learning-rate", r"did you mean --lr\?"),
+        ("--learning_rate", r"did you mean --lr\?"),
+        ("--nb_classes", "classes are counted from the data: leave it out"),
+        ("--imgsz", r"did you mean --input-size\?"),
+        ("--img-size", "here it is --input-size"),
+        ("--bs", r"did you mean --batch-size\?"),
+        ("--wd", r"did you mean --weight-decay\?"),
+        ("--num-epochs", r"did you mean --epochs\?"),
+        ("--output", "here it is --output-dir"),
     ],
 )
 def test_a_peers_option_is_answered_with_what_to_take(flag, hint):
@@ -142,3 +161,12 @@ def test_a_peers_option_in_a_config_file(write_yaml):
     path = write_yaml("checkpoint_hist: 3\n")
     with pytest.raises(UserError, match="unknown option 'checkpoint_hist'; here it is --keep"):
         load(["--config", path])
+
+
+def test_names_elsewhere_are_of_options_and_no_others():
+    known = {
+        flag.lstrip("-") for peer in PEERS for opt in peer_options(peer) for flag in flags(opt)
+    }
+    known = {name.replace("_", "-") for name in known}
+    for name, option in names_elsewhere().items():
+        assert is_option(option) and not is_option(name) and name not in known, name

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from config import conflicts, load, rules, unused
+from config import conflicts, load, rules, to_yaml, unused
 from errors import OptionError
 
 # --- conflicts ------------------------------------------------------------------------------------
 
 CONFLICTS = [
+    ("background", "--background whit"),
     ("augment_on", "--augment-on device --aa augmix-m5-w4-d2"),
     ("cache", "--cache device --augment-on cpu"),
     ("amp", "--fsdp --amp fp16"),
@@ -39,7 +40,7 @@ CONFLICTS = [
     ("scale", "--scale 1 0.5"),
     ("ratio", "--ratio 2 1"),
     ("cutmix_minmax", "--cutmix-minmax 0.5 0.5"),
-    ("warmup_epochs", "--epochs 5"),
+    ("warmup_epochs", "--epochs 5 --warmup-epochs 5"),
     ("decay_milestones", "--sched multistep"),
     ("lr_noise", "--sched onecycle --lr-noise 0.5"),
     ("lr_noise", "--sched plateau --lr-noise 0.5"),
@@ -94,6 +95,8 @@ def test_every_conflict_is_tried_here():
 
 
 MESSAGES = [
+    ("--background whit", "'whit' is no colour: give a name (white), #rrggbb in quotes, or drop"),
+    ("--background #ffffff80", "'#ffffff80' is no colour"),
     ("--bce-loss --smoothing 0 --loss focal", "contradicts --loss focal: leave one out"),
     ("--cosub --loss ce", "is defined on BCE, not on --loss ce: leave --loss out"),
     ("--distillation-type soft", "soft needs a teacher: add --teacher-path FILE"),
@@ -102,7 +105,7 @@ MESSAGES = [
     ("--epochs 4 --warmup-epochs 4.5", "4.5 leaves nothing of --epochs 4: lower it"),
     ("--sched constant --lr-noise 0.5", "is not defined for --sched constant"),
     ("--start-epoch 9 --epochs 8", "9 leaves nothing of --epochs 8"),
-    ("--freeze * --unfreeze-at 3:", "'3:' is not EPOCH:PATTERN"),
+    ("--freeze * --unfreeze-at 3:", "'3:' is not EPOCHS:PATTERN"),
     ("--best-metric ema_acc5 --no-model-ema", "ema_acc5 needs --model-ema"),
     ("--best-metric test_ac1", "'test_ac1' is not logged; one of test_acc1, test_acc5"),
     ("--best-metric test_ac1", "(did you mean test_acc1?)"),
@@ -183,3 +186,12 @@ def test_sound_combinations_pass(line):
 def test_options_without_effect_are_named(line, hint):
     found = unused(load(line.split()))
     assert not found if hint is None else len(found) == 1 and found[0].startswith(hint)
+
+
+def test_a_default_that_is_spelled_out_without_effect_is_told(tmp_path):
+    """In a saved config all defaults are spelled out; on a command line somebody asked."""
+    line = ["--ThreeAugment", "--reprob", "0.25"]
+    told = "--reprob has no effect with --ThreeAugment, which never erases"
+    assert told in unused(load(line))
+    (tmp_path / "c.yaml").write_text(to_yaml(load(line)), encoding="utf-8")
+    assert unused(load(["--config", str(tmp_path / "c.yaml")])) == []

@@ -48,9 +48,9 @@ def teacher(tmp_path_factory) -> Path:
 def test_recipe_takes_two_steps(images, teacher, tmp_path, monkeypatch, recipe):
     saved = []
     monkeypatch.setattr(
-        "checkpointing.folder.save_checkpoint", lambda path, content: saved.append((path, content))
+        "checkpointing.writer.save_checkpoint", lambda path, content: saved.append((path, content))
     )
-    monkeypatch.setattr("checkpointing.folder.set_best", lambda folder, path: None)
+    monkeypatch.setattr("checkpointing.writer.set_best", lambda folder, path: None)
     monkeypatch.chdir(ROOT)
     config = f"configs/{recipe}.yaml"
     asked = main.load_config(["--config", config])

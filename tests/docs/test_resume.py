@@ -10,7 +10,7 @@ def test_resume(before_training):
     tiny[tiny.index("--epochs") + 1] = "4"
     assert len(log(run(first, tiny, ""))) == 2
     folder = run(again, tiny, "")
-    assert [r["epoch"] for r in log(folder)] == [0, 1, 2, 3]
+    assert [r["epoch"] for r in log(folder)] == [1, 2, 3, 4]
     whole = log(folder)[3]
     run(back, tiny, "")
     assert list(folder.glob("set-aside/checkpoint-0004.pth"))

@@ -75,3 +75,10 @@ def test_frozen_norms_are_those_with_statistics_and_no_trained_parameter():
     assert frozen_norms(model) == []
     Freezer(model, ["0", "1.weight", "2"]).apply(0)
     assert frozen_norms(model) == [model[0]]
+
+
+def test_a_bare_star_that_the_shell_made_files_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "LICENSE").touch()
+    with pytest.raises(OptionError, match=r"--freeze: 'LICENSE' .* with \* must be quoted"):
+        Freezer(tiny_vit(), ["LICENSE"])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tiny_images import image_folder
 
+from augmentation import windows
 from augmentation.batch import BatchAugment
 from augmentation.protocol import Transform
 from augmentation.transforms import CentreCrop, EvalTransform, Preprocessing, TrainTransform
@@ -141,6 +142,50 @@ def test_images_that_are_made_one_by_one_are_kept_decoded(images, transform):
     assert isinstance(cached.dataset.source, MemorySource)
     assert dataset.source is plain.dataset.source is not cached.dataset.source
     assert_same(list(cached), list(plain))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_narrow_images_are_kept_as_they_are(alike, tmp_path, monkeypatch):
+    """Those that would grow huge; also where all of a set are."""
+    monkeypatch.setattr(windows, "MOST_PIXELS", SIDE * 200)
+    for part in ("train", "val"):
+        for i in range(6):
+            size = (300, 2) if alike or i == 4 else (20, SIDE)
+            path = tmp_path / part / CLASSES[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise(size, 60).convert("RGB").save(path)
+    for is_train in (True, False):
+        plain = loader_of(open_set(tmp_path, is_train))
+        cached = apply_cache("ram", loader_of(open_set(tmp_path, is_train)), device=CPU)
+        if is_train:
+            assert isinstance(cached.dataset.source, MemorySource)
+            widest = max(image[1] for image in cached.dataset.source.shapes.tolist())
+            assert widest == 300
+        for left, right in zip(cached, plain, strict=True):
+            assert torch.equal(left.indices, right.indices)
+            assert torch.equal(seen(left), seen(right))
+
+
+@pytest.mark.parametrize("preprocessing", [PREPROCESSING, LARGE])
+@pytest.mark.parametrize("is_train", [True, False])
+def test_transparent_images_are_kept_on_the_background(preprocessing, is_train, tmp_path):
+    for part in ("train", "val"):
+        for name in CLASSES:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(4):
+                image = Image.effect_noise((20, 16), 60).convert("RGB")
+                image.putalpha(Image.effect_noise((20, 16), 90))
+                image.save(tmp_path / part / name / f"{i}.png")
+    batches = []
+    for background in ("navy", "drop"):
+        values = replace(preprocessing, background=background)
+        plain = list(loader_of(open_set(tmp_path, is_train, preprocessing=values)))
+        dataset = open_set(tmp_path, is_train, preprocessing=values)
+        cached = list(apply_cache("ram", loader_of(dataset), device=CPU))
+        for left, right in zip(cached, plain, strict=True):
+            assert torch.equal(seen(left), seen(right))
+        batches.append(seen(plain[0]))
+    assert not torch.equal(*batches)
 
 
 def test_images_of_different_sizes(images):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from tiny_sets import expected, open_set, save
 
+from config import DataOptions
 from errors import DataError, OptionError
+from pipeline.dataset import build_dataset, findings
 
 
 def write_csv(path, rows, delimiter=","):
@@ -36,6 +38,11 @@ def test_csv_columns_in_any_order_and_numeric_classes(tmp_path):
     train = open_set("CSV", tmp_path / "all.csv", val_fraction=0.5)
     assert train.classes == [str(i) for i in range(12)]
     assert train.targets.tolist() == list(range(12))
+    # Two names of one number stay in one order.
+    write_csv(
+        tmp_path / "all.csv", [(name, ("1", "01", "001")[i % 3]) for i, name in enumerate(names)]
+    )
+    assert open_set("CSV", tmp_path / "all.csv", val_fraction=0.5).classes == ["001", "01", "1"]
 
 
 def test_csv_file_is_split_by_class_and_seed(tmp_path):
@@ -84,3 +91,172 @@ def test_more_csv_mistakes(tmp_path):
         open_set("CSV", tmp_path, False)
     with pytest.raises(OptionError, match="--val-fraction"):
         open_set("CSV", tmp_path, val_fraction=0.5)
+
+
+IDS = [f"{i:03d}" for i in range(6)]
+
+
+def listed(path, header, column=IDS, labels="ababab", **more):
+    """A list of six images, with further columns."""
+    rows = zip(column, labels, *more.values(), strict=True)
+    write_csv(path, [(*header.split(","), *more), *rows])
+    return path
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """images/000.png …, as Kaggle has them beside its lists."""
+    for i, name in enumerate(IDS):
+        save(tmp_path / "images" / f"{name}.png", seed=i)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "header", ["id,breed", "image_id,label", "Image,Id", "filename,category", "id_code,diagnosis"]
+)
+def test_ids_of_kaggle_below_an_image_root(kaggle, header):
+    table = listed(kaggle / "train.csv", header)
+    options = {"val_fraction": 0.4, "image_root": str(kaggle / "images")}
+    train, val = (open_set("CSV", table, t, **options) for t in (True, False))
+    assert train.classes == ["a", "b"] and (len(train), len(val)) == (4, 2)
+    assert val.sample_id(0) == str(kaggle / "images" / f"{IDS[val.source.indices[0]]}.png")
+    assert torch.equal(val[0].image, expected(int(val.source.indices[0])))
+    # A test set without labels beside it is no validation part.
+    (kaggle / "test.csv").write_text("id\n7\n")
+    with pytest.raises(OptionError, match=r"test\.csv has no labels.*add --val-fraction 0\.1"):
+        open_set("CSV", kaggle, image_root=options["image_root"])
+    assert findings(open_set("CSV", kaggle, **options)) == [
+        f"{kaggle}/test.csv has no labels (Kaggle's test set?): it isn't used"
+    ]
+
+
+def test_a_list_without_labels_cannot_be_evaluated(kaggle):
+    write_csv(kaggle / "test.csv", [("image_id", "size"), ("000", "3")])
+    for path, match in ((kaggle / "test.csv", "no column named label"), (kaggle, "has no labels")):
+        data = DataOptions(data_set="CSV", data_path=str(path))
+        with pytest.raises((DataError, OptionError), match=rf"{match}.*tools\.predict"):
+            build_dataset(False, data, seed=0, classes=["a"])
+
+
+def test_missing_files_are_named_together_with_what_helps(kaggle):
+    table = listed(kaggle / "train.csv", "id,label")
+    with pytest.raises(DataError, match=rf"6 of 6 .* 000 \(line 2\), .*--image-root {kaggle}/im"):
+        open_set("CSV", table, val_fraction=0.4)
+    for name in IDS[2:]:
+        (kaggle / "images" / f"{name}.png").unlink()
+    options = {"val_fraction": 0.4, "image_root": str(kaggle / "images")}
+    with pytest.raises(DataError, match=r"4 of 6 .* 002 .*005 \(line 7\): .*--on-bad-image skip"):
+        open_set("CSV", table, **options)
+    train = open_set("CSV", table, on_bad_image="skip", **options)
+    assert len(train) == 4 and "4 of 6 images are missing" in findings(train)[0]
+    bad = {line for i in range(4) for line in train[i].bad}
+    assert any(line.startswith(f"{kaggle}/images/00") and "No such file" in line for line in bad)
+    table = listed(kaggle / "jpg.csv", "path,label", [f"images/{name}.jpg" for name in IDS])
+    with pytest.raises(DataError, match=r"there is images/000\.png: correct the extensions"):
+        open_set("CSV", table, val_fraction=0.4)
+    table = listed(kaggle / "far.csv", "path,label", [f"C:\\x\\{name}.png" for name in IDS])
+    with pytest.raises(DataError, match="the paths of another machine"):
+        open_set("CSV", table, on_bad_image="skip", val_fraction=0.4)
+
+
+def test_what_a_list_may_mean_twice_is_refused(kaggle):
+    table = listed(kaggle / "train.csv", "id,label")
+    save(kaggle / "images" / "003.jpg")
+    options = {"val_fraction": 0.4, "image_root": str(kaggle / "images")}
+    with pytest.raises(DataError, match=r"1 names fit .*003 \(line 5: 003\.jpg, 003\.png\)"):
+        open_set("CSV", table, **options)
+    table = listed(
+        kaggle / "two.csv", "path,label", [f"images/{n}.png" for n in IDS], kind="aabbab"
+    )
+    assert len(open_set("CSV", table, val_fraction=0.4)) == 4
+    table = listed(table, "path,label", [f"images/{n}.png" for n in IDS], **{"class": "aabbab"})
+    with pytest.raises(
+        DataError, match=r"label and class; its columns are path, label, class: .*--la"
+    ):
+        open_set("CSV", table, val_fraction=0.4)
+    chosen = open_set("CSV", table, val_fraction=0.4, label_column="Class")
+    assert chosen.source.source.targets.tolist() == [0, 0, 1, 1, 0, 1]
+    # Two columns of the same classes are no question.
+    table = listed(table, "path,label", [f"images/{n}.png" for n in IDS], class_name="ststst")
+    assert open_set("CSV", table, val_fraction=0.4).classes == ["a", "b"]
+    with pytest.raises(OptionError, match="--label-column: .* 'clas_name'; did you mean class_n"):
+        open_set("CSV", table, label_column="clas_name")
+
+
+def test_paths_of_windows(kaggle):
+    table = listed(kaggle / "l.csv", "path,label", [f"images\\{name}.png" for name in IDS])
+    assert torch.equal(open_set("CSV", table, val_fraction=0.4)[0].image, expected(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "rows"),
+    [
+        ("split", ["train", "train", "val", "test", "train", "train"], [2]),
+        ("Split", ["Train", "Train", "Test", "Test", "Train", "Train"], [2, 3]),
+        ("data set", ["training", "training", "valid", "valid", "training", "training"], [2, 3]),
+        ("is_valid", ["False", "False", "True", "TRUE", "False", "False"], [2, 3]),
+        ("is_train", ["1", "1", "0", "0", "1", "1"], [2, 3]),
+        ("subset", ["train", "train", "dev", "dev", "train", "train"], [2, 3]),
+    ],
+)
+def test_a_column_of_parts_is_used(kaggle, name, values, rows):
+    paths = [f"images/{n}.png" for n in IDS]
+    table = listed(kaggle / "l.csv", "path,label", paths, **{name: values})
+    train, val = (open_set("CSV", table, t) for t in (True, False))
+    assert [val.sample_id(i) for i in range(len(val))] == [str(kaggle / paths[r]) for r in rows]
+    assert [train.sample_id(i) for i in range(4)] == [str(kaggle / paths[r]) for r in (0, 1, 4, 5)]
+    # --eval validates on the same rows.
+    data = DataOptions(data_set="CSV", data_path=str(table))
+    assert len(build_dataset(False, data, seed=0, classes=["a", "b"])) == len(rows)
+    with pytest.raises(OptionError, match="--val-fraction: .*or add --split-column none"):
+        open_set("CSV", table, val_fraction=0.5)
+    assert len(open_set("CSV", table, split_column="none", val_fraction=0.4)) == 4
+
+
+def test_columns_that_are_no_parts(kaggle):
+    paths = [f"images/{n}.png" for n in IDS]
+    for name in ("set", "part", "usage"):
+        table = listed(kaggle / "l.csv", "path,label", paths, **{name: "xyzxyz"})
+        assert len(open_set("CSV", table, val_fraction=0.4)) == 4
+    table = listed(kaggle / "l.csv", "path,label", paths, fold="012012")
+    with pytest.raises(DataError, match="fold has 3 numbers of folds: .*--split-column none"):
+        open_set("CSV", table, val_fraction=0.4)
+    # A column of parts beside it says what they are, and the labels are no parts.
+    split = ["train"] * 4 + ["val"] * 2
+    table = listed(kaggle / "l.csv", "path,label", paths, fold="012012", split=split)
+    assert len(open_set("CSV", table)) == 4
+    table = listed(kaggle / "l.csv", "path,train", paths, "101010")
+    assert len(open_set("CSV", table, label_column="train", val_fraction=0.4)) == 4
+    values = ["train", "train", "later", "train", "train", "val"]
+    table = listed(kaggle / "l.csv", "path,label", paths, split=values)
+    with pytest.raises(DataError, match="line 4: split is 'later', not train, val or test"):
+        open_set("CSV", table)
+    write_csv(kaggle / "val.csv", [("path", "label"), ("images/000.png", "a")])
+    listed(kaggle / "train.csv", "path,label", paths, split=["train"] * 5 + ["val"])
+    with pytest.raises(OptionError, match=r"val\.csv both name a validation part"):
+        open_set("CSV", kaggle)
+
+
+def test_images_that_are_listed_twice_are_told(kaggle):
+    paths = [f"images/{name}.png" for name in (*IDS[:3], *IDS[:3])]
+    table = listed(kaggle / "l.csv", "path,label", paths)
+    assert findings(open_set("CSV", table, val_fraction=0.4)) == [
+        f"{table}: 3 images are listed more than once, 3 of them under more than one class "
+        "(images/000.png, images/001.png, …)"
+    ]
+
+
+def test_images_in_folders_below_the_root(kaggle):
+    """HAM10000: two folders of images, one list of names."""
+    for part, names in (("part_1", IDS[:3]), ("part_2", IDS[3:])):
+        for name in names:
+            (kaggle / part).mkdir(exist_ok=True)
+            (kaggle / "images" / f"{name}.png").rename(kaggle / part / f"{name}.png")
+    table = listed(kaggle / "l.csv", "image_id,dx")
+    for options in ({}, {"image_root": str(kaggle / "part_1")}):
+        with pytest.raises(DataError, match=rf"--image-root {kaggle}(;|$)"):
+            open_set("CSV", table, val_fraction=0.4, **options)
+    train = open_set("CSV", table, image_root=str(kaggle), val_fraction=0.4)
+    assert train.sample_id(3) == str(kaggle / "part_2" / f"{IDS[train.source.indices[3]]}.png")
+    with pytest.raises(OptionError, match="--image-root: .*/none is no folder"):
+        open_set("CSV", table, image_root=str(kaggle / "none"))

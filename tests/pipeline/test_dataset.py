@@ -1,7 +1,10 @@
 """pipeline/dataset.py: what an image depends on, unreadable images, the counts of classes."""
 
+import errno
+import os
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +12,13 @@ import torch
 from PIL import Image
 from tiny_sets import EVAL, SMALL, array_set, load, noise, open_set, save, train_transform
 
+from augmentation.batch import BatchAugment
 from augmentation.protocol import Transform
 from augmentation.transforms import build_transform
 from config import AugmentOptions
 from errors import DataError
 from pipeline.dataset import ImageDataset, summarise_classes
-from pipeline.sources.base import ArraySource
+from pipeline.sources.base import ArraySource, Source
 from samplers import EvalSampler, SampleKey, ShuffleSampler
 from utils import derive_seed, seed_all
 
@@ -84,6 +88,42 @@ def test_training_replaces_bad_images(spoilt, num_workers):
     ]
 
 
+def test_an_image_that_needs_too_much_memory_is_bad(monkeypatch):
+    """Whether it is Python or PyTorch that says so, and wherever in the transform."""
+
+    class Greedy(Transform):
+        def apply(self, image, epoch, position):
+            if position == 3:
+                raise MemoryError
+            return torch.empty(1 << 60) if position == 5 else EVAL.apply(image, epoch, position)
+
+    greedy = array_set(8, transform=Greedy())
+    dataset = ImageDataset(greedy.source, greedy.transform, on_bad_image="skip")
+    [batch] = load(dataset, EvalSampler(8), batch_size=8)
+    assert batch.indices.tolist() == [0, 1, 2, 4, 6, 7]
+    reasons = [line.partition(": ")[2] for line in batch.bad]
+    assert reasons == ["needs more memory than there is"] * 2
+
+
+def test_transparent_images_are_decoded_on_the_transforms_background():
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+
+    class One(Source):
+        classes, targets = ["a"], np.zeros(1, dtype=np.int64)
+
+        def open(self, index):
+            return image
+
+    for background, red, blue in (("navy", 0, 128), ("drop", 255, 0)):
+        values = replace(SMALL, background=background, mean=(0.0,) * 3, std=(1.0,) * 3)
+        for train in (False, True):
+            transform = build_transform(train, values, AugmentOptions(aa=None, color_jitter=0))
+            batch = BatchAugment(values, AugmentOptions(aa=None, color_jitter=0), 0)
+            for chosen, scale in ((transform, 255), (batch, 1)):
+                pixels = ImageDataset(One(), chosen, is_train=train)[0].image * scale
+                assert pixels[:, 8, 8].round().tolist() == [red, 0, blue], (background, train)
+
+
 def test_evaluation_leaves_bad_images_out(spoilt):
     dataset = open_set("IMNET", spoilt, is_train=False, on_bad_image="skip")
     batches = load(dataset, EvalSampler(6), batch_size=1)
@@ -98,6 +138,43 @@ def test_a_set_without_any_readable_image_stops(spoilt):
     dataset = open_set("IMNET", spoilt, on_bad_image="skip").subset([1, 2, 5])
     with pytest.raises(DataError, match=r"a/1\.png"):
         load(dataset, EvalSampler(3))
+
+
+class Failing(Source):
+    """Reading fails with an error of the operating system."""
+
+    classes = ["a"]
+    targets = np.zeros(4, np.int64)
+
+    def __init__(self, code):
+        self.code = code
+
+    def open(self, index):
+        raise OSError(self.code, os.strerror(self.code))
+
+    def sample_id(self, index):
+        return f"x{index}"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_no_fault_of_an_image(num_workers, code):
+    """No image is skipped for it."""
+    dataset = ImageDataset(Failing(code), EVAL, is_train=True, on_bad_image="skip")
+    with pytest.raises(DataError, match=r"^Too many open files[^\n]* \(.*ulimit -n"):
+        load(dataset, EvalSampler(4), num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_vanished_or_may_not_be_read_is_named(tmp_path, num_workers):
+    for i in range(2):
+        save(tmp_path / "train" / "a" / f"{i}.png")
+    dataset = open_set("IMNET", tmp_path / "train", val_fraction=0.5)
+    Path(dataset.sample_id(0)).unlink()
+    with pytest.raises(DataError, match=r"\.png: No such file or directory \(it isn't"):
+        load(dataset, EvalSampler(1), num_workers)
+    with pytest.raises(DataError, match=r"x0: .*Input/output error.*--on-bad-image skip"):
+        load(ImageDataset(Failing(errno.EIO), EVAL), EvalSampler(4), num_workers)
 
 
 def test_class_summary():

@@ -5,10 +5,17 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from tiny_sets import noise, save
 
-from pipeline.decoding import BadImageError, decode, decode_tensor
+from pipeline.decoding import (
+    BadImageError,
+    decode,
+    decode_tensor,
+    is_transparent,
+    naming_lack_of_memory,
+    open_image,
+)
 
 
 def test_modes_become_rgb(tmp_path):
@@ -16,6 +23,7 @@ def test_modes_become_rgb(tmp_path):
     for mode in ("RGB", "RGBA", "LA", "L", "1", "P"):
         path = tmp_path / f"{mode}.png"
         rgb.convert(mode).save(path)
+        # Opaque, whatever it could be.
         expected = rgb.convert(mode).convert("RGB")
         assert np.array_equal(decode(path), expected), mode
     cmyk = tmp_path / "cmyk.jpg"
@@ -27,7 +35,12 @@ def test_modes_become_rgb(tmp_path):
 def test_palette_with_transparent_bytes(tmp_path):
     image = Image.fromarray(noise(0)).quantize(4)
     image.save(tmp_path / "p.png", transparency=bytes([0, 128, 255, 255]))
-    assert np.array_equal(decode(tmp_path / "p.png"), image.convert("RGB"))
+    assert np.array_equal(decode(tmp_path / "p.png", "drop"), image.convert("RGB"))
+    pixels, place = np.asarray(decode(tmp_path / "p.png")), np.asarray(image)
+    colours = np.asarray(image.convert("RGB"))
+    assert (pixels[place == 0] == 255).all()
+    assert np.abs(pixels[place == 1] - (colours[place == 1] / 2 + 127.5)).max() <= 1
+    assert np.array_equal(pixels[place > 1], colours[place > 1])
 
 
 def test_deep_greys_are_scaled(tmp_path):
@@ -70,7 +83,7 @@ def test_bad_images_give_their_reason(tmp_path, monkeypatch):
     corrupt.write_bytes(content)
     for path, reason in (
         (text, "not an image"),
-        (empty, "not an image"),
+        (empty, "an empty file"),
         (cut, "truncated"),
         (corrupt, "."),
         (tmp_path / "absent.jpg", "No such file"),
@@ -139,3 +152,175 @@ def test_arrays_are_decoded_without_a_copy_in_between():
     array = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     assert torch.equal(decode_tensor(array).permute(1, 2, 0), torch.from_numpy(array))
     assert decode_tensor(array[..., 0]).shape == (3, 4, 4)
+
+
+# --- transparency ---------------------------------------------------------------------------------
+
+
+def transparent_images() -> dict[str, Image.Image]:
+    """An image of noise with noise for alpha, in every mode that has it."""
+    rgb = Image.fromarray(noise(0, 12, 9))
+    alpha = Image.fromarray(noise(1, 12, 9)[..., 0])
+    rgba, la = rgb.copy(), rgb.convert("L")
+    rgba.putalpha(alpha)
+    la.putalpha(alpha)
+    return {
+        "RGBA": rgba,
+        "LA": la,
+        "RGBa": rgba.convert("RGBa"),
+        "La": la.convert("La"),
+        "PA": rgba.quantize(8).convert("PA"),
+    }
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "PA"])
+@pytest.mark.parametrize(
+    ("background", "colour"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48))]
+)
+def test_transparency_is_composited_on_the_background(mode, background, colour):
+    image = transparent_images()[mode]
+    straight = image.convert("LA") if mode == "La" else image
+    pixels = np.asarray(straight.convert("RGBA"), dtype=float)
+    share = pixels[..., 3:] / 255
+    expected = share * pixels[..., :3] + (1 - share) * np.array(colour)
+    given = np.asarray(decode(image, background), dtype=float)
+    assert np.abs(given - expected).max() <= 1
+    assert torch.equal(
+        decode_tensor(image, background).permute(1, 2, 0), torch.from_numpy(given).byte()
+    )
+    # As timm, whose loader converts.
+    dropped = np.asarray(decode(image, "drop"))
+    assert np.array_equal(dropped, np.asarray(straight.convert("RGBA"))[..., :3])
+    assert is_transparent(image)
+
+
+@pytest.mark.parametrize(
+    ("image", "key", "hidden"),
+    [
+        (Image.new("RGB", (2, 1), (10, 20, 30)), (10, 20, 30), (10, 20, 30)),
+        (Image.new("L", (2, 1), 7), 7, (7, 7, 7)),
+        (Image.new("1", (2, 1), 0), 0, (0, 0, 0)),
+        (Image.fromarray(np.full((1, 2), 2570, np.uint16)), 2570, (10, 10, 10)),
+        (Image.new("P", (2, 1), 0), 0, (0, 0, 0)),
+    ],
+    ids=["RGB", "L", "1", "I;16", "P"],
+)
+def test_a_colour_may_stand_for_transparent(image, key, hidden):
+    """PNG's tRNS; of grey images of 16 bits too, which Pillow itself leaves alone."""
+    image.putpixel((1, 0), {"RGB": (255, 0, 0), "I;16": 65535}.get(image.mode, 1))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=key)
+    content = buffer.getvalue()
+    assert is_transparent(content)
+    for background, colour in (("navy", (0, 0, 128)), ("drop", hidden)):
+        pixels = np.asarray(decode(content, background))
+        assert tuple(pixels[0, 0]) == colour, background
+        assert np.array_equal(pixels[0, 1], np.asarray(decode(image))[0, 1])
+
+
+def test_what_is_opaque_stays_as_it_is():
+    opaque = transparent_images()["RGBA"]
+    opaque.putalpha(255)
+    assert not is_transparent(opaque)
+    assert np.array_equal(decode(opaque, "navy"), opaque.convert("RGB"))
+    for image in (Image.fromarray(noise(0)), Image.fromarray(noise(0)).quantize(4)):
+        assert not is_transparent(image)
+
+
+# --- what is decoded ------------------------------------------------------------------------------
+
+
+def lab(rgb: Image.Image) -> Image.Image:
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    return ImageCms.profileToProfile(rgb, *profiles, outputMode="LAB")
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB", "CMYK", "RGBX"])
+def test_colour_spaces_come_back_to_rgb(mode):
+    smooth = Image.linear_gradient("L").resize((16, 16)).point(lambda x: 90 + x // 4)
+    rgb = Image.merge("RGB", (smooth, smooth.rotate(90), smooth.rotate(180)))
+    image = lab(rgb) if mode == "LAB" else rgb.convert(mode)
+    difference = np.asarray(decode(image), dtype=int) - np.asarray(rgb, dtype=int)
+    assert np.abs(difference).max() <= 3
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_byte_orders_of_deep_greys(order):
+    values = np.array([[0, 32896, 65535]], dtype=order)
+    mode = "I;16" if order == "<u2" else "I;16B"
+    image = Image.frombytes(mode, (3, 1), values.tobytes())
+    assert np.asarray(decode(image))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_paths_bytes_files_images_and_arrays_are_one(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.fromarray(noise(0, 8, 24))
+    for kind, name in (("JPEG", "a.jpg"), ("PNG", "a.png"), ("TIFF", "a.tif"), ("WEBP", "a.webp")):
+        path = tmp_path / name
+        image.save(path, kind, exif=exif)
+        expected = np.asarray(decode(path))
+        assert expected.shape == (24, 8, 3)
+        content = path.read_bytes()
+        with path.open("rb") as file, Image.open(path) as lazy, Image.open(path) as opened:
+            sources = [str(path), content, bytearray(content), file, lazy, opened.convert("RGB")]
+            for source in sources:
+                if kind == "TIFF" and source is sources[-1]:
+                    continue  # Pillow turns these itself
+                assert np.array_equal(decode(source), expected), (kind, type(source))
+            # An image that was turned is not turned again, and the user's own stays as it is.
+            assert np.array_equal(decode(decode(lazy)), expected)
+            assert kind == "TIFF" or lazy.size == (24, 8)
+    grey = noise(0)[..., 0]
+    for array in (grey, grey[..., None], np.stack([grey] * 3, 2)):
+        assert np.array_equal(decode(array), np.stack([grey] * 3, 2))
+    with pytest.raises(BadImageError, match="float is none of path, bytes"):
+        decode(1.5)
+
+
+def test_the_frame_that_is_shown_is_decoded():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    assert np.asarray(decode(buffer.getvalue()))[0, 0].tolist() == [255, 0, 0]
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        image.seek(2)
+        assert np.asarray(decode(image))[0, 0].tolist() == [0, 0, 255]
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_large_jpegs_are_read_at_a_part_of_their_size_by_both_decoders(monkeypatch, tmp_path):
+    image = Image.linear_gradient("L").resize((120, 80)).convert("RGB")
+    image.save(tmp_path / "large.jpg")
+    image.save(tmp_path / "progressive.jpg", progressive=True)
+    image.save(tmp_path / "large.png")
+    whole = np.asarray(image.resize((60, 40), Image.Resampling.BOX), dtype=int)
+    assert decode(tmp_path / "large.jpg").size == (120, 80)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120 * 80 // 2 - 1)  # Pillow refuses twice that
+    for path in (tmp_path / "large.jpg", (tmp_path / "large.jpg").read_bytes()):
+        given = decode(path)
+        assert given.size == (60, 40)
+        assert np.abs(np.asarray(given, dtype=int) - whole).max() <= 4
+    tensor = decode_tensor(tmp_path / "large.jpg")
+    assert np.array_equal(tensor.permute(1, 2, 0), given)
+    with open_image(tmp_path / "large.jpg") as header:
+        assert header.size == (120, 80)
+    for name, reason in (("large.png", "exceeds limit"), ("progressive.jpg", "120×80 pixels")):
+        for read in (decode, decode_tensor):
+            with pytest.raises(BadImageError, match=reason):
+                read(tmp_path / name)
+
+
+def test_lack_of_memory_is_a_bad_image(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", no_memory)
+    with pytest.raises(BadImageError, match="needs more memory"):
+        decode(Image.new("L", (4, 4)))
+    with pytest.raises(BadImageError, match="needs more memory"), naming_lack_of_memory():
+        torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="of my own"), naming_lack_of_memory():
+        raise RuntimeError("of my own")

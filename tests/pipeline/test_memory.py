@@ -39,7 +39,7 @@ def test_reading_all_images(tmp_path):
     assert decoded.targets[[0, 1, 2, 4, 5]].tolist() == [0, 0, 1, 2, 2]
     assert list(decoded.bad) == [3] and decoded.images[3] is None
     assert decoded.bad[3].startswith(f"{root}/train/blue/1.png: not an image")
-    assert decoded.in_one_size()
+    assert decoded.in_one_size(12) and not decoded.in_one_size(14)
     stacked = decoded.stacked()
     assert stacked.shape == (6, 3, 12, 14) and stacked.dtype == torch.uint8
     with Image.open(root / "train/crimson/1.png") as image:

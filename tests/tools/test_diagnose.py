@@ -9,7 +9,7 @@ from tools import diagnose
 
 
 def curves(train_losses, test_losses, **more) -> list[dict]:
-    pairs = enumerate(zip(train_losses, test_losses, strict=True))
+    pairs = enumerate(zip(train_losses, test_losses, strict=True), start=1)
     return [{"epoch": e, "train_loss": a, "test_loss": b, **more} for e, (a, b) in pairs]
 
 

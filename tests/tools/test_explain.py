@@ -174,6 +174,64 @@ def test_grad_cam_of_a_transformer_is_that_of_its_last_patches():
     torch.testing.assert_close(given.double(), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_the_mean_of_patches_that_have_seen_each_other_is_refused():
+    """A trained MViT has 7 % of the heat in the one square of 6 % that decides: chance."""
+    model = timm.create_model("mvitv2_tiny", num_classes=3, img_size=64).eval()
+    with pytest.raises(UserError, match="MultiScaleVit is the mean of patches"):
+        explain.grad_cam(model, torch.randn(1, 3, 64, 64), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("convit_tiny", {"num_heads": 4, "local_up_to_layer": 1}),
+        (
+            "tnt_s_legacy_patch16_224",
+            {"img_size": 64, "inner_dim": 8, "num_heads_inner": 2, "num_heads_outer": 4},
+        ),
+    ],
+)
+def test_grad_cam_under_a_class_token_is_that_of_the_last_patches_it_reads(name, options):
+    model = timm.create_model(name, num_classes=3, embed_dim=16, depth=3, **options).eval()
+    size = options.get("img_size", 224)
+    block, taken, image = model.blocks[-1], [], torch.randn(1, 3, size, size)
+    norm = block.norm1 if "convit" in name else block.norm_out
+    hook = norm.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    logits = model(image.requires_grad_(True))
+    hook.remove()
+    [tokens] = taken
+    [gradient] = torch.autograd.grad(logits[0, 1], tokens)
+    weights = gradient[0, 1:].mean(0)
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    expected = (tokens[0, 1:] @ weights).relu().view(side, side)
+    torch.testing.assert_close(explain.grad_cam(model, image, 1), expected.detach())
+
+
+class Attending(nn.Module):
+    """Attention between the places of a map, with its weights (1, 1, N, N) out in the open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.softmax = nn.Conv2d(3, 8, 4, stride=4), nn.Softmax(-1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = self.before(x).flatten(2).transpose(1, 2)[:, None]
+        return self.head((self.softmax(places @ places.transpose(2, 3)) @ places).mean((1, 2)))
+
+
+def test_weights_of_attention_are_no_feature_map():
+    model, image = Attending().eval(), torch.randn(1, 3, SIDE, SIDE)
+    given = explain.grad_cam(model, image, 0)
+    with torch.enable_grad():
+        model.before.register_forward_hook(lambda layer, x, y: y.retain_grad() or kept.append(y))
+        kept: list[torch.Tensor] = []
+        model(image)[0, 0].backward()
+    weights = kept[0].grad[0].mean((1, 2))
+    expected = torch.einsum("c,chw->hw", weights, kept[0][0]).relu()
+    torch.testing.assert_close(given, expected.detach())
+
+
 @pytest.mark.parametrize(
     "name", ["efficientnet_lite0", "convnext_atto", "modern_lenet", "regnetx_002"]
 )
@@ -321,6 +379,9 @@ def test_what_cannot_be_explained_says_so():
         explain.heatmap(network, image, method="rollout")
     with pytest.raises(UserError, match="ONNX"):
         explain.heatmap(classifier(nn.Identity()), image)
+    several = timm.create_model("crossvit_tiny_240", num_classes=3, depth=((1, 1, 0),) * 3)
+    with pytest.raises(UserError, match="CrossVit has more than one feature map"):
+        explain.heatmap(classifier(several), torch.randn(3, 240, 240))
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     with pytest.raises(UserError, match="no feature map"):
         explain.heatmap(classifier(flat), image)
@@ -334,7 +395,7 @@ def test_overlays_and_page_are_written(checkpoint, images, tmp_path, capsys):
     broken.touch()
     argv = [checkpoint, images / "val/blue", broken, "--output", tmp_path / "out"]
     assert explain.main([*map(str, argv), "--device", "cpu"]) == 4
-    assert "broken.png: not an image" in capsys.readouterr().err
+    assert "broken.png: an empty file" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
     with Image.open(tmp_path / "out" / "0000-0.png") as image:
         assert image.size == (224, 224)

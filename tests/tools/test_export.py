@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from plain_steps import prepared
+from safetensors import safe_open
 from torch import nn
 
 import inference
 import models
+from augmentation.transforms import Preprocessing
 from cait_models import CaiT
 from checkpointing.files import save_checkpoint
 from errors import CheckpointError, UserError
@@ -61,7 +64,7 @@ FORMATS = {
 }
 
 
-def write_checkpoint(name, folder, images):
+def write_checkpoint(name, folder, images, preprocessing=PREPROCESSING):
     torch.manual_seed(0)
     model = models.build_model(name, 3, input_size=16)
     for parameter in model.parameters():
@@ -71,7 +74,7 @@ def write_checkpoint(name, folder, images):
         model(torch.randn(8, 3, 16, 16))
     config = {"model": name, "data_set": "IMNET", "data_path": str(images)}
     content = {"model": model.state_dict(), "config": config, "class_names": NAMES}
-    save_checkpoint(folder / "best.pth", content | {"preprocessing": PREPROCESSING})
+    save_checkpoint(folder / "best.pth", content | {"preprocessing": preprocessing})
     return folder / "best.pth"
 
 
@@ -115,7 +118,36 @@ def test_answers_are_the_models_for_any_number_of_images(exported, images, suffi
             torch.testing.assert_close(other(batch[:count]), wanted, atol=1e-4, rtol=1e-4)
     read = {k: json.loads(v if isinstance(v, str) else v.decode()) for k, v in extra.items()}
     assert read["class_names"] == NAMES
-    assert read["preprocessing"] == PREPROCESSING
+    # What the checkpoint says of itself, as it was used: all of so small an image.
+    assert read["preprocessing"] == Preprocessing.from_dict(PREPROCESSING).exported()
+    assert read["preprocessing"]["crop_ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("side", "known"), [(16, {}), (40, {"background": "white", "crop_mode": "border"})]
+)
+def test_the_metadata_alone_are_enough_to_ask(side, known, images, tmp_path, capsys):
+    """By somebody who has the ONNX file, Pillow and NumPy; the first is of an older checkpoint."""
+    preprocessing = {**PREPROCESSING, "input_size": side, "crop_ratio": 0.8, **known}
+    path = write_checkpoint("tiny_test_resnet", tmp_path, images, preprocessing)
+    transparent = Image.effect_noise((50, 43), 90).convert("RGB")
+    transparent.putalpha(Image.linear_gradient("L").resize((50, 43)))
+    transparent.save(tmp_path / "transparent.png")
+    files = [*sorted(images.glob("val/*/0.png")), tmp_path / "transparent.png"]
+    assert run(path, "--format", "onnx", "safetensors", "--output", tmp_path / "out") == 0
+    session = onnxruntime.InferenceSession(tmp_path / "out/best.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    with safe_open(tmp_path / "out/best.safetensors", "pt") as file:
+        assert file.metadata()["preprocessing"] == metadata["preprocessing"]
+    steps = json.loads(metadata["preprocessing"])["steps"]
+    capsys.readouterr()
+    assert predict.main([*map(str, (path, *files)), "--format", "json", "--device", "cpu"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    for file, answer in zip(files, answers, strict=True):
+        [logits] = session.run(None, {"images": prepared(file, steps)})[0]
+        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        given = {p["class"]: p["confidence"] for p in answer["predictions"]}
+        assert [given[n] for n in NAMES] == pytest.approx(shares.tolist(), abs=2e-3)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".hub"])
@@ -246,7 +278,7 @@ def test_onnx_files_of_others_and_broken_ones_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="leave --ema out"):
         inference.load_for_inference(tmp_path / "theirs.onnx", ema=True)
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match="broken.safetensors can't be read"):
+    with pytest.raises(CheckpointError, match="broken.safetensors is a text file"):
         inference.load_for_inference(tmp_path / "broken.safetensors")
     from safetensors.torch import save_file
 

@@ -172,6 +172,29 @@ def test_this_project_reads_what_it_wrote(tmp_path):
         torch.testing.assert_close(again.model(x[None]), model(x[None]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("background", ["navy", "drop", None])
+def test_the_background_goes_there_and_back(background, tmp_path):
+    """timm has no field for it, and no trouble with what is there instead."""
+    known = {} if background is None else {"background": background}
+    path = write_checkpoint(tmp_path, "simple_cnn", 32, **known)
+    if background is None:
+        content = load_checkpoint(path)
+        del content["preprocessing"]["background"]
+        save_checkpoint(path, content)
+    assert export.main([str(path), "--format", "hub"]) == 0
+    folder = tmp_path / "export/best.hub"
+    image = Image.effect_noise((70, 60), 60).convert("RGB")
+    image.putalpha(Image.linear_gradient("L").resize((70, 60)))
+    x = load_for_inference(path).transform(image)
+    assert torch.equal(load_for_inference(folder).transform(image), x)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["preprocessing"]["background"] == (background or "drop")
+    steps = {step["step"]: step for step in config["preprocessing"]["steps"]}
+    wanted = [0, 0, 128] if background == "navy" else None
+    assert steps["decode"]["background"] == wanted
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 3
+
+
 def test_small_inputs_are_cropped_alike(tmp_path):
     path = write_checkpoint(tmp_path, "simple_cnn", 32, crop_ratio=0.5, crop_mode="center")
     assert export.main([str(path), "--format", "hub"]) == 0

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from augmentation.transforms import CentreCrop
 from inference import load_for_inference
 from tools import predict
 from tools.common import trained
@@ -46,6 +49,45 @@ def test_confidences_are_those_of_the_model(checkpoint, images, capsys, options)
         given = {p["class"]: p["confidence"] for p in answer["predictions"]}
         assert given == pytest.approx(wanted, abs=1e-5)
         assert [p["class"] for p in answer["predictions"]] == sorted(wanted, key=wanted.get)[::-1]
+
+
+def test_narrow_transparent_and_broken_images_do_not_spoil_the_others(
+    checkpoint, images, tmp_path, capsys
+):
+    good = tmp_path / "c.png"
+    shutil.copy(images / "val/blue/0.png", good)
+    Image.new("RGB", (50_000, 1)).save(tmp_path / "a.png")
+    Image.new("RGB", (1, 500_000)).save(tmp_path / "b.png")
+    hidden = Image.open(good).convert("RGBA")
+    hidden.putalpha(0)
+    hidden.save(tmp_path / "d.png")
+    Image.new("RGB", hidden.size, "white").save(tmp_path / "e.png")
+    (tmp_path / "f.png").write_bytes(good.read_bytes()[:60])
+    code, out, err = ask(capsys, checkpoint, tmp_path, "--format", "json")
+    answers = {Path(a["file"]).name: a["predictions"] for a in json.loads(out)}
+    assert code == 4 and err.count("f.png") == 1
+    assert list(answers) == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    given = {p["class"]: p["confidence"] for p in answers["c.png"]}
+    assert given == pytest.approx(expected(checkpoint, good), abs=1e-5)
+    assert answers["d.png"] == answers["e.png"] != answers["c.png"]
+
+
+def test_an_image_that_needs_too_much_memory_is_named(
+    checkpoint, images, tmp_path, capsys, monkeypatch
+):
+    crop = CentreCrop.crop
+
+    def greedy(self, image):
+        if image.size == (9, 7):
+            raise MemoryError
+        return crop(self, image)
+
+    monkeypatch.setattr(CentreCrop, "crop", greedy)
+    Image.new("RGB", (9, 7)).save(tmp_path / "greedy.png")
+    argv = (checkpoint, tmp_path, images / "val/blue", "--format", "json")
+    code, out, err = ask(capsys, *argv)
+    assert code == 4 and len(json.loads(out)) == len(list(images.glob("val/blue/*")))
+    assert "greedy.png: needs more memory than there is" in err
 
 
 def test_flip_and_ema_change_the_answer(checkpoint, images):

@@ -159,7 +159,7 @@ def test_images_of_other_classes_are_an_error(checkpoint, tmp_path, capsys):
 
 def test_the_report_shows_the_diagnosis(checkpoint, tmp_path):
     log = tmp_path / "log.txt"
-    flat = [{"epoch": e, "train_loss": 2.3, "test_loss": 2.3} for e in range(4)]
+    flat = [{"epoch": e, "train_loss": 2.3, "test_loss": 2.3} for e in range(1, 5)]
     log.write_text("\n".join(map(json.dumps, flat)))
     assert run(checkpoint, "--log", log, "--output", tmp_path) == 0
     assert json.loads((tmp_path / "report.json").read_text())["training"][0]["kind"] == "flat"

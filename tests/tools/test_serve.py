@@ -1,6 +1,7 @@
 """tools.serve over real sockets: answers, limits, status codes."""
 
 import http.client
+import io
 import json
 import re
 import socket
@@ -14,6 +15,7 @@ from serving import LIMITS, bomb, form, metrics, opened, png, predict, request, 
 from starlette.exceptions import HTTPException
 from tiny_images import COLOURS
 
+from augmentation.transforms import CentreCrop
 from tools.serve.middleware import RequestBody
 from tools.serve.service import Limits
 
@@ -46,6 +48,41 @@ def test_one_bad_image_among_many_is_named(port, images):
         port, form([("b", b"no"), ("c", b"no")]), "", "multipart/form-data; boundary=cut"
     )
     assert status == 422 and content["error"] == content["images"][1]["error"]
+
+
+def test_narrow_and_transparent_images_are_answered(port, images):
+    """50,000 × 1 pixels cost what an image of the model's size does."""
+    hidden = Image.open(images / "val/blue/0.png").convert("RGBA")
+    hidden.putalpha(0)
+    buffer = io.BytesIO()
+    hidden.save(buffer, "PNG")
+    files = [("wide", png(50_000, 1)), ("tall", png(1, 90_000)), ("hidden", buffer.getvalue())]
+    status, _, content = predict(port, form(files), "", "multipart/form-data; boundary=cut")
+    assert status == 200 and all("predictions" in image for image in content["images"])
+    white = predict(port, png(*hidden.size, "white"))[2]["images"][0]["predictions"]
+    assert content["images"][2]["predictions"] == white
+
+
+def test_an_image_that_fails_inside_does_not_spoil_the_others(checkpoint, monkeypatch, caplog):
+    crop = CentreCrop.crop
+
+    def failing(self, image):
+        if image.size == (9, 7):
+            raise MemoryError
+        if image.size == (9, 8):
+            raise RuntimeError("secret of the inside")
+        return crop(self, image)
+
+    monkeypatch.setattr(CentreCrop, "crop", failing)
+    files = [("a", png(9, 9)), ("greedy", png(9, 7)), ("bug", png(9, 8))]
+    with running(checkpoint) as (_, port):
+        status, _, content = predict(port, form(files), "", "multipart/form-data; boundary=cut")
+        good, greedy, bug = content["images"]
+        assert status == 200 and "predictions" in good
+        assert (greedy["file"], greedy["status"]) == ("greedy", 422)
+        assert (bug["file"], bug["status"]) == ("bug", 500) and "secret" not in bug["error"]
+        assert predict(port, png(9, 7))[0] == 422 and predict(port, png(9, 8))[0] == 500
+    assert "secret of the inside" in caplog.text
 
 
 def test_explanation_is_an_image_of_the_class_asked_about(port, images):
@@ -135,7 +172,7 @@ def test_a_body_is_not_kept_beyond_the_limit():
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pixels_are_counted_before_decoding(port, monkeypatch):
     decoded = []
-    monkeypatch.setattr("tools.serve.images.decode", decoded.append)
+    monkeypatch.setattr("inference.decode", lambda image, background: decoded.append(image))
     for content in (png(317, 317), bomb(30_000, 30_000), bomb(10_000, 10_000)):
         status, _, answer = predict(port, content)
         assert status == 413 and "pixels" in answer["error"]

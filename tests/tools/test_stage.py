@@ -32,8 +32,9 @@ def test_a_trial_goes_on_from_epoch_to_epoch_and_stops_at_its_update():
 
 
 def test_tools_refuse_what_only_a_run_can_do(capsys):
-    for tool in (doctor, overfit, lr_find):
+    for tool in (overfit, lr_find):
         assert tool.main([*SMALL, "--batch-size", "auto"]) == 2
         assert "error: --batch-size: auto" in capsys.readouterr().err
+    for tool in (doctor, overfit, lr_find):
         assert tool.main([*SMALL, "--no-such-option"]) == 2
         assert "unknown option --no-such-option" in capsys.readouterr().err

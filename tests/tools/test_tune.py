@@ -76,7 +76,7 @@ for epoch in range(options["epochs"]):
     (folder / f"checkpoint-000{{epoch}}.pth").touch()
     accuracy = best * (epoch + 1) / options["epochs"]
     with open(folder / "log.txt", "a") as log:
-        log.write(json.dumps({{"epoch": epoch, "test_acc1": accuracy}}) + "\\n")
+        log.write(json.dumps({{"epoch": epoch + 1, "test_acc1": accuracy}}) + "\\n")
         log.flush()
     if os.environ.get("FAKE") == "hang" or (accuracy < 30 and options["weight_decay"] > 0.5):
         time.sleep({PATIENCE})

@@ -66,4 +66,39 @@ def test_automatic_batch_steps_down_when_memory_ends_later(images, tmp_path, cap
     assert train(images, tmp_path / "run", *options, "--no-model-ema") == 0
     output = capsys.readouterr().out
     assert "12 = 12 × 1" in output and "resumed" in output and "12 = 4 × 1" in output
-    assert [record["epoch"] for record in logged(tmp_path / "run")] == [0, 1, 2]
+    assert [record["epoch"] for record in logged(tmp_path / "run")] == [1, 2, 3]
+
+
+NORMED = """
+import timm
+from torch import nn
+
+@timm.models.register_model
+def normed(pretrained=False, num_classes=2, **kwargs):
+    pooled = nn.AdaptiveAvgPool2d(1) if {pooled} else nn.Identity()
+    size = 3 if {pooled} else 192
+    return nn.Sequential(pooled, nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(size, num_classes))
+"""
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_one_image_without_batch_statistics_is_refused_before_training(
+    images, tmp_path, capsys, pooled
+):
+    (tmp_path / "normed.py").write_text(NORMED.format(pooled=pooled))
+    options = ["--plugin", str(tmp_path / "normed.py"), "--model", "normed", "--batch-size", "1"]
+    options += ["--epochs", "1", "--warmup-epochs", "0"]
+    assert train(images, tmp_path / "run", *options) == (2 if pooled else 0)
+    if pooled:
+        output = capsys.readouterr()
+        assert "error: --batch-size: 1 image has no batch statistics" in output.err
+        assert "epoch 1" not in output.out and not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_automatic_batch_of_a_small_set(images, tmp_path, capsys):
+    """The fixture has 24 images: of four updates per epoch each has 4, the power of two below 6."""
+    assert train(images, tmp_path / "run", "--batch-size", "auto", "--epochs", "2") == 0
+    assert "4 = 4 × 1 process(es) × 1 accumulated" in capsys.readouterr().out
+    options = ("--batch-size", "auto", "--effective-batch", "48")
+    assert train(images, tmp_path / "other", *options) == 2
+    assert "--effective-batch: 48 images per update are more than" in capsys.readouterr().err

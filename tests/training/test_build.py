@@ -7,24 +7,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import models
-from architectures.factory import wants_channels_last
 
 EPOCH = ("--epochs", "1", "--warmup-epochs", "0", "--no-model-ema")
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("resnet18", True),
-        ("convnext_atto", True),
-        ("deit_nano_patch4_32", False),
-        ("cait_xxs24_224", False),
-    ],
-)
-def test_convolutional_networks_go_channels_last(name, expected):
-    model = models.build_model(name, 3, input_size=224 if "224" in name else 32)
-    assert wants_channels_last(model, None) is expected
-    assert wants_channels_last(model, not expected) is not expected
 
 
 @pytest.mark.parametrize("options, expected", [((), True), (("--no-channels-last",), False)])

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
-from runs import ROOT
+from runs import ROOT, train
 from safetensors.torch import save_file
 from tiny_images import image_folder
 
@@ -15,6 +15,7 @@ import main
 from architectures.factory import published_cfg
 from augmentation.transforms import Preprocessing
 from checkpointing.files import save_checkpoint
+from checkpointing.folder import load_newest
 from config import COMMAND_LINE, DEFAULT, MODEL, load
 from errors import CheckpointError, OptionError
 from pipeline.decoding import decode
@@ -25,6 +26,7 @@ from training.image_options import (
 )
 
 OPTIONS = ("input_size", "eval_crop_ratio", "crop_mode", "interpolation", "mean", "std")
+TIMMS = (0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
 # Models of all kinds of configuration: sizes, crops, filters, crop modes, normalisations.
 NAMES = (
     "deit_tiny",
@@ -190,6 +192,44 @@ def test_only_what_is_asked_for_changes_a_checkpoints_preprocessing():
     assert asked_preprocessing(config, trained) == Preprocessing(
         64, 0.9, "lanczos", (0.5, 0.5, 0.5), (0.4, 0.5, 0.6), "border"
     )
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted"), [({"background": "navy"}, "navy"), ({}, "drop"), (None, "white")]
+)
+def test_transparency_is_as_the_weights_know_it(tmp_path, saved, wanted):
+    """timm's published weights have no background: white, as everywhere."""
+    if saved is None:
+        argv = ["--model", "resnet18", "--pretrained"]
+    else:
+        values = Preprocessing(48, *TIMMS).to_dict()
+        del values["background"]
+        content = {"model": {"x": torch.zeros(1)}, "preprocessing": values | saved, "config": {}}
+        save_checkpoint(tmp_path / "best.pth", content)
+        argv = ["--model", "resnet18", "--finetune", str(tmp_path / "best.pth")]
+    assert with_options_of_weights(load(argv)).data.background == wanted
+    config = load([*argv, "--background", "#010203"])
+    assert with_options_of_weights(config).data.background == "#010203"
+    trained = Preprocessing(48, *TIMMS, background=wanted)
+    assert asked_preprocessing(load([]), trained) == trained
+    assert asked_preprocessing(config, trained).background == "#010203"
+
+
+@pytest.mark.parametrize("saved", ["navy", None])
+def test_a_run_goes_on_with_its_background(saved, images, tmp_path):
+    """One from before there was a choice with transparency dropped; unless another is asked for."""
+    short = ("--model", "simple_cnn", "--no-model-ema", "--no-repeated-aug")
+    first = () if saved is None else ("--background", saved)
+    assert train(images, tmp_path, *short, *first, "--stop-at-epoch", "1") == 0
+    path, content = load_newest(tmp_path)
+    assert content["preprocessing"]["background"] == (saved or "white")
+    if saved is None:
+        del content["preprocessing"]["background"], content["config"]["background"]
+        save_checkpoint(path, content)
+    for asked, wanted in (((), saved or "drop"), (("--background", "#010203"), "#010203")):
+        start = ("--resume", "auto", "--stop-at-epoch", "2" if not asked else "3")
+        assert train(images, tmp_path, *short, *asked, *start) == 0
+        assert load_newest(tmp_path)[1]["preprocessing"]["background"] == wanted
 
 
 @pytest.mark.parametrize("how", ["pretrained", "resume"])

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from disks import fill, read_only, small_disk
 from runs import ROOT
 
 from errors import OptionError
-from training.lock import LOCK_FILE, SILENCE, RunLock
+from training.lock import LOCK_FILE, SILENCE, WRITING, RunLock
 
 
 def write(folder: Path, **changed: object) -> None:
@@ -94,7 +95,55 @@ def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
     held.release()
 
 
-def test_a_lock_that_is_not_readable_is_taken_over_when_old(tmp_path):
-    (tmp_path / LOCK_FILE).write_text("half a li")
-    os.utime(tmp_path / LOCK_FILE, (1, 1))
+@pytest.mark.parametrize("text", [b"", b"half a li", b"[]", b'{"host": "x"}', b"\xff\x00"])
+def test_a_lock_that_is_not_whole_is_taken_over_when_old(tmp_path, text):
+    (tmp_path / LOCK_FILE).write_bytes(text)
+    past = time.time() - WRITING - 1
+    os.utime(tmp_path / LOCK_FILE, (past, past))
     RunLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ahead", [0, 3600])
+def test_a_lock_that_is_not_whole_is_waited_for_no_longer_than_writing_takes(
+    tmp_path, monkeypatch, ahead
+):
+    """The storage's clock may be ahead of this machine's."""
+    monkeypatch.setattr("training.lock.WRITING", 0.3)
+    (tmp_path / LOCK_FILE).write_bytes(b"")
+    os.utime(tmp_path / LOCK_FILE, (time.time() + ahead,) * 2)
+    RunLock(tmp_path).release()
+
+
+def test_no_room_for_a_lock_leaves_none(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        filler = fill(disk)
+        with pytest.raises(OptionError, match=r"run.lock: No space left on device \(free space"):
+            RunLock(disk)
+        assert list(disk.iterdir()) == [filler]
+        filler.unlink()
+        RunLock(disk).release()
+
+
+def test_a_lock_that_cannot_be_removed_is_said_and_holds_nobody(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        lock = RunLock(disk)
+        with pytest.raises(OptionError, match="in use by process"):
+            RunLock(disk)
+        read_only(disk)
+        lock.release()
+        assert f"the lock stays: {disk / LOCK_FILE}: Read-only file system" in caplog.text
+        with pytest.raises(OptionError, match="Read-only file system"):
+            RunLock(disk)
+        read_only(disk, on=False)
+        RunLock(disk).release()
+        assert not list(disk.iterdir())
+
+
+def test_signs_of_life_that_fail_are_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("training.lock.HEARTBEAT", 0.02)
+    held = RunLock(tmp_path)
+    (tmp_path / LOCK_FILE).unlink()
+    time.sleep(0.3)
+    assert caplog.text.count(LOCK_FILE) == 1
+    held.release()

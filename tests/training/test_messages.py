@@ -2,8 +2,9 @@
 
 import re
 
-from runs import train
+from runs import arguments, train
 
+import main
 from utils import cores
 
 DIGITS = ("--data-set", "DIGITS", "--batch-size", "64", "--epochs", "1", "--warmup-epochs", "0")
@@ -74,3 +75,12 @@ def test_a_fast_run_gets_no_advice(tmp_path, capsys):
     assert train("", tmp_path, *DIGITS) == 0
     shown = capsys.readouterr()
     assert "waiting for images" not in shown.out + shown.err
+
+
+def test_commands_to_paste_are_quoted_and_tensorboard_is_named_where_it_is_on(tmp_path, capsys):
+    folder = tmp_path / "my run"
+    argv = [word for word in arguments("", folder, *DIGITS) if word != "--no-tensorboard"]
+    assert main.main(argv) == 0
+    assert f"TensorBoard: tensorboard --logdir '{folder}'\n" in capsys.readouterr().out
+    assert train("", tmp_path / "other", *DIGITS) == 0
+    assert "tensorboard" not in capsys.readouterr().out.lower()

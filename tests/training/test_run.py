@@ -133,7 +133,7 @@ def test_files_of_a_run(images, tmp_path, curves):
     assert main.main(with_tensorboard(argv)) == 0
     records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     wanted = {"train_lr", "train_loss", "test_loss", "test_acc1", "epoch", "n_parameters"}
-    assert wanted <= records[0].keys() and [r["epoch"] for r in records] == [0, 1, 2]
+    assert wanted <= records[0].keys() and [r["epoch"] for r in records] == [1, 2, 3]
     assert "test_acc5" not in records[0]  # three classes
     assert Image.open(tmp_path / "curves.png").size[0] > 600
     rows = (tmp_path / "per_class.csv").read_text().splitlines()

@@ -27,6 +27,7 @@ def assert_same_run(one, two) -> None:
     assert_close(newest(one), newest(two))
     for left, right in zip(logged(one), logged(two), strict=True):
         assert left["test_acc1"] == right["test_acc1"]
+        assert left["train_acc1"] == right["train_acc1"]
         assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-5)
         assert left["train_lr"] == right["train_lr"]
 

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from runs import (
 
 import main
 from checkpointing.folder import checkpoints_in
-from training.signals import StopRequest
+from errors import Stopped
+from training.signals import NUMBERS, StopRequest
 
 
 def stopped_by(number: int, images: Path, folder: Path, *options: str) -> tuple[int, str]:
@@ -36,10 +38,10 @@ def stopped_by(number: int, images: Path, folder: Path, *options: str) -> tuple[
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_request_is_kept_until_it_is_asked_for(number):
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    with StopRequest() as stop, stop.deferred():
         assert not stop.agreed() and stop.signal is None
         signal.raise_signal(number)
         assert stop.agreed() and stop.signal == number
@@ -47,6 +49,47 @@ def test_a_request_is_kept_until_it_is_asked_for(number):
         signal.raise_signal(signal.SIGUSR1)
         assert stop.agreed() and stop.signal == number
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_before_there_is_anything_to_save_a_signal_leaves_at_once(number):
+    with StopRequest(), pytest.raises(Stopped) as caught:
+        signal.raise_signal(number)
+    assert caught.value.exit_code == 128 + number
+
+
+def test_a_wait_ends_with_a_signal_that_came_before_or_comes():
+    with StopRequest() as stop, stop.deferred():
+        with pytest.raises(Stopped), stop.waiting():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), stop.waiting():
+            raise AssertionError("nothing is waited for any more")
+
+
+def test_whoever_started_the_run_keeps_its_signals_until_training():
+    came = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: came.append(number))
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            with stop.deferred():
+                signal.raise_signal(signal.SIGUSR1)
+                assert stop.agreed()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came == [signal.SIGUSR1]
+
+
+def test_another_thread_leaves_signals_alone():
+    def enter() -> None:
+        with StopRequest() as stop, stop.deferred(), stop.waiting():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found: list[object] = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_a_stop_in_mid_epoch_saves_where_it_stood(images, tmp_path, capsys):
@@ -69,7 +112,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(images, tmp_path):
     assert newest(folder)["progress"]["update"] == 8
     command = re.search(r"go on with: python main.py (.*)", output)[1]
     assert main.main([*command.split(), "--stop-at-epoch", "2"]) == 0
-    assert [r["epoch"] for r in logged(folder)] == [0, 1]
+    assert [r["epoch"] for r in logged(folder)] == [1, 2]
 
 
 def test_a_warning_of_a_cluster_saves_and_leaves(images, tmp_path):

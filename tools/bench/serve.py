@@ -128,7 +128,7 @@ class WithoutHttp:
         return count / (time.perf_counter() - start)
 
     def _tensor(self, path: str) -> torch.Tensor:
-        return trained.read_image(path, self.classifier)
+        return self.classifier.transform(path)
 
     def _answer(self, images: torch.Tensor) -> None:
         trained.probabilities(self.classifier.model, images.to(self.device)).cpu()

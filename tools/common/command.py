@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 import main
-from errors import UserError, did_you_mean
+from errors import UserError, did_you_mean, os_errors_in_words
+from outputs.console import console
+from outputs.files import reason
 
 Item = TypeVar("Item")
 
@@ -71,6 +73,11 @@ def run_subcommand(
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    with console():
+        return _run_subcommand(name, subcommands, argv)
+
+
+def _run_subcommand(name: str, subcommands: Mapping[str, str], argv: list[str]) -> int:
     if argv and argv[0] in subcommands:
         return importlib.import_module(f"tools.{name}.{argv[0]}").main(argv[1:])
     helps = argv[:1] in (["-h"], ["--help"])
@@ -89,20 +96,26 @@ def run(
     command: Callable[[argparse.Namespace], int | None],
     arguments: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
+    *,
+    reader_ends: bool = False,
 ) -> int:
-    """Parse ``argv``, carry out ``command``; returns the exit code (docs/reliability.md)."""
-    try:
-        return command(arguments.parse_args(argv)) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # Whoever reads the output (head, less) has seen enough.
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Parse ``argv``, carry out ``command``; returns the exit code (docs/reliability.md).
+
+    With ``reader_ends`` a command whose output nobody reads any more (``| head``) ends well at
+    once; any other goes on to its end.
+    """
+    with console(reader_ends=reader_ends):
+        try:
+            with os_errors_in_words():
+                return command(arguments.parse_args(argv)) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except BrokenPipeError:
+            return 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
 
 def require(module: str, package: str | None = None) -> ModuleType:
@@ -117,14 +130,18 @@ def require(module: str, package: str | None = None) -> ModuleType:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text``, whole, into a folder that is made if need be. Raises UserError."""
-    from utils import written_whole  # brings torch, which --help needn't wait for
+    import utils  # brings torch, which --help needn't wait for
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        utils.write_text(path, text)
     except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from None
+        raise not_written(path, error) from None
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    """What to raise where ``path`` can't be written."""
+    return UserError(f"not written: {reason(error, path)}")
 
 
 def progress(items: Iterable[Item], what: str, *, total: int | None = None) -> Iterable[Item]:

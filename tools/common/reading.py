@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from config import Config
-from errors import UserError
+from errors import UserError, os_error_text
 from pipeline.dataset import ImageDataset, build_dataset
-from pipeline.decoding import BadImageError
+from pipeline.decoding import BadImageError, open_image
+from pipeline.formats import what_it_is
 from pipeline.workers import auto_num_workers
 from tools.common.command import progress
 from training.plugins import import_plugins
@@ -49,7 +50,7 @@ def file_of(image: Any) -> bytes | None:
             return Path(image).read_bytes()
         return image.read() if hasattr(image, "read") else None
     except OSError as error:
-        raise BadImageError(error.strerror or str(error)) from None
+        raise BadImageError(os_error_text(OSError(*error.args))) from None
 
 
 def pixels_of(image: Any) -> bytes:
@@ -64,10 +65,10 @@ def kind_of(content: bytes) -> tuple[str, str, tuple[int, int]]:
     Raises BadImageError.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             return image.format or "?", image.mode, image.size
     except UnidentifiedImageError:
-        raise BadImageError("not an image that Pillow can read") from None
+        raise BadImageError(what_it_is(content)) from None
     except Exception as error:  # Pillow's plug-ins raise almost anything
         raise BadImageError(str(error) or type(error).__name__) from None
 

@@ -1,5 +1,7 @@
 """Where a run's parts are tried before training: one process, one device."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,8 @@ from distributed.rendezvous import joined
 from errors import OptionError
 from optimization.schedule import Schedule
 from optimization.state import TrainState
+from pipeline.cache import CachedLoader
+from pipeline.loader import Loader
 from training.build import Parts
 from training.data import Data
 from training.image_options import with_options_of_weights
@@ -19,12 +23,15 @@ from training.run import assemble, set_up_process
 
 
 @contextmanager
-def single_process(config: Config) -> Iterator[tuple[Config, Processes, torch.device]]:
+def single_process(
+    config: Config, *, finds_batch: bool = False
+) -> Iterator[tuple[Config, Processes, torch.device]]:
     """``config`` as a run has it, this process and its device, set up as a run's is.
 
-    Raises OptionError for what only a run can do.
+    Raises OptionError for what only a run can do; ``--batch-size auto`` is too, unless the tool
+    ``finds_batch`` itself.
     """
-    if config.data.batch_size == "auto":
+    if config.data.batch_size == "auto" and not finds_batch:
         raise OptionError("batch_size", "auto is found by training itself: give a number here")
     with joined(config.dist, config.run.device) as processes:
         if processes.distributed:
@@ -58,6 +65,23 @@ class Trial:
         self.state: TrainState = self.parts.state
         self.state.ema = None
 
+    def with_batches_of(self, size: int) -> "Trial":
+        """The same state, of which an update takes one batch of ``size`` images.
+
+        They are no more than the run's own; evaluation takes as many at a time.
+        """
+        trial = copy.copy(self)
+        train_loader = _resized(self.data.train_loader, size)
+        trial.data = dataclasses.replace(
+            self.data,
+            train_loader=train_loader,
+            val_loader=_resized(self.data.val_loader, min(size, self.data.val_loader.batch_size)),
+            steps=len(train_loader),
+        )
+        trial.settings = dataclasses.replace(self.settings, batch_size=size, accum_steps=1)
+        trial.parts = dataclasses.replace(self.parts, data=trial.data, settings=trial.settings)
+        return trial
+
     def train(
         self,
         updates: int,
@@ -83,6 +107,15 @@ class Trial:
             )
             if progress.step >= self.data.steps:
                 progress.end_epoch()
+
+
+def _resized(loader: Loader | CachedLoader, size: int) -> Loader | CachedLoader:
+    """``loader`` with batches of ``size`` images."""
+    settings = dataclasses.replace(loader.settings, batch_size=size)
+    plain = Loader(loader.dataset, loader.sampler, settings)
+    if isinstance(loader, CachedLoader):
+        return CachedLoader(loader.store, plain, loader.transform, alter=loader.alter)
+    return plain
 
 
 class _Limit(engine.Hooks):

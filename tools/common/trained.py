@@ -18,15 +18,16 @@ from torch import Tensor, nn
 import config
 import inference
 import utils
+from checkpointing.files import named, split_of
 from checkpointing.published import is_published, short_name
 from distributed.processes import Processes
-from errors import CheckpointError, DataError, OptionError, UserError, first_names
+from errors import DataError, OptionError, UserError, first_names
 from inference import Classifier
 from pipeline import imagenet
 from pipeline.dataset import ImageDataset, build_dataset
-from pipeline.decoding import EXTENSIONS, decode
 from pipeline.loader import Loader
 from pipeline.sources.registry import validation_classes
+from pipeline.sources.scan import image_files
 from tools.common import command
 from training.data import build_val_loader
 from training.plugins import import_plugins
@@ -78,13 +79,9 @@ def open_model(arguments: argparse.Namespace) -> Trained:
     if arguments.model.endswith(".onnx"):
         classifier = inference.load_for_inference(arguments.model, device=device, ema=arguments.ema)
         return Trained(classifier, {}, device)
-    try:
+    with named(arguments.model):
         content = inference.read_content(arguments.model)
         classifier = inference.from_content(content, device=device, ema=arguments.ema)
-    except CheckpointError as error:
-        if arguments.model in str(error):
-            raise
-        raise CheckpointError(f"{arguments.model}: {error}") from None
     return Trained(classifier, content, device)
 
 
@@ -118,7 +115,7 @@ def loader(arguments: argparse.Namespace, trained: Trained, *, training: bool = 
     """
     options = _options(arguments, trained.content)
     names = trained.classifier.class_names
-    dataset = _dataset(options, names, training)
+    dataset = _dataset(options, names, training, trained.content)
     if names == inference.unnamed(len(dataset.classes)):
         _take_in_order(dataset.classes, options)
     elif list(dataset.classes) not in (names, imagenet.ids_of(names)):
@@ -148,11 +145,15 @@ def _take_in_order(names: Sequence[str], options: config.Config) -> None:
     print("note: the model's classes have no names: taken in the order of the set", file=sys.stderr)
 
 
-def _dataset(options: config.Config, names: list[str], training: bool) -> ImageDataset:
+def _dataset(
+    options: config.Config, names: list[str], training: bool, content: dict[str, Any]
+) -> ImageDataset:
     """The images, of classes ``names``; ImageNet's may have folders named by WordNet ids."""
 
+    seed, before = split_of(content, options.run.seed)
+
     def build(classes: Sequence[str] | None) -> ImageDataset:
-        return build_dataset(training, options.data, seed=options.run.seed, classes=classes)
+        return build_dataset(training, options.data, seed=seed, classes=classes, held_out=before)
 
     if training:
         return build(None)
@@ -204,12 +205,7 @@ def _paths_of(given: str) -> list[str]:
         return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     path = Path(given).expanduser()
     if path.is_dir():
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path, followlinks=True)
-            for name in names
-            if Path(name).suffix.lower() in EXTENSIONS
-        )
+        found = sorted(image_files(path))
         if not found:
             raise UserError(f"{given}: no images in this folder")
         return found
@@ -258,11 +254,6 @@ def probabilities(model: nn.Module, images: Tensor, *, flip: bool = False) -> Te
             "the model's answers are not finite: python -m tools.inspect MODEL names bad weights"
         )
     return answers
-
-
-def read_image(path: str, classifier: Classifier) -> Tensor:
-    """The image of a file as the model takes it, (3, H, W). Raises BadImageError."""
-    return classifier.transform(decode(path))
 
 
 def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from config import Config
 from errors import UserError, first_names
-from pipeline.dataset import IMBALANCE, ImageDataset
-from pipeline.decoding import BadImageError, decode
+from pipeline.dataset import IMBALANCE, ImageDataset, findings
+from pipeline.decoding import BadImageError, decode, is_transparent, naming_lack_of_memory
 from tools.common import command, reading
 from tools.common.page import Page
 
@@ -54,10 +54,12 @@ class ImageFacts:
     """Mean of their squares."""
     problem: str = ""
     """Why the image can't be read."""
+    transparent: bool = False
+    """Whether any of its pixels is."""
 
 
-def measure_image(dataset: ImageDataset, index: int) -> ImageFacts:
-    """Read an image and measure it; one that can't be read has a ``problem``."""
+def measure_image(dataset: ImageDataset, index: int, background: str) -> ImageFacts:
+    """Read an image and measure it on ``background``; one that can't be read has a ``problem``."""
     label = -1 if dataset.targets is None else int(dataset.targets[index])
     digest, form, mode, size = b"", "?", "?", (0, 0)
     try:
@@ -68,25 +70,33 @@ def measure_image(dataset: ImageDataset, index: int) -> ImageFacts:
         if content is not None:
             form, mode, size = reading.kind_of(content)
             encoded = io.BytesIO(content)
-        image = decode(encoded)
+        transparent = is_transparent(encoded)
+        image = decode(encoded, background)
         if content is None:
             form, size = "pixels", image.size
             mode = "L" if np.asarray(encoded).ndim == 2 else "RGB"
+        with naming_lack_of_memory():
+            pixels = np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255
+            means = (tuple(x.mean(0).tolist()) for x in (pixels, pixels**2))
+            return ImageFacts(
+                index, label, digest, form, mode, size, *means, transparent=transparent
+            )
     except (BadImageError, OSError) as error:
         return ImageFacts(index, label, digest, form, mode, size, (), (), str(error))
-    pixels = np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255
-    mean, square = pixels.mean(0), (pixels**2).mean(0)
-    return ImageFacts(
-        index, label, digest, form, mode, size, tuple(mean.tolist()), tuple(square.tolist())
-    )
 
 
-def measure_images(dataset: ImageDataset, name: str, limit: int | None) -> list[ImageFacts]:
+def measure_images(
+    dataset: ImageDataset, name: str, limit: int | None, background: str
+) -> list[ImageFacts]:
     """The facts of every image, or of ``limit`` of them in even distances."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return list(
-        reading.in_threads(functools.partial(measure_image, dataset), indices, f"read {name}")
+        reading.in_threads(
+            functools.partial(measure_image, dataset, background=background),
+            indices,
+            f"read {name}",
+        )
     )
 
 
@@ -105,6 +115,7 @@ def part_report(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> dict[str,
         "width": _spread([x.size[0] for x in good]),
         "height": _spread([x.size[1] for x in good]),
         "modes": _count(x.mode for x in good),
+        "transparent": sum(x.transparent for x in good),
         "formats": _count(x.form for x in good),
         "brightness": _spread([_brightness(x) for x in good]),
         **_normalisation(good),
@@ -229,7 +240,7 @@ def draw(
     page.heading("Sizes and brightness")
     page.chart(_spread_chart(facts))
     page.heading("Samples of the training part")
-    for name, row in _samples(parts["train"], facts["train"]):
+    for name, row in _samples(parts["train"], facts["train"], report["background"]):
         page.image(row, name)
     _add_lists(page, report)
     return page
@@ -256,6 +267,7 @@ _OVERVIEW = (
     ("height, pixels", lambda part: _range(part["height"])),
     ("brightness, 0–1", lambda part: _range(part["brightness"], 2)),
     ("colour modes", lambda part: _shares(part["modes"])),
+    ("with transparency", lambda part: part["transparent"]),
     ("formats", lambda part: _shares(part["formats"])),
     ("--mean", lambda part: " ".join(f"{x:.4f}" for x in part["mean"])),
     ("--std", lambda part: " ".join(f"{x:.4f}" for x in part["std"])),
@@ -307,7 +319,9 @@ def _spread_chart(facts: dict[str, list[ImageFacts]]) -> Any:
     return figure
 
 
-def _samples(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> list[tuple[str, Image.Image]]:
+def _samples(
+    dataset: ImageDataset, facts: Sequence[ImageFacts], background: str
+) -> list[tuple[str, Image.Image]]:
     """A strip of thumbnails for each of at most ``MOST_CLASSES`` classes."""
     members: dict[int, list[int]] = {}
     for x in facts:
@@ -321,7 +335,7 @@ def _samples(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> list[tuple[s
         places = np.linspace(0, len(indices) - 1, min(ROW, len(indices))).round().astype(int)
         strip = Image.new("RGB", (ROW * THUMBNAIL, THUMBNAIL), "white")
         for place, i in enumerate(places.tolist()):
-            image = decode(dataset.source.open(indices[i]))
+            image = decode(dataset.source.open(indices[i]), background)
             image.thumbnail((THUMBNAIL - 2, THUMBNAIL - 2))
             strip.paste(image, (place * THUMBNAIL, 0))
         strips.append((f"{dataset.classes[label]} ({len(indices):,})", strip))
@@ -355,22 +369,21 @@ def _add_list(page: Page, title: str, header: Sequence[str], rows: Sequence[Sequ
 def explore(config: Config, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the report of ``config``'s data set to ``folder``; returns it."""
     parts = reading.parts(config)
-    facts = {name: measure_images(dataset, name, limit) for name, dataset in parts.items()}
+    background = config.data.background
+    facts = {n: measure_images(dataset, n, limit, background) for n, dataset in parts.items()}
     if not any(not x.problem for x in facts["train"]):
         raise UserError(f"no training image can be read, the first: {facts['train'][0].problem}")
     report: dict[str, Any] = {
         "data_set": f"{config.data.data_set} {config.data.data_path}".strip(),
+        "background": background,
         "parts": {name: part_report(parts[name], some) for name, some in facts.items()},
         "leak": find_leak(parts, facts),
     }
-    report["warnings"] = warnings_of(report)
+    report["warnings"] = findings(*parts.values()) + warnings_of(report)
     draw(report, parts, facts).write(folder / "report.html")
-    try:
-        (folder / "report.json").write_text(
-            json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+    command.write_text(
+        folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    )
     return report
 
 

@@ -26,8 +26,9 @@ from PIL import Image
 
 from config import Config
 from errors import DataError, UserError
-from pipeline.dataset import ImageDataset
-from pipeline.decoding import EXTENSIONS, BadImageError, decode
+from pipeline.dataset import ImageDataset, findings
+from pipeline.decoding import BadImageError, decode
+from pipeline.formats import EXTENSIONS
 from pipeline.sources.shard_index import ShardIndex
 from tools.common import command, reading
 
@@ -43,19 +44,24 @@ class Packed(NamedTuple):
     problem: str = ""
 
 
-def pack_image(dataset: ImageDataset, index: int, side: int | None, quality: int) -> Packed:
-    """Read an image; larger than ``side``, pixels or not, make a new file of it."""
+def pack_image(
+    dataset: ImageDataset, index: int, side: int | None, quality: int, background: str
+) -> Packed:
+    """Read an image; larger than ``side``, pixels or not, make a new file of it.
+
+    What is transparent in those is on ``background`` from then on.
+    """
     try:
         encoded, label = dataset.source.read(index)
         content = reading.file_of(encoded)
         if content is None:
-            image = decode(encoded)
+            image = decode(encoded, background)
             if side is None or min(image.size) <= side:
                 return Packed(_encode(image, "PNG"), "png", label)
             return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label)
         form, _, size = reading.kind_of(content)
         if side is not None and min(size) > side:
-            image = _shrink(decode(io.BytesIO(content)), side)
+            image = _shrink(decode(io.BytesIO(content), background), side)
             return Packed(_encode(image, "JPEG", quality), "jpg", label)
         return Packed(content, _extension(encoded, form), label)
     except (BadImageError, OSError) as error:
@@ -170,6 +176,8 @@ def pack(
     """Write the shards of ``config``'s data set to ``folder``, which appears when it is whole."""
     reading.new_folder(folder)
     parts = reading.parts(config)
+    for text in findings(*parts.values()):
+        print(f"warning: {text}")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True)
@@ -178,11 +186,17 @@ def pack(
             f"{partial} is there: another pack is at work, or was killed; then remove it"
         ) from None
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+        raise command.not_written(folder, error) from None
     try:
         writers = []
         for name, dataset in parts.items():
-            work = functools.partial(pack_image, dataset, side=side, quality=quality)
+            work = functools.partial(
+                pack_image,
+                dataset,
+                side=side,
+                quality=quality,
+                background=config.data.background,
+            )
             writers.append(ShardWriter(partial, name, shard_size))
             packed = reading.in_threads(work, range(len(dataset)), f"pack {name}")
             for line in write_part(writers[-1], packed, config.data.on_bad_image):

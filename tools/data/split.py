@@ -20,27 +20,36 @@ import numpy as np
 
 from config import DataOptions
 from errors import OptionError, UserError
-from pipeline.dataset import build_dataset
+from pipeline.dataset import build_dataset, findings
 from pipeline.sources.base import stratified_split
 from tools.common import command
 from utils import written_whole
 
 Row = tuple[str, str]  # path, class name
+_COLUMNS = ("image_root", "image_column", "label_column")
 
 
-def read(source: Path) -> list[Row]:
-    """Every image of ``source`` with its class name, sorted."""
+def read(source: Path, **columns: str) -> list[Row]:
+    """Every image of ``source`` with its class name, sorted.
+
+    ``columns`` are options of a CSV file: ``image_root``, ``image_column``, ``label_column``.
+    """
     options = DataOptions(
         data_path=str(source),
         data_set="CSV" if source.is_file() else "IMNET",
         val_fraction=0.5,
+        **columns,
     )
     try:
         halves = [build_dataset(part, options, seed=0) for part in (True, False)]
     except OptionError as error:
         if error.option == "val_fraction":
             raise UserError(f"{source} has a validation part already: nothing to split") from None
+        if error.option != "data_path":
+            raise
         raise UserError(f"{source}: {error.message}") from None
+    for text in findings(*halves):
+        print(f"warning: {text}")
     return sorted(
         (half.source.sample_id(i), half.classes[label])
         for half in halves
@@ -82,7 +91,8 @@ def split(arguments: argparse.Namespace) -> None:
     val, test = arguments.val, arguments.test
     if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
         raise UserError("--val and --test are shares: --val above 0, both together below 1")
-    rows, folder = read(arguments.source), arguments.output_dir
+    columns = {name: getattr(arguments, name) for name in _COLUMNS}
+    rows, folder = read(arguments.source, **columns), arguments.output_dir
     names = np.array([label for _, label in rows])
     parts = shares(np.unique(names, return_inverse=True)[1], val, test, arguments.seed)
     for name in ("train", "val", "test"):
@@ -93,7 +103,7 @@ def split(arguments: argparse.Namespace) -> None:
         for name, indices in parts.items():
             write(folder, name, [rows[i] for i in indices])
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
+        raise command.not_written(folder, error) from None
     classes = len(set(names))
     for name, indices in parts.items():
         print(f"{folder / name}.csv: {len(indices)} images of {len(set(names[indices]))} classes")
@@ -111,6 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--val", type=float, default=0.1, help="share (default: 0.1)")
     arguments.add_argument("--test", type=float, default=0.0, help="share (default: 0, none)")
     arguments.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    for name in _COLUMNS:
+        arguments.add_argument(
+            f"--{name.replace('_', '-')}", default="", help="of a CSV file, as in main.py"
+        )
     return command.run(split, arguments, argv)
 
 

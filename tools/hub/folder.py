@@ -64,9 +64,11 @@ def _write_config(
             "interpolation": preprocessing.interpolation,
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
+            "notes": preprocessing.notes(),
             **{k: cfg[k] for k in ("fixed_input_size", "first_conv", "classifier") if cfg.get(k)},
         },
     }
+    config["preprocessing"] = preprocessing.exported()  # timm reads what is above alone
     pool = getattr(form.model, "global_pool", None) or cfg.get("global_pool")
     config |= {"global_pool": pool} if isinstance(pool, str) else {}
     command.write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
 """The HTTP side: paths, parameters, status codes, answers as JSON."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ from tools.serve.pages import add_pages
 from tools.serve.schema import BODY, RESPONSES
 from tools.serve.service import Limits, Service
 
+log = logging.getLogger(__name__)
+FAILED = "the service failed on this request; its log says why"
 MOST_CLASSES = 1000  # in one answer
 MOST_FIELDS = 16  # of a form, beside its files; they are ignored
 
@@ -87,6 +90,9 @@ async def _predict(
                 answers = await asyncio.gather(
                     *(service.answer(content) for _, content in files), return_exceptions=True
                 )
+                failed = [a for a in answers if isinstance(a, BaseException)]
+                if len(failed) == len(answers) and not isinstance(failed[0], RefusedError):
+                    raise failed[0]
                 entries = [
                     _entry(name, answer, names, topk)
                     for (name, _), answer in zip(files, answers, strict=True)
@@ -94,10 +100,9 @@ async def _predict(
                 if explains and isinstance(answers[0], Answer):
                     index = None if about is None else names.index(about)
                     entries[0]["explanation"] = await service.explain(answers[0], index)
-    refused = [answer for answer in answers if isinstance(answer, RefusedError)]
-    if len(refused) == len(answers):
-        content = {"error": refused[0].message, "images": entries}
-        return JSONResponse(content, refused[0].status)
+    if all("error" in entry for entry in entries):
+        content = {"error": entries[0]["error"], "images": entries}
+        return JSONResponse(content, entries[0]["status"])
     return JSONResponse({"images": entries})
 
 
@@ -126,7 +131,8 @@ def _entry(
     if isinstance(answer, RefusedError):
         return {"file": file, "error": answer.message, "status": answer.status}
     if isinstance(answer, BaseException):
-        raise answer
+        log.error("no answer to %s", file or "an image", exc_info=answer)
+        return {"file": file, "error": FAILED, "status": 500}
     order = (-answer.probabilities).argsort(kind="stable")[:topk]
     likely = [{"class": names[i], "confidence": float(answer.probabilities[i])} for i in order]
     return {"file": file, "predictions": likely}
@@ -168,4 +174,4 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> JSONResponse:
-        return _error(500, "the service failed on this request; its log says why")
+        return _error(500, FAILED)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import config
 from config import Config
 from errors import UserError, did_you_mean
@@ -65,16 +63,11 @@ class Axis:
 
 def read_space(path: Path) -> list[Axis]:
     """The axes of a YAML file. Raises UserError for what is no option, or no value of it."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--space: {path} can't be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--space: {path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not content:
+    content = config.read_entries(path, "space")
+    if not content:
         raise UserError(f"--space: {path}: expected 'option: {{low: …, high: …}}' lines")
     try:
-        axes = [_axis(str(name), values) for name, values in content.items()]
+        axes = [_axis(entry.key, entry.value) for entry in content]
     except UserError as error:
         raise UserError(f"--space: {path}: {error}") from None
     if len({axis.name for axis in axes}) < len(axes):
@@ -117,10 +110,13 @@ def _range(opt: config.Option, values: Mapping[str, Any]) -> Axis:
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (low, high))
     if not numbers:
         raise UserError(f"{opt.name}: {opt.type_name} has no range: give choices")
-    log, step = values.get("log", False), values.get("step")
-    if not isinstance(log, bool):
+    if values.get("log", "false") not in ("true", "false"):
         raise UserError(f"{opt.name}: log must be true or false")
-    step = None if step is None else float(step)
+    log = values.get("log") == "true"
+    try:
+        step = float(values["step"]) if "step" in values else None
+    except (TypeError, ValueError):
+        raise UserError(f"{opt.name}: step must be a number, got {values['step']!r}") from None
     if not low < high or (step is not None and not 0 < step <= high - low):
         raise UserError(f"{opt.name}: low must be below high, and a step fit in between")
     if log and (low <= 0 or step is not None):

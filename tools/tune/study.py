@@ -173,8 +173,8 @@ class Study:
             if value is None:
                 continue
             running.values.append(value)
-            running.trial.report(value, step=record["epoch"] + 1)
-            over = record["epoch"] + 1 >= epochs
+            running.trial.report(value, step=record["epoch"])
+            over = record["epoch"] >= epochs
             if not (over or running.pruned) and running.trial.should_prune():
                 running.pruned = True
                 running.training.process.terminate()

@@ -1,0 +1,1 @@
+"""What a run writes, console and files: where it fails, training goes on."""

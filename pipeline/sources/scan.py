@@ -1,0 +1,259 @@
+"""Finding image files below folders, and what is odd about what lies there."""
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from errors import DataError, first_names, os_error_text
+from pipeline.formats import EXTENSIONS, UNREADABLE, is_image, package_for
+
+# Folders that other programs leave behind.
+_LEFT_BEHIND = frozenset(
+    ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+)
+_LOOKED_INTO = 10  # unknown extensions of which a file is looked into
+
+
+def suffix(name: str) -> str:
+    """The extension of a file in lower case, with its dot; "" for none."""
+    return os.path.splitext(name)[1].lower()
+
+
+class Listing(NamedTuple):
+    """What lies in a folder, sorted; hidden names and what other programs leave are left out."""
+
+    folders: list[str]
+    files: list[str]
+    broken: list[str]
+    """Links that lead nowhere, or in a circle."""
+
+    @property
+    def images(self) -> list[str]:
+        return [name for name in self.files if suffix(name) in EXTENSIONS]
+
+
+def listing(folder: Path | str) -> Listing:
+    """Raises DataError where the folder can't be read."""
+    folders: list[str] = []
+    files: list[str] = []
+    broken: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(".") or name in _LEFT_BEHIND:
+                    continue
+                if _is_folder(entry):
+                    folders.append(name)
+                elif entry.is_symlink() and _leads_nowhere(entry):
+                    broken.append(name)
+                else:
+                    files.append(name)
+    except OSError as error:
+        raise DataError(os_error_text(error, folder)) from None
+    return Listing(sorted(folders), sorted(files), sorted(broken))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except PermissionError:
+        raise
+    except OSError:  # a link in a circle
+        return False
+
+
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    # An image that is missing is named when it is read.
+    return suffix(entry.name) not in EXTENSIONS and not os.path.exists(entry.path)
+
+
+def holds_images(folder: Path | str) -> bool:
+    """Whether there is an image in the folder or below. Raises DataError."""
+    return next(image_files(folder), None) is not None
+
+
+def image_files(folder: Path | str) -> Iterator[str]:
+    """The image files in a folder and below, each real folder once. Raises DataError."""
+    for found, names in _Walk(str(folder)).folders(""):
+        yield from (os.path.join(folder, found, name) for name in names.images)
+
+
+class _Walk:
+    """The folders below ``root``; a real folder comes once, however many links lead to it."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.repeated: list[str] = []
+        real = Path(os.path.realpath(root))
+        self.above = {folder_key(path) for path in (real, *real.parents)}
+
+    def folders(self, start: str) -> Iterator[tuple[str, Listing]]:
+        """``start`` and the folders below, as paths from the root, with what lies in each."""
+        seen: set[tuple[int, int]] = set()
+        waiting = [start]
+        while waiting:
+            relative = waiting.pop()
+            path = os.path.join(self.root, relative)
+            key = folder_key(path)
+            if key in seen or (relative and key in self.above):
+                self.repeated.append(relative)
+                continue
+            seen.add(key)
+            found = listing(path)
+            yield relative, found
+            waiting += [os.path.join(relative, name) for name in reversed(found.folders)]
+
+
+def folder_key(folder: Path | str) -> tuple[int, int]:
+    """Equal for two paths of one folder. Raises DataError."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise DataError(os_error_text(error, folder)) from None
+    return status.st_dev, status.st_ino
+
+
+class ClassScan:
+    """The image files of ``root/CLASS``, at any depth, in the order of the sorted names.
+
+    Attributes:
+        classes: names of the class folders.
+        paths, targets: from the root, and the number of the class, of each image.
+        findings: what the user should know, a sentence each.
+
+    Raises:
+        DataError: a folder can't be read, or images need a package that isn't installed and
+            ``on_bad_image`` isn't "skip".
+    """
+
+    def __init__(self, root: Path, classes: Iterable[str], on_bad_image: str = "error") -> None:
+        self.root = root
+        self.classes = list(classes)
+        self.paths: list[str] = []
+        self.targets: list[int] = []
+        self.findings: list[str] = []
+        self._others: dict[str, list[str]] = {}  # extension -> files that aren't read
+        self._broken: list[str] = []
+        self._owners: dict[tuple[int, int], str] = {}  # real folder -> its path
+        self._shared: list[str] = []
+        self._below: dict[str, list[str]] = {}  # class -> its subfolders that hold images
+        self._own: dict[str, int] = {}  # class -> images in its folder itself
+        self._read = {kind for kind in EXTENSIONS if not package_for(kind)}
+        walk = _Walk(str(root))
+        for label, name in enumerate(self.classes):
+            self._scan(walk, label, name)
+        self._find(walk, on_bad_image)
+
+    def _scan(self, walk: _Walk, label: int, name: str) -> None:
+        if not os.path.lexists(self.root / name):
+            return  # a class that this part lacks
+        for relative, found in walk.folders(name):
+            owner = self._owners.setdefault(folder_key(self.root / relative), relative)
+            if owner != relative:
+                self._shared.append(f"{owner} and {relative}")
+            self._broken += [os.path.join(relative, link) for link in found.broken]
+            images = 0
+            for file in found.files:
+                kind = suffix(file)
+                path = os.path.join(relative, file)
+                if kind not in self._read:
+                    self._others.setdefault(kind, []).append(path)
+                    continue
+                images += 1
+                self.paths.append(path)
+                self.targets.append(label)
+            if relative == name:
+                self._own[name] = images
+            elif images:
+                self._below.setdefault(name, []).append(relative[len(name) + 1 :])
+
+    def why_empty(self, name: str) -> str:
+        """What is to be done about a class folder without images."""
+        inside = [k for k, paths in self._others.items() if any(_lies_in(p, name) for p in paths)]
+        kinds = [kind or "without extension" for kind in inside]
+        only = f", only files {first_names(kinds)}" if kinds else ""
+        fix = "convert them to PNG or JPEG" if UNREADABLE & set(inside) else "fill it"
+        deeper = [name for name, below in self._below.items() if below and not self._own[name]]
+        other = ""
+        if len(deeper) == 1:
+            path = shlex.quote(str(self.root / deeper[0]))
+            other = f"; if the classes lie in {deeper[0]}, give --data-path {path}"
+        return f"holds no images{only}: {fix}, or remove the folder{other}"
+
+    def _find(self, walk: _Walk, on_bad_image: str) -> None:
+        root, found = self.root, self.findings
+        self._find_unread(on_bad_image)
+        if walk.repeated:
+            found.append(
+                f"{root}: {_links(len(walk.repeated))} to a folder above, or to one that is "
+                f"counted already: not followed ({first_names(walk.repeated, 3)})"
+            )
+        if self._broken:
+            found.append(
+                f"{root}: {_links(len(self._broken))} nowhere: nothing is read there "
+                f"({first_names(self._broken, 3)})"
+            )
+        if self._shared:
+            found.append(
+                f"{root}: the same folder lies under two names, its images count twice "
+                f"({first_names(self._shared, 3)})"
+            )
+        self._find_deeper_classes()
+
+    def _find_unread(self, on_bad_image: str) -> None:
+        unknown = []
+        for kind, paths in sorted(self._others.items()):
+            what = f"{self.root}: {len(paths)} {kind[1:].upper()} images ({first_names(paths, 2)})"
+            package = package_for(kind)
+            if package and on_bad_image != "skip":
+                raise DataError(
+                    f"{what} need a package: pip install {package} (or convert them to JPEG, or "
+                    "leave them out with --on-bad-image skip)"
+                )
+            if package:
+                self.findings.append(f"{what} are left out: pip install {package} reads them")
+            elif kind in UNREADABLE:
+                self.findings.append(
+                    f"{what} are left out, this format isn't read: convert them to PNG or JPEG"
+                )
+            else:
+                unknown.append((kind, paths))
+        for kind, paths in sorted(unknown, key=lambda item: -len(item[1]))[:_LOOKED_INTO]:
+            if is_image(self.root / paths[0]):
+                self.findings.append(
+                    f"{self.root}: {len(paths)} files {kind or 'without extension'} are left out "
+                    f"though they are images ({first_names(paths, 2)}): rename them to .jpg, .png …"
+                )
+
+    @property
+    def not_images(self) -> dict[str, int]:
+        """Files that aren't images, by extension, the most frequent first."""
+        counts = Counter({kind or "without extension": len(p) for kind, p in self._others.items()})
+        return dict(counts.most_common())
+
+    def _find_deeper_classes(self) -> None:
+        """Classes that hold no images themselves, but folders of images that differ."""
+        below = {
+            name: {p.split(os.sep)[0] for p in self._below.get(name, ())} for name in self._own
+        }
+        several = [name for name, folders in below.items() if len(folders) > 1]
+        if several and not any(self._own.values()):
+            name, folders = several[0], below[several[0]]
+            self.findings.append(
+                f"{self.root}: the classes are {first_names(self.classes, 3)}, whose folders hold "
+                f"no images but folders of images ({name}: {first_names(sorted(folders), 3)}); if "
+                f"those are the classes, give --data-path {shlex.quote(str(self.root / name))}, or "
+                "a list with --data-set CSV"
+            )
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path.startswith(folder + os.sep)
+
+
+def _links(count: int) -> str:
+    return f"{count} link leads" if count == 1 else f"{count} links lead"

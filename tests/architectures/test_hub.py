@@ -1,0 +1,37 @@
+"""The hub where there is no network: one error at once; what is cached is taken all the same."""
+
+import logging
+import socket
+
+import pytest
+from huggingface_hub import constants
+
+from architectures.hub import reached
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+
+
+def test_without_a_network_the_cache_alone_is_asked(no_network):
+    with reached():
+        assert constants.HF_HUB_OFFLINE
+    assert not constants.HF_HUB_OFFLINE
+    expected = "huggingface.co can't be reached, Name or service not known, and nothing is cached"
+    with pytest.raises(OSError, match=expected), reached():
+        raise ConnectionError("offline mode is enabled")
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_behind_a_proxy_the_client_tries_itself(no_network, monkeypatch):
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    with pytest.raises(ConnectionError, match="refused"), reached():
+        assert not constants.HF_HUB_OFFLINE
+        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+        raise ConnectionError("refused")
+    assert logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)

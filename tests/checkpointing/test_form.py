@@ -1,0 +1,61 @@
+"""Checkpoints whose metadata mean something else: one line that says what is wrong."""
+
+import pytest
+import torch
+from torch import nn
+
+from augmentation.transforms import Preprocessing
+from checkpointing.files import load_checkpoint, save_checkpoint
+from checkpointing.form import wrong_form
+from errors import CheckpointError
+from inference import load_for_inference
+
+TRUE = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict()
+ODD = {
+    "its config is str 'resnet50'": {"config": "resnet50"},
+    "its config is list": {"config": [1]},
+    r"its config has names that are no text \(1\)": {"config": {1: 2}},
+    "its class_names is int 1000, not a list of names": {"class_names": 1000},
+    "its class_names are 0, 1, not a list of names": {"class_names": [0, 1]},
+    "its class_names is str": {"class_names": "cat,dog"},
+    r"its entries have names that are no text \(5\)": {5: 1},
+    "its preprocessing is list": {"preprocessing": [1]},
+    "its preprocessing has no input_size": {"preprocessing": {"size": 3}},
+    "the mean of its preprocessing: ": {"preprocessing": TRUE | {"mean": [1, 2]}},
+    "the interpolation of its preprocessing: ": {"preprocessing": TRUE | {"interpolation": "x"}},
+    "the crop_mode of its preprocessing: ": {"preprocessing": TRUE | {"crop_mode": "x"}},
+    "its progress is int 3": {"progress": 3},
+    "its progress has no epoch and no samples": {"progress": {"epoch": "three"}},
+    "its metrics is float 0.9": {"metrics": 0.9},
+    "its versions is str": {"versions": "2.0"},
+    "its bad_images is int": {"bad_images": 7},
+}
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_odd_metadata_is_refused_in_one_line(tmp_path, words):
+    save_checkpoint(tmp_path / "odd.pth", {"model": nn.Linear(2, 2).state_dict(), **ODD[words]})
+    for weights in (True, False):
+        with pytest.raises(CheckpointError, match=f"odd.pth: {words}.*weights alone") as caught:
+            load_checkpoint(tmp_path / "odd.pth", weights=weights)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_this_project_writes_is_in_form():
+    assert wrong_form({"preprocessing": TRUE, "config": {}, "class_names": ["a"]}) is None
+    assert wrong_form({"model": {}, "epoch": 3, "metric": 0.9, "arch": "resnet50"}) is None
+
+
+def test_entries_of_none_are_as_if_missing(tmp_path):
+    content = {"model": {"w": torch.ones(1)}, "config": None, "class_names": None, "args": None}
+    save_checkpoint(tmp_path / "x.pth", content)
+    assert load_checkpoint(tmp_path / "x.pth").keys() == {"model", "args"}
+    with pytest.raises(CheckpointError, match="x.pth: the checkpoint holds no config, class_names"):
+        load_for_inference(tmp_path / "x.pth")
+
+
+def test_a_config_of_another_program_names_no_model(tmp_path):
+    content = {"model": {"w": torch.ones(1)}, "config": {"model": {"name": "vit"}}}
+    save_checkpoint(tmp_path / "x.pth", {**content, "class_names": ["a"], "preprocessing": TRUE})
+    with pytest.raises(CheckpointError, match="x.pth: its config names no model.*--finetune"):
+        load_for_inference(tmp_path / "x.pth")

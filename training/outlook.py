@@ -1,0 +1,154 @@
+"""What a run has before it: how long it takes, and what trains better on few images."""
+
+import logging
+import shlex
+import time
+from pathlib import Path
+
+from torch import nn
+
+from architectures.factory import has_published_weights, published_cfg, resolve_name
+from config import Config, by_name
+from loggers import duration
+from pipeline.dataset import ImageDataset
+from training.build import Parts, total_epochs
+
+log = logging.getLogger(__name__)
+
+# CIFAR with its 50,000 images is the smallest set on which training from scratch is usual. On
+# smaller ones it hardly reaches, at many times the cost, what fine-tuning gives at once (Steiner et
+# al., arXiv 2106.10270, section 4.2).
+FEW_IMAGES = 50_000
+# Models for smaller images have no published weights that fit, and train in minutes.
+SMALL_INPUT = 96
+# The recipes of docs/finetune.md: images per class up to which each is the one.
+_RECIPES = ((20, "frozen"), (200, "gradual"), (float("inf"), "layerwise"))
+_RECIPE_MODEL, _RECIPE_SIZE, _RECIPE_BATCH = "deit_small_patch16_224", 224, 64
+# Options that say which images, and where and how they are read.
+_OF_THE_IMAGES = (
+    *("data_set", "data_path", "inat_category", "val_fraction", "seed", "download"),
+    *("image_root", "image_column", "label_column", "split_column", "background"),
+    *("on_bad_image", "num_workers", "shard_cache", "device", "plugin"),
+)
+
+
+def few_images(config: Config, train: ImageDataset, model: nn.Module, folder: Path) -> str:
+    """What to say of a run that starts from nothing on few images; empty where it doesn't.
+
+    Names the command that fine-tunes published weights on these images, beside ``folder``.
+    """
+    options = config.model
+    trained = options.pretrained or options.finetune or config.run.overfit_batches
+    if trained or len(train) >= FEW_IMAGES or options.input_size < SMALL_INPUT:
+        return ""
+    own = has_published_weights(published_cfg(options.model))
+    weights = "published weights" if own else f"the weights of {_RECIPE_MODEL}"
+    return (
+        f"{len(train)} images are few to train {options.model} from scratch; from {weights} it "
+        "takes less time and is nearly always more accurate: "
+        + finetuning_command(config, train, model, folder)
+    )
+
+
+def finetuning_command(config: Config, train: ImageDataset, model: nn.Module, folder: Path) -> str:
+    """The command that fine-tunes published weights of the run's model on the run's images.
+
+    Of a model without any, DeiT-S takes the place. ``folder`` is the run's: the new one lies
+    beside it.
+    """
+    per_class = len(train) / max(1, len(train.classes))
+    recipe = next(name for most, name in _RECIPES if per_class <= most)
+    words = ["python", "main.py", "--config", f"configs/finetune_{recipe}.yaml"]
+    words += _model_words(config, model, recipe)
+    explicit = config.explicit()
+    for name in _OF_THE_IMAGES:
+        if name in explicit:
+            words += _words(name, getattr(getattr(config, by_name(name).section), name))
+    batch = config.data.batch_size
+    batch = min(_RECIPE_BATCH, len(train), _RECIPE_BATCH if batch == "auto" else batch)
+    if batch < _RECIPE_BATCH:
+        words += _words("batch_size", batch)
+    words += _words("output_dir", f"{folder}-finetuned")
+    return shlex.join(words)
+
+
+def _model_words(config: Config, model: nn.Module, recipe: str) -> list[str]:
+    """``--model`` and what its form asks for, where it isn't the recipe's own."""
+    name = config.model.model
+    if resolve_name(name) == _RECIPE_MODEL or not has_published_weights(cfg := published_cfg(name)):
+        return []
+    words = _words("model", name)
+    size = cfg["input_size"][-1]
+    if size != _RECIPE_SIZE:
+        words += _words("input_size", size)
+    heads = cfg["classifier"]
+    heads = [heads] if isinstance(heads, str) else list(heads)
+    if recipe == "frozen" and heads != ["head"]:
+        words += _words("unfreeze_at", [f"0:{head}" for head in heads])
+    if recipe == "gradual" and not (heads == ["head"] and _has_twelve_blocks(model)):
+        words += _words("unfreeze_at", [*(f"0:{head}" for head in heads), "5:*"])
+    return words
+
+
+def _has_twelve_blocks(model: nn.Module) -> bool:
+    """Whether the stages of finetune_gradual.yaml are those of ``model``."""
+    modules = dict(model.named_modules())
+    return {"norm", "blocks.11"} <= modules.keys() and "blocks.12" not in modules
+
+
+def _words(name: str, value: object) -> list[str]:
+    """An option on a command line."""
+    flag = by_name(name).flag
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [flag, *map(str, values)]
+
+
+class TimeToGo:
+    """Says once how long a run will take, while its first epoch is still under way.
+
+    The end of that epoch says it better, so nothing is said where it comes within a few seconds.
+    """
+
+    WAIT = 10.0  # seconds of updates, the first one not counted: the device isn't waited for
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._first: tuple[float, int, int] | None = None
+        self._done = False
+
+    def after_update(self) -> None:
+        """To be called after each update."""
+        progress, now = self.parts.state.progress, time.monotonic()
+        if self._done:
+            return
+        if self._first is None or progress.update <= self._first[1]:  # after a rollback
+            self._first = now, progress.update, progress.epoch
+            return
+        began, update, epoch = self._first
+        if now - began < self.WAIT and progress.epoch == epoch:
+            return
+        self._done = True
+        if progress.epoch == epoch:
+            seconds = (now - began) / (progress.update - update)
+            left = seconds_to_go(self.parts, seconds)
+            frozen = self.parts.config.model.unfreeze_at
+            more = "; more once --unfreeze-at frees more" if frozen else ""
+            log.info("time     about %s to go, %.3g s per update%s", duration(left), seconds, more)
+
+
+def seconds_to_go(parts: Parts, seconds: float) -> float:
+    """Of the rest of a run whose updates take ``seconds`` each.
+
+    An evaluation is taken to cost a third of training for an image: the forward pass alone.
+    """
+    config, data, progress = parts.config, parts.data, parts.state.progress
+    epochs = min(total_epochs(config), config.run.stop_at_epoch or total_epochs(config))
+    updates = data.updates_per_epoch(config)
+    accumulated = config.optim.accum_steps
+    left = (epochs - progress.epoch) * updates - progress.step / accumulated
+    images = len(data.val_loader) * data.val_loader.batch_size
+    passes = (epochs - progress.epoch) * (2 if parts.state.ema else 1)
+    per_image = seconds / (accumulated * parts.settings.batch_size)
+    return left * seconds + passes * images * per_image / 3
