@@ -22,6 +22,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files of minutes: several processes share the files, and none is to be left alone with these.
+LONGEST = {"test_run_with_submitit.py", "test_stopping.py", "test_learning.py", "test_wrapping.py"}
+LONGEST |= {"test_rendezvous.py", "test_serve_command.py", "test_tune.py", "test_signals.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _own_messages():
     """A run sends all messages to standard output; the next test gets the usual handlers back."""

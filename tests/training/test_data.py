@@ -24,9 +24,13 @@ def test_too_many_workers_for_the_shared_memory(one_mib, tmp_path, capsys):
     assert "--shm-size" in error
 
 
-def test_auto_takes_as_many_workers_as_fit(one_mib, tmp_path, capsys, monkeypatch):
+def test_auto_takes_as_many_workers_as_fit(images, tmp_path, capsys, monkeypatch):
+    # A batch has 4 images of 192 bytes: there is room for one of them.
+    usage = types.SimpleNamespace(free=1 << 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     monkeypatch.setattr("training.data.auto_num_workers", lambda processes: 2)
-    assert train("", tmp_path, *DIGITS, "--num-workers", "auto", "--cache", "none") == 0
+    options = ("--epochs", "1", "--warmup-epochs", "0", "--num-workers", "auto", "--cache", "none")
+    assert train(images, tmp_path, *options) == 0
     shown = capsys.readouterr()
     # Training and evaluation have loaders of their own.
     assert (shown.out + shown.err).count("0 workers instead of 2: /dev/shm has no room") == 1
