@@ -27,6 +27,7 @@ from utils import bytes_written, copy_to_host
 
 log = logging.getLogger(__name__)
 
+THREAD = "checkpoint"  # name of the one that writes
 POLL = 0.2  # seconds between looks at a write under way
 GIVE_UP = 20.0  # seconds without a byte
 
@@ -124,7 +125,9 @@ class CheckpointWriter(ABC):
         if self.given_up:
             return
         # Whoever leaves the process waits as long as it makes sense, and no longer.
-        self._thread = threading.Thread(target=self._guarded, args=(write, *args), daemon=True)
+        self._thread = threading.Thread(
+            target=self._guarded, args=(write, *args), name=THREAD, daemon=True
+        )
         self._thread.start()
 
     def _guarded(self, write: Callable[..., None], *args: Any) -> None:

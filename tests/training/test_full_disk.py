@@ -2,16 +2,18 @@
 they say of their files is true."""
 
 import contextlib
-import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from disks import fill, read_only, small_disk
-from runs import assert_same_state, at_update, logged, newest, stopped_after, train
+from runs import PATIENCE, assert_same_state, at_update, logged, newest, stopped_after, train
 
 from checkpointing.files import load_checkpoint
 from checkpointing.folder import BEST, checkpoints_in
+from checkpointing.writer import THREAD
 from errors import CheckpointError
 from training.lock import LOCK_FILE
 
@@ -31,6 +33,15 @@ def whole(folder: Path) -> list[str]:
             load_checkpoint(path)
             found.append(path.name)
     return found
+
+
+def once_written(action: Callable[[], object]) -> None:
+    """Do ``action`` when no checkpoint is being written."""
+    deadline = time.monotonic() + PATIENCE
+    while any(thread.name == THREAD for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    action()
 
 
 @pytest.mark.parametrize("kibibytes", [4, 24, 256, 4096, 32768])
@@ -71,7 +82,10 @@ def test_a_disk_that_fills_up_and_has_room_again(images, untouched, tmp_path, ca
     """The epoch's checkpoint is missing; all else is as if nothing had been."""
     with small_disk(tmp_path / "disk", 65536) as disk:
         filler = disk / "fill"
-        with at_update(8, lambda: fill(disk)), at_update(14, filler.unlink):
+        with (
+            at_update(8, lambda: once_written(lambda: fill(disk))),
+            at_update(14, lambda: once_written(filler.unlink)),
+        ):
             assert train(images, disk / "run", "--keep", "9") == 0
         shown = capsys.readouterr().out
         assert whole(disk / "run") == ["checkpoint-0003.pth", "checkpoint-0001.pth"]
@@ -89,7 +103,7 @@ def test_a_disk_that_fills_up_and_has_room_again(images, untouched, tmp_path, ca
 def test_a_disk_that_becomes_read_only(images, untouched, tmp_path, capsys):
     """The run goes on and says in the end what is lost; its resumption ends like the untouched."""
     with small_disk(tmp_path / "disk", 65536) as disk:
-        with at_update(9, lambda: _once_idle(disk)):
+        with at_update(9, lambda: once_written(lambda: read_only(disk))):
             assert train(images, disk / "run") == 1
         shown = capsys.readouterr().out
         assert "epoch 3/3  train loss" in shown
@@ -102,21 +116,13 @@ def test_a_disk_that_becomes_read_only(images, untouched, tmp_path, capsys):
         assert leftovers(disk / "run") == []
 
 
-def _once_idle(disk: Path) -> None:
-    """Make the disk read-only as soon as no file is being written."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return read_only(disk)
-        except subprocess.CalledProcessError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-
 @pytest.mark.parametrize("how", ["signal", "early stop"])
 def test_a_last_checkpoint_that_has_no_room_is_not_said_to_be_saved(images, tmp_path, capsys, how):
     with small_disk(tmp_path / "disk", 65536) as disk:
-        with at_update(7, lambda: fill(disk)), contextlib.ExitStack() as stack:
+        with (
+            at_update(7, lambda: once_written(lambda: fill(disk))),
+            contextlib.ExitStack() as stack,
+        ):
             stopping = ("--early-stop", "1", "--early-stop-delta", "1000")
             if how == "signal":
                 stack.enter_context(stopped_after(9))
