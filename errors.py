@@ -141,6 +141,16 @@ def printable(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def lacks_host_memory(error: RuntimeError) -> bool:
+    """Whether torch got no memory of the host, for which it has words and no type."""
+    return "can't allocate memory" in str(error)
+
+
 def did_you_mean(
     name: str,
     known: Collection[str],

@@ -14,7 +14,7 @@ from augmentation.transforms import EvalTransform, Preprocessing
 from checkpointing.files import load_checkpoint, model_of, named, weights_of
 from checkpointing.form import wrong_form
 from checkpointing.published import FOLDER, HUB, Published, is_published, read_published
-from errors import CheckpointError, OptionError, UserError, first_names
+from errors import CheckpointError, OptionError, UserError, first_line, first_names
 from pipeline import imagenet
 from pipeline.decoding import decode, naming_lack_of_memory
 
@@ -166,8 +166,7 @@ class OnnxModel(nn.Module):
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers)
         except Exception as error:  # onnxruntime raises types of its own for each kind of damage
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} can't be read as ONNX: {reason}") from None
+            raise CheckpointError(f"{path} can't be read as ONNX: {first_line(error)}") from None
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         self.input = self.session.get_inputs()[0]
 

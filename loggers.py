@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import first_names, without_surrogates
 from outputs.files import Outputs
 from pipeline.progress import ProgressBar
-from utils import written_whole
+from utils import write_text, written_whole
 
 if TYPE_CHECKING:
     from engine import StepReport
@@ -297,8 +297,7 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(_json_line(r) for r in records), encoding="utf-8")
+    write_text(path, "".join(_json_line(r) for r in records))
 
 
 def _has_histogram(values: Tensor) -> bool:

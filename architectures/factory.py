@@ -16,7 +16,7 @@ from architectures.arguments import takes_argument
 from architectures.hub import reached
 from architectures.registry import ALIASES, plain_cfg
 from architectures.weights import load_pretrained_weights
-from errors import OptionError, did_you_mean
+from errors import OptionError, did_you_mean, first_line
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +208,3 @@ def published_cfg(name: str) -> dict[str, Any]:
 def has_published_weights(cfg: Mapping[str, Any]) -> bool:
     """Whether timm's ``pretrained_cfg`` of a model says where weights are."""
     return any(cfg.get(place) for place in ("hf_hub_id", "url", "file", "state_dict"))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error) or type(error).__name__).splitlines()[0]

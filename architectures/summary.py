@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from architectures.factory import first_line
-from errors import OptionError
+from errors import OptionError, first_line
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from huggingface_hub import errors as hub
 from torch import Tensor
 
 import models
-from architectures.factory import first_line, has_published_weights, published_cfg
+from architectures.factory import has_published_weights, published_cfg
 from architectures.hub import reached
 from checkpointing.sharded import REST
-from errors import CheckpointError, OptionError, first_names
+from errors import CheckpointError, OptionError, first_line, first_names
 
 TIMM = "timm/"
 HUB = "hf-hub:"

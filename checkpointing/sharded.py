@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import empty as empty_sharded
 
 from distributed.processes import gather
-from errors import CheckpointError
+from errors import CheckpointError, first_line
 
 REST = "rest.pth"
 _NAME = "sharded tensor"  # key of what stands in a skeleton for a tensor that lies elsewhere
@@ -127,8 +127,7 @@ def read_sharded(folder: Path, rest: dict[str, Any], *, scattered: bool = False)
     except (CheckpointException, OSError, RuntimeError) as error:
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {folder} can't be read: {reason}") from None
+        raise CheckpointError(f"checkpoint {folder} can't be read: {first_line(error)}") from None
     return content
 
 

@@ -22,6 +22,7 @@ from checkpointing.files import save_checkpoint, without_optimizer
 from checkpointing.folder import BEST, keep_newest, name_of, remove_leftovers, set_best
 from checkpointing.sharded import REST, checksum, on_host, split
 from distributed.wrapping import whole_on_main
+from errors import first_line
 from outputs.files import Outputs, as_os_error, reason
 from utils import bytes_written, copy_to_host
 
@@ -292,8 +293,7 @@ def _short(error: BaseException, folder: Path) -> str:
     """What a process says of its part, in one line."""
     if isinstance(error, RuntimeError):
         error = as_os_error(error, folder) or error
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return text.splitlines()[0] if text else type(error).__name__
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def _replace_folder(path: Path, temporary: Path) -> None:

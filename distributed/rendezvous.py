@@ -17,7 +17,7 @@ import torch.distributed as dist
 from config import DistOptions
 from distributed.liveness import process_runs
 from distributed.processes import Processes, barrier
-from errors import OptionError, PeerError, Stopped, UserError, first_names
+from errors import OptionError, PeerError, Stopped, UserError, first_line, first_names
 from utils import pick_device
 
 POLL = 0.5  # seconds between looks for the failure of another process
@@ -126,7 +126,7 @@ def _meet(options: DistOptions, processes: Processes) -> dist.Store:
         here = store.add(f"number/{rank}", 1)
         store.set(f"here/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             reason = "the port is in use"
         raise OptionError(
@@ -223,7 +223,7 @@ class _Watch:
             gone = [r for r, pid in self.neighbours.items() if not process_runs(pid)]
             names = f"process {', '.join(map(str, gone))} is gone"
             failure = {
-                "line": f"lost contact: {names if gone else str(error).splitlines()[0]}; killed, "
+                "line": f"lost contact: {names if gone else first_line(error)}; killed, "
                 "out of memory, or cut off? --resume auto goes on from the last checkpoint",
                 "code": 1,
             }

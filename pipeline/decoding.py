@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from config import DROP, background_colour
-from errors import os_error_text
+from errors import lacks_host_memory, os_error_text
 from pipeline.formats import what_it_is
 
 # By the number that EXIF has for how the camera was held.
@@ -93,7 +93,7 @@ def naming_lack_of_memory() -> Iterator[None]:
     except MemoryError:
         raise BadImageError("needs more memory than there is") from None
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch has no type for it on the host
+        if not lacks_host_memory(error):
             raise
         raise BadImageError("needs more memory than there is") from None
 

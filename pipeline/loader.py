@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from errors import DataError, OptionError, Stopped, os_error_text
+from errors import DataError, OptionError, Stopped, first_line, os_error_text
 from pipeline.dataset import Batch, ImageDataset, collate
 from pipeline.workers import BATCHES_AHEAD, WorkerProgress, init_worker
 from samplers import SampleKey
@@ -181,7 +181,7 @@ class Loader:
             if any(sign in str(error) for sign in _NO_FILE_HANDLES):
                 raise DataError(os_error_text(OSError(errno.EMFILE, _NO_FILE_HANDLES[0]))) from None
             if "shared memory" in str(error) or "No space left" in str(error):
-                raise DataError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})") from None
+                raise DataError(f"{_NO_MEMORY} ({first_line(error)})") from None
             raise error
         if slow:
             held = self._progress.slower_than(0.9 * self._timeout)

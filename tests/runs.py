@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import main
 from checkpointing.folder import load_newest
-from tools import torture
+from tools.torture import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("amber", "blue", "crimson")
@@ -142,10 +142,10 @@ def run_processes(
     They are forked from this one, which spares each the seconds of importing torch. None in place
     of the exit codes: they were killed after PATIENCE seconds.
     """
-    pids = torture.start(argv, world, log, environment)
-    codes = torture.wait(pids, time.monotonic() + PATIENCE, None)
+    pids = processes.start(argv, world, log, environment)
+    codes = processes.wait(pids, time.monotonic() + PATIENCE)
     if codes is None:
-        torture.kill(pids)
+        processes.kill(pids)
     return codes, log.read_text()
 
 
@@ -164,7 +164,7 @@ def on_each_process(folder: Path, world: int, work: Callable[[int], Any]) -> lis
             code = 0
         finally:
             os._exit(code)
-    assert torture.wait(pids, time.monotonic() + PATIENCE, None) == [0] * world
+    assert processes.wait(pids, time.monotonic() + PATIENCE) == [0] * world
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 

@@ -11,7 +11,7 @@ import torch
 from checkpointing.folder import holds_run
 from config import Config
 from distributed.processes import Processes, any_process
-from errors import OptionError, OutOfMemoryError
+from errors import OptionError, OutOfMemoryError, lacks_host_memory
 from optimization.freezing import set_mode
 from pipeline.loader import TooFewImagesError
 from training.build import Parts
@@ -161,7 +161,7 @@ def refuse_single_images(parts: Parts) -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the host had no memory left; the host says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or lacks_host_memory(error)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import utils
-from architectures.factory import first_line, resolve_name
+from architectures.factory import resolve_name
 from checkpointing.files import class_names_of, load_checkpoint, weights_of
 from checkpointing.folder import (
     BEST,
@@ -19,7 +19,7 @@ from checkpointing.folder import (
 from checkpointing.published import is_published
 from config import Config, all_options, by_name, on_resume, optimizer_name, value_text
 from distributed.processes import gather, on_main_process
-from errors import CheckpointError, OptionError
+from errors import CheckpointError, OptionError, first_line
 from loggers import LOG_FILE, read_log
 from optimization.state import Progress, check_same_weights
 from outputs.files import reason

@@ -177,7 +177,8 @@ class Trainer(engine.Hooks):
         """Log a step; say once what to change where images keep the device waiting."""
         self.logger.step(report)
         slow = report.data_wait > DATA_WAIT and not report.warm_up
-        if slow and not self._warned_of_data_wait:
+        # The options are those of all processes: one of them is enough to say it.
+        if slow and self.parts.processes.is_main and not self._warned_of_data_wait:
             self._warned_of_data_wait = True
             log.warning(
                 "%.0f %% of the time goes into waiting for images: %s",

@@ -6,8 +6,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 
-from architectures.factory import first_line
-from errors import OptionError
+from errors import OptionError, first_line
 
 _LOG_IN = "hf auth login, or set HF_TOKEN, with a token that may write"
 

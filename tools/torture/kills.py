@@ -1,6 +1,6 @@
 """Kill training with SIGKILL at random moments, resume it, compare with a run left alone.
 
-    python -m tools.torture --kills 50
+    python -m tools.torture kills --number 50
 
 Each configuration is trained once without disturbance. Then it is started with ``--resume auto``,
 killed, and started again until it is done: half of the kills come at a random moment, half while a
@@ -10,16 +10,13 @@ weights, average, optimiser, schedule, counters and log must be bitwise those of
 
 import argparse
 import json
-import os
 import random
-import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import main
 from checkpointing.files import load_checkpoint
 from checkpointing.folder import checkpoints_in, load_newest
 from errors import CheckpointError
+from tools.common import command
+from tools.torture.processes import kill, start, wait
 
 BASE = (
     *("--model", "deit_nano_patch4_32", "--input-size", "8", "--device", "cpu", "--epochs", "3"),
@@ -94,75 +92,9 @@ def make_images(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def start(
-    argv: Sequence[str], world: int, log: Path, environment: Mapping[str, str] | None = None
-) -> list[int]:
-    """Fork ``world`` training processes, each the leader of its group; returns their numbers.
-
-    Forking spares each session the seconds that importing torch takes. ``environment`` is added to
-    that of the processes.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid:
-            pids.append(pid)
-            continue
-        code = 70
-        try:
-            os.setsid()
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            # Whoever forks may have put something else in their place.
-            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
-            torch.set_num_threads(1)
-            if world > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.environ |= environment or {}
-            code = main.main(argv)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        finally:
-            os._exit(code)
-    return pids
-
-
-def wait(pids: Sequence[int], deadline: float, folder: Path | None) -> list[int] | None:
-    """Exit codes once all have ended; None at the deadline, or when ``folder`` sees a write."""
-    codes: dict[int, int] = {}
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline and (folder is None or writing(folder)):
-            return None
-        time.sleep(0.0005)
-    return list(codes.values())
-
-
 def writing(folder: Path) -> bool:
     """Whether a checkpoint is being written."""
     return any(folder.glob(".checkpoint-*.tmp*"))
-
-
-def kill(pids: Sequence[int]) -> None:
-    """SIGKILL the processes and their loaders."""
-    for pid in pids:
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(pid, signal.SIGKILL)  # not the leader of its group yet
-    for pid in pids:
-        os.waitpid(pid, 0)
 
 
 def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Random) -> Result:
@@ -171,9 +103,7 @@ def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Rando
     base = [*BASE, "--data-path", str(images), *options]
     whole, parts = folder / "whole", folder / "parts"
     began = time.monotonic()
-    codes = wait(
-        start([*base, "--output-dir", str(whole)], world, folder / "whole.txt"), 1e18, None
-    )
+    codes = wait(start([*base, "--output-dir", str(whole)], world, folder / "whole.txt"), 1e18)
     if any(codes or [1]):
         raise SystemExit(f"{name}: the undisturbed run failed, see {folder / 'whole.txt'}")
     seconds = time.monotonic() - began
@@ -185,7 +115,7 @@ def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Rando
         in_save = rng.random() < 0.5
         delay = rng.uniform(0, seconds * (0.2 if in_save else 0.5))
         deadline = time.monotonic() + delay if result.kills < kills else 1e18
-        codes = wait(pids, deadline, parts if in_save else None)
+        codes = wait(pids, deadline, partial(writing, parts) if in_save else lambda: True)
         if codes is not None:
             if any(codes):
                 raise SystemExit(f"{name}: a session failed, see {folder / 'parts.txt'}")
@@ -250,13 +180,26 @@ def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
     return results
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=50, help="kills in all (default: 50)")
+def get_parser() -> argparse.ArgumentParser:
+    parser = command.parser("torture kills", __doc__)
+    number = command.positive
+    parser.add_argument("--number", type=number, default=50, help="kills in all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
     print(HEADER, flush=True)
-    outcome = run(arguments.kills, list(CONFIGURATIONS), arguments.seed)
+    outcome = run(arguments.number, list(CONFIGURATIONS), arguments.seed)
     bad = sum(r.differences + r.unreadable for r in outcome)
     print(f"\n{sum(r.kills for r in outcome)} kills, {bad} differences or unreadable checkpoints")
-    sys.exit(bool(bad))
+    return int(bool(bad))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command.run(_run, get_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
