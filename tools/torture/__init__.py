@@ -1,0 +1,1 @@
+"""What is promised, under attack: kills, damage, hostile input, refused writes."""
