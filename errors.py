@@ -7,6 +7,8 @@ keeps its traceback.
 import difflib
 import errno
 import importlib.util
+import re
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -102,13 +104,20 @@ class OutOfMemoryError(UserError):
 
 @contextmanager
 def os_errors_in_words() -> Iterator[None]:
-    """Inside, an error of the operating system becomes a UserError, if it is clear what helps."""
+    """Inside, an error of the operating system becomes a UserError, if it is clear what helps.
+
+    So does a path that begins with ``~NAME`` where no user is called so.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _OS_FIXES:
             raise
         raise UserError(os_error_text(error)) from error
+    except RuntimeError as error:  # of Path.expanduser
+        if "home directory" not in str(error):
+            raise
+        raise UserError("a path begins with ~ and the name of no user: write it in full") from error
 
 
 def os_error_text(error: OSError, path: Path | str | None = None) -> str:
@@ -135,10 +144,54 @@ def is_utf8(text: str) -> bool:
     return without_surrogates(text) == text
 
 
+# They shape letters and emoji where there are such on both sides; elsewhere they only hide.
+_JOINERS = re.compile("(?<=[^\0-\u02ff])[\u200c\u200d](?=[^\0-\u02ff])")
+
+_SPACES = "\u00a0\u202f\u3000"  # of French and Chinese texts
+
+
 def printable(text: str) -> str:
-    """``text`` on one line that a terminal can show. A name may hold line ends and commands."""
+    r"""``text`` on one line, as a terminal shows it character for character.
+
+    A name may hold line ends and commands of terminals, turn the direction of writing round, or
+    hide letters: such characters are written as ``\x1b`` or ``\u202e``.
+    """
     text = without_surrogates(text)
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    if text.isprintable():
+        return text
+    kept = {found.start() for found in _JOINERS.finditer(text)}
+    return "".join(
+        c if c.isprintable() or c in _SPACES or i in kept else c.encode("unicode_escape").decode()
+        for i, c in enumerate(text)
+    )
+
+
+_LONGEST = 300  # characters of one name or value in a message
+
+
+def shortened(text: str, most: int = _LONGEST) -> str:
+    """``text`` for a message, cut where it is long."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` that stays short, and takes no time, for values of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, _LONGEST // 2, _LONGEST // 2
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python writes no more than some thousand digits.
+        return repr(value) if value.bit_length() < 256 else f"a number of {value.bit_length()} bits"
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(value[: self.maxstring]) + ("…" if len(value) > self.maxstring else "")
+
+
+def shown(value: object) -> str:
+    """``repr`` of a foreign value for a message, cut where it is long or deep."""
+    return shortened(_Repr().repr(value))
 
 
 def first_line(error: BaseException) -> str:
@@ -170,12 +223,13 @@ def did_you_mean(
 
 def first_names(names: Sequence[object], most: int = 5) -> str:
     """The first of many names for a message, ``a, b, c, …``."""
-    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
+    cut = ", ".join(printable(shortened(str(name))) for name in names[:most])
+    return cut + (", …" if len(names) > most else "")
 
 
 # What is imported to load a model, beside this module. Host programs have such names too.
-_BESIDE = ("architectures", "augmentation", "checkpointing", "config", "distributed", "models")
-_BESIDE += ("pipeline", "utils")
+_BESIDE = ("architectures", "augmentation", "bounded", "checkpointing", "config", "distributed")
+_BESIDE += ("download", "models", "outputs", "pipeline", "utils")
 
 
 def _refuse_other_modules() -> None:

@@ -1,7 +1,7 @@
 """Trained models: evaluation, prediction, export and serving all load them here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 import models
+from architectures.hub import FOLDER, HUB, described, unasked
 from architectures.weights import load_pretrained_weights
 from augmentation.transforms import EvalTransform, Preprocessing
-from checkpointing.files import load_checkpoint, model_of, named, weights_of
+from checkpointing.files import (
+    load_checkpoint,
+    model_of,
+    named,
+    safetensors_metadata,
+    weights_of,
+)
 from checkpointing.form import wrong_form
-from checkpointing.published import FOLDER, HUB, Published, is_published, read_published
-from errors import CheckpointError, OptionError, UserError, first_line, first_names
+from checkpointing.published import Published, is_published, read_published
+from errors import CheckpointError, OptionError, UserError, first_line, first_names, printable
 from pipeline import imagenet
 from pipeline.decoding import decode, naming_lack_of_memory
 
@@ -74,10 +81,7 @@ def read_content(path: str | Path, *, weights: bool = True) -> dict[str, Any]:
     content = load_checkpoint(path, weights=weights)
     if Path(str(path)).suffix != ".safetensors" or "://" in str(path):
         return content
-    from safetensors import safe_open
-
-    with safe_open(Path(path).expanduser(), "pt") as file:
-        metadata = file.metadata() or {}
+    metadata = safetensors_metadata(Path(path).expanduser())
     return {"model": content, **read_metadata(metadata)} if "preprocessing" in metadata else content
 
 
@@ -86,11 +90,14 @@ def _as_checkpoint(published: Published) -> dict[str, Any]:
         preprocessing = Preprocessing.of_model(published.cfg)
     except OptionError as error:
         raise CheckpointError(error.message) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"its config.json is odd: {printable(first_line(error))}") from None
     return {
         "model": published.weights,
         "config": {"model": published.name},
         "class_names": _class_names(published),
         "preprocessing": preprocessing.to_dict(),
+        "hub_config": published.description,
     }
 
 
@@ -99,6 +106,8 @@ def _class_names(published: Published) -> list[str]:
     count, given = published.cfg["num_classes"], published.cfg.get("label_names")
     if not given:
         return list(imagenet.class_names(count) or unnamed(count))
+    if not isinstance(given, Mapping | list | tuple):
+        raise CheckpointError(f"the label_names in its config.json are a {type(given).__name__}")
     if isinstance(given, Mapping):  # by number, which may have gaps
         given = [given.get(str(i), f"class {i}") for i in range(count)]
     if len(given) != count:
@@ -121,14 +130,19 @@ def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:
         "class_names": list(content["class_names"]),
         "preprocessing": Preprocessing.from_dict(content["preprocessing"]).exported(),
     }
+    if content.get("hub_config"):
+        values["hub_config"] = content["hub_config"]
     return {name: json.dumps(value) for name, value in values.items()}
 
 
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The inverse of :func:`metadata_of`. Raises CheckpointError for a file of another origin."""
     try:
-        found = {name: json.loads(metadata[name]) for name in _METADATA}
-    except (KeyError, json.JSONDecodeError):
+        named = (*_METADATA, *(["hub_config"] if "hub_config" in metadata else []))
+        found = {name: json.loads(metadata[name]) for name in named}
+    except (KeyError, ValueError, RecursionError):
+        found = {}
+    if None in (found.get(name) for name in _METADATA):
         raise CheckpointError(
             "the file doesn't carry class names and preprocessing: export it with "
             "python -m tools.export"
@@ -142,9 +156,20 @@ _METADATA = ("config", "class_names", "preprocessing")
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module: (B, 3, H, W) images to (B, C) logits on the same device.
+    """An ONNX file as a module: (B, 3, S, S) images to (B, C) logits on the same device.
 
-    Raises CheckpointError for a file that isn't ONNX, UserError without onnxruntime.
+    Files of one such input and output of float32 are taken; of a fixed number of images too: the
+    last ones are filled up with zeros. A call raises CheckpointError where the file can't answer,
+    or its answers are of another shape.
+
+    Args:
+        path: the file.
+        device: of the images, where onnxruntime has it.
+
+    Raises:
+        CheckpointError: it isn't ONNX, carries no class names and preprocessing, or its input or
+            output is another one than they say.
+        UserError: without onnxruntime.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -156,34 +181,71 @@ class OnnxModel(nn.Module):
                 f"{path} needs onnxruntime ({error}): pip install -r requirements-tools.txt"
             ) from None
         if not path.is_file():
-            raise CheckpointError(f"{path} does not exist")
+            raise CheckpointError(f"{path} does not exist, or is no file")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # fatal: what is refused comes as an error
         cuda = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         available = onnxruntime.get_available_providers()
         providers = [p for p in (*cuda, "CPUExecutionProvider") if p in available]
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers)
         except Exception as error:  # onnxruntime raises types of its own for each kind of damage
-            raise CheckpointError(f"{path} can't be read as ONNX: {first_line(error)}") from None
-        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
-        self.input = self.session.get_inputs()[0]
+            reason = printable(first_line(error))
+            raise CheckpointError(f"{path} can't be read as ONNX: {reason}") from None
+        self.content = read_metadata(self.session.get_modelmeta().custom_metadata_map)
+        self.shape = (3, *2 * (self.content["preprocessing"]["input_size"],))
+        self.num_classes = len(self.content["class_names"])
+        self.input = self._only("input", self.session.get_inputs(), self.shape)
+        self._only("output", self.session.get_outputs(), (self.num_classes,))
+
+    def _only(self, what: str, found: Sequence[Any], shape: tuple[int, ...]) -> Any:
+        """The one input or output there may be, of (B, *shape). Raises CheckpointError."""
+        if len(found) != 1:
+            raise CheckpointError(f"the model has {len(found)} {what}s: export it with one")
+        [only] = found
+        # What isn't known before it runs is a name, or None.
+        pairs = zip(only.shape[1:], shape, strict=False)
+        fits = len(only.shape) == 1 + len(shape) and all(
+            n == wanted for n, wanted in pairs if isinstance(n, int)
+        )
+        if only.type != "tensor(float)" or (only.shape and not fits):
+            given = " × ".join(str(n) if isinstance(n, int) else "N" for n in only.shape)
+            raise CheckpointError(
+                f"the model's {what} is {only.type} of {given}, and its class names and "
+                f"preprocessing mean tensor(float) of N × {' × '.join(map(str, shape))}: export it "
+                "with python -m tools.export"
+            )
+        return only
 
     def forward(self, images: Tensor) -> Tensor:
-        # A number is how many images the file takes at a time; a free one has a name.
-        fixed = self.input.shape[0]
-        size = fixed if isinstance(fixed, int) else max(1, len(images))
-        chunks = images.detach().cpu().split(size)
-        answers = [self.session.run(None, {self.input.name: x.numpy()})[0] for x in chunks]
-        return torch.cat([torch.from_numpy(x) for x in answers]).to(images.device)
+        fixed = self.input.shape[0] if self.input.shape else None
+        size = fixed if isinstance(fixed, int) and fixed > 0 else max(1, len(images))
+        chunks = images.detach().float().cpu().split(size)
+        answers = [self._answers(chunk, size if size == fixed else len(chunk)) for chunk in chunks]
+        return torch.cat(answers).to(images.device)
+
+    def _answers(self, images: Tensor, size: int) -> Tensor:
+        """(B, C), from a call with ``size`` images."""
+        filled = torch.cat((images, images.new_zeros(size - len(images), *images.shape[1:])))
+        try:
+            [logits] = self.session.run(None, {self.input.name: filled.numpy()})
+        except Exception as error:  # onnxruntime raises types of its own
+            reason = printable(first_line(error))
+            raise CheckpointError(f"the ONNX model can't answer: {reason}") from None
+        if logits.shape != (size, self.num_classes):
+            given = " × ".join(map(str, logits.shape))
+            raise CheckpointError(
+                f"the ONNX model answers {size} images of {self.num_classes} classes with {given} "
+                "numbers: export it with python -m tools.export"
+            )
+        return torch.from_numpy(logits)[: len(images)]
 
 
 def _from_onnx(path: Path, device: torch.device) -> Classifier:
     model = OnnxModel(path, device).eval()
-    content = read_metadata(model.metadata)
-    preprocessing = Preprocessing.from_dict(content["preprocessing"])
-    return Classifier(model, ImageTransform(preprocessing), content["class_names"])
+    preprocessing = Preprocessing.from_dict(model.content["preprocessing"])
+    return Classifier(model, ImageTransform(preprocessing), list(model.content["class_names"]))
 
 
 def from_content(
@@ -204,13 +266,18 @@ def from_content(
             f"the checkpoint holds no {', '.join(missing)}, it is not a training checkpoint of "
             "this project: take its weights over with --finetune"
         )
+    if problem := wrong_form(content):
+        raise CheckpointError(f"{problem}: take its weights over with --finetune")
     options, class_names = content["config"], list(content["class_names"])
     if model_of(content) is None:
         raise CheckpointError("its config names no model: take its weights over with --finetune")
     trained = Preprocessing.from_dict(content["preprocessing"])
     preprocessing = preprocessing or trained
-    model = _build(options["model"], len(class_names), preprocessing.input_size)
     weights = weights_of(content, ema=ema)
+    name = options["model"]
+    with described(name, content.get("hub_config")), unasked([name]):
+        _check_fit(name, len(class_names), trained.input_size, weights)
+        model = _build(name, len(class_names), preprocessing.input_size)
     if preprocessing.input_size != trained.input_size:
         report = load_pretrained_weights(model, weights)
         if report.missing:
@@ -219,12 +286,46 @@ def from_content(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        lines = str(error).splitlines()
+        reason = (lines[1:] or lines)[0].strip()
         raise CheckpointError(
             f"the weights don't fit the model {options['model']}: {reason}"
         ) from None
     model.to(device).eval()
     return Classifier(model, ImageTransform(preprocessing), class_names)
+
+
+def _check_fit(name: str, num_classes: int, input_size: int, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if ``weights`` are not those of a model, before there is memory for it.
+
+    Names and sizes in a file may be any.
+    """
+    try:
+        with torch.device("meta"):
+            own = _build(name, num_classes, input_size).state_dict()
+    except UserError:
+        raise
+    except Exception:  # a model whose making looks at values: loading compares the rest
+        return
+    for key, x in own.items():
+        given = weights.get(key)
+        if given is None:
+            problem = f"{key} is missing"
+        elif given.shape != x.shape:
+            problem = f"{key} is {_shape(given)}, not {_shape(x)}"
+        elif x.is_floating_point() and not given.is_floating_point():
+            problem = f"{key} is of {_kind(given)}, not of {_kind(x)}"
+        else:
+            continue
+        raise CheckpointError(f"the weights don't fit the model {name}: {problem}")
+
+
+def _shape(x: Tensor) -> str:
+    return " × ".join(map(str, x.shape)) or "one number"
+
+
+def _kind(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _build(name: str, num_classes: int, input_size: int) -> nn.Module:

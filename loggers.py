@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from errors import first_names, without_surrogates
 from outputs.files import Outputs
+from outputs.names import csv_cell
 from pipeline.progress import ProgressBar
 from utils import write_text, written_whole
 
@@ -33,14 +34,16 @@ PER_CLASS_FILE = "per_class.csv"
 # Above this many classes a table of them is no longer read by anybody.
 PER_CLASS_LIMIT = 1000
 _HISTOGRAM_LIMIT = 1e19  # TensorBoard's bins end at 1e20
+# How the tags begin of what TensorBoard gets after an epoch was evaluated, and after a step.
+_EPOCH_TAGS, _STEP_TAGS = ("epoch/",), ("step/",)
 _COLORS = {"train": "tab:gray", "test": "tab:blue", "EMA": "tab:orange"}
 
 
 class RunLogger:
     """Writes a run's progress to the terminal and its folder.
 
-    On resume ``log.txt`` is cut back to the epochs that the checkpoint knows and TensorBoard's
-    later steps are hidden, so that neither has a gap or a duplicate.
+    On resume ``log.txt`` and TensorBoard's files are cut back to what the checkpoint knows, so that
+    neither has a gap or a duplicate.
 
     Args:
         folder: the run's output directory; None makes a logger that is silent.
@@ -48,6 +51,8 @@ class RunLogger:
         print_epoch: epochs between printed summaries.
         epoch: epochs done.
         update: updates done.
+        within_epoch: whether the epoch of the last one isn't logged yet.
+        unreported: whether the last one isn't.
         outputs: those of the run; its files are written through them.
     """
 
@@ -60,6 +65,8 @@ class RunLogger:
         print_epoch: int = 1,
         epoch: int = 0,
         update: int = 0,
+        within_epoch: bool = False,
+        unreported: bool = False,
     ) -> None:
         self.folder = folder
         self.outputs = outputs or Outputs()
@@ -79,9 +86,8 @@ class RunLogger:
         if tensorboard:
             from outputs.events import EventWriter
 
-            # Steps are updates done, so those of the checkpoint stay and later ones go.
-            purge = update + 1 if update else None
-            self.writer = EventWriter(folder / "tensorboard", self.outputs, purge)
+            again = _EPOCH_TAGS * within_epoch + _STEP_TAGS * unreported
+            self.writer = EventWriter(folder / "tensorboard", self.outputs, update, again)
 
     # --- progress ---------------------------------------------------------------------------------
 
@@ -189,8 +195,8 @@ class RunLogger:
             self.writer.add_image("train/augmented", grid, 0)
 
     def graph(self, model: nn.Module, images: Tensor) -> None:
-        """The graph of ``model`` in TensorBoard."""
-        if self.writer:
+        """The graph of ``model`` in TensorBoard, once."""
+        if self.writer and not self.writer.has_graph:
             with warnings.catch_warnings():
                 # The tracer warns of every shape that the model looks at.
                 warnings.simplefilter("ignore")
@@ -220,14 +226,22 @@ class RunLogger:
                 first_names(odd),
             )
 
-    def hyper_parameters(self, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def hyper_parameters(
+        self, options: Mapping[str, Any], metrics: Mapping[str, float], update: int
+    ) -> None:
         """The options beside the final metrics, in TensorBoard's HPARAMS."""
         if self.writer:
             plain = {
                 k: v if isinstance(v, int | float) else without_surrogates(str(v))
                 for k, v in options.items()
             }
-            self.writer.add_final(plain, {f"final/{k}": v for k, v in metrics.items()})
+            final = {f"final/{k}": v for k, v in metrics.items()}
+            self.writer.add_final(plain, final, update)
+
+    def flush(self) -> None:
+        """Write what TensorBoard is to have before a checkpoint that goes on from there."""
+        if self.writer:
+            self.writer.flush()
 
     def close(self) -> None:
         """Write what is left to write."""
@@ -277,15 +291,25 @@ def _step_scalars(report: "StepReport") -> dict[str, float]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The epochs of a ``log.txt``, counted from 1; a last line cut off by a crash is left out."""
     records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            record = _record(line)
+            if record is None:
                 log.warning("%s: a line that is not whole is left out", path)
-    if records and records[0].get("epoch") == 0:  # as DeiT counts
+            else:
+                records.append(record)
+    if records and records[0]["epoch"] == 0:  # as DeiT counts
         records = [{**record, "epoch": record["epoch"] + 1} for record in records]
     return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The epoch that a line of ``log.txt`` tells of; None if it isn't whole."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
 
 
 def _json_line(record: Mapping[str, Any]) -> str:
@@ -314,7 +338,7 @@ def write_per_class(path: Path, class_names: Sequence[str], result: "Evaluation"
         writer = csv.writer(file)
         writer.writerow(("class", "images", "correct", "accuracy"))
         for name, count, right in zip(class_names, counts, hits, strict=True):
-            name = without_surrogates(name)
+            name = csv_cell(without_surrogates(name))
             writer.writerow((name, count, right, f"{100 * right / count:.2f}" if count else ""))
 
 

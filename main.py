@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import Config, Parser, by_name, convert, get_parser, is_option, load, to_yaml
-from errors import CheckpointError, OptionError, Stopped, UserError, os_errors_in_words
-from outputs.console import console
+from config import Config, Parser, get_parser, is_option, load, to_yaml
+from errors import CheckpointError, Stopped, UserError, os_errors_in_words
+from outputs.console import console, say
 
 
 def get_args_parser() -> Parser:
@@ -31,6 +31,7 @@ def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
     if not source or source == "auto":
         return {}
     from checkpointing.files import options_of
+    from checkpointing.form import check_options
     from checkpointing.published import is_published, name_for_timm
 
     if is_published(source):
@@ -43,32 +44,24 @@ def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     # A checkpoint may come from anywhere: it doesn't get to name code to import.
     found = {k: v for k, v in saved.items() if k != "plugin" and is_option(k)}
-    for name, value in found.items():
-        if name not in given:
-            refuse_value_of_checkpoint(source, name, value)
+    check_options(source, {k: v for k, v in found.items() if k not in given})
     if "://" not in source and found:
         found["output_dir"] = str(Path(source).parent)
     return found
-
-
-def refuse_value_of_checkpoint(source: str, name: str, value: Any) -> None:
-    """Raise CheckpointError if an option in the checkpoint ``source`` has no possible value."""
-    try:
-        convert(by_name(name), value)
-    except OptionError as error:
-        raise CheckpointError(f"checkpoint {source}: an option in it is wrong: {error}") from None
 
 
 def as_run(config: Config) -> Config:
     """``config`` with what a run takes from the weights it starts from."""
     if not (config.model.pretrained or config.model.finetune or config.run.eval):
         return config
+    from training.asked import asked_only
     from training.image_options import with_options_of_weights
     from training.plugins import import_plugins
     from training.resume import output_folder
 
     import_plugins(config.run.plugin)
-    return with_options_of_weights(config, output_folder(config))
+    with asked_only(config):
+        return with_options_of_weights(config, output_folder(config))
 
 
 def print_config(config: Config) -> None:
@@ -97,7 +90,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
             return run(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; there was nothing to save", file=sys.stderr)

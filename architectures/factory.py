@@ -8,12 +8,11 @@ from typing import Any
 import timm
 import timm.models
 from huggingface_hub import hf_hub_url
-from timm.models._hub import load_model_config_from_path
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from architectures.arguments import takes_argument
-from architectures.hub import reached
+from architectures.hub import FOLDER, HUB, for_timm, reached, read_config
 from architectures.registry import ALIASES, plain_cfg
 from architectures.weights import load_pretrained_weights
 from errors import OptionError, did_you_mean, first_line
@@ -36,7 +35,7 @@ def resolve_name(name: str) -> str:
     "local-dir:FOLDER"). "timm/" in front, as in the names of published models, goes. Raises
     OptionError with the nearest names for an unknown one.
     """
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith((HUB, FOLDER)):
         return name
     architecture, dot, tag = name.removeprefix("timm/").partition(".")
     resolved = ALIASES.get(architecture.lower(), architecture) + dot + tag
@@ -107,10 +106,10 @@ def _create(
 ) -> nn.Module:
     """Build ``name`` with the options in ``values`` that it takes, and remove the others there."""
     try:
-        for option in list(values):
-            if not takes_argument(name, _ARGUMENTS[option], num_classes):
-                _leave_out(option, values.pop(option), name, required)
-        with reached() if name.startswith("hf-hub:") else contextlib.nullcontext():
+        with reached(name) if name.startswith(HUB) else contextlib.nullcontext():
+            for option in list(values):
+                if not takes_argument(for_timm(name)[0], _ARGUMENTS[option], num_classes):
+                    _leave_out(option, values.pop(option), name, required)
             return _timm_model(name, num_classes, values)
     except (ValueError, AssertionError) as error:
         if "input_size" not in values:
@@ -136,7 +135,8 @@ def _leave_out(option: str, value: float, name: str, required: Collection[str]) 
 
 def _timm_model(name: str, num_classes: int, values: Mapping[str, Any], **kwargs: Any) -> nn.Module:
     arguments = {_ARGUMENTS[option]: value for option, value in values.items()}
-    return timm.create_model(name, num_classes=num_classes, **arguments, **kwargs)
+    name, described = for_timm(name)
+    return timm.create_model(name, num_classes=num_classes, **{**described, **arguments, **kwargs})
 
 
 def _complete_cfg(model: nn.Module, name: str) -> None:
@@ -155,7 +155,7 @@ def _with_published_weights(
         raise OptionError("pretrained", f"no weights of {name} are published: leave it out")
     try:
         # Of their own classes timm demands that they are complete.
-        with reached():
+        with reached(name):
             published = _timm_model(name, cfg["num_classes"], values, pretrained=True)
     except (OSError, RuntimeError) as error:
         if str(error).startswith("Error(s) in loading"):
@@ -190,16 +190,12 @@ def published_cfg(name: str) -> dict[str, Any]:
     Raises OptionError for an unknown model, or one whose configuration can't be fetched.
     """
     name = resolve_name(name)
-    source, colon, place = name.partition(":")
     try:
-        if not colon:
+        if (config := read_config(name)) is not None:
+            found = config[0]
+        else:
             cfg = timm.get_pretrained_cfg(name)
             found = cfg.to_dict() if cfg else {}
-        elif source == "hf-hub":
-            with reached():
-                found = timm.models.load_model_config_from_hf(place)[0]
-        else:
-            found = load_model_config_from_path(place)[0]
     except OSError as error:
         raise OptionError("model", f"{name} can't be fetched ({first_line(error)})") from error
     return plain_cfg(224, "head") | {"architecture": name} | found

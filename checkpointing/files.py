@@ -1,6 +1,7 @@
 """Checkpoints: written atomically, read without running code, found again after a crash.
 
-A checkpoint is one file of tensors and primitives; ``torch.load(..., weights_only=True)`` reads it:
+A checkpoint is one file of tensors and primitives, with a checksum of all its bytes
+(``digest.py``); ``torch.load(..., weights_only=True)`` reads it:
 
 =============== ====================================================================================
 ``model``       weights, under the published names
@@ -8,7 +9,9 @@ A checkpoint is one file of tensors and primitives; ``torch.load(..., weights_on
 ``optimizer``, ``scaler``, ``schedule``, ``progress``, ``rng``   everything to go on exactly
 ``config``      the resolved options of the run
 ``class_names``, ``preprocessing``, ``metrics``   what a user of the model needs
+``hub_config``  of a model from the hub or a folder: what builds it without them
 ``split``       what ``--val-fraction`` held out: seed, numbers of the images, images to train on
+``on_signal``   whether a signal asked for it; no rollback goes back to it
 ``bad_images``  "path: reason" of images that could not be read
 ``versions``    of torch, torchvision, timm and Python that wrote it
 =============== ====================================================================================
@@ -16,23 +19,23 @@ A checkpoint is one file of tensors and primitives; ``torch.load(..., weights_on
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import pathlib
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
+from checkpointing import address
+from checkpointing.archive import check_archive
+from checkpointing.digest import SealedFile, check_safetensors, is_verified
 from checkpointing.form import FORMS, wrong_form
 from checkpointing.recognise import what_it_is
 from checkpointing.sharded import REST, read_sharded
-from errors import CheckpointError, first_names, is_utf8, os_error_text
+from errors import CheckpointError, first_line, first_names, is_utf8, os_error_text, printable
 from outputs.files import as_os_error
 from utils import written_whole
 
@@ -78,7 +81,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     with written_whole(path, durable=True) as temporary:
         try:
             with open(temporary, "wb") as file:
-                torch.save(dict(content), file)
+                sealed = SealedFile(file)
+                torch.save(dict(content), sealed)
+                sealed.seal()
         except RuntimeError as error:
             failure = as_os_error(error, path)
             if failure is None:
@@ -97,15 +102,12 @@ def load_checkpoint(
     rest is read, where that is possible: what tensors hold is undefined then. Raises
     CheckpointError, with the reason, for anything else.
     """
-    path = _fetch(str(source)) if "://" in str(source) else Path(source).expanduser()
+    path = address.fetch(str(source)) if "://" in str(source) else Path(source).expanduser()
     try:
-        if (path / REST).is_file():
-            rest = _read(path / REST, weights=True)
-            content = read_sharded(path, rest, scattered=scattered) if weights else rest
-        elif not path.exists():
+        sharded = (path / REST).is_file()
+        if not sharded and not path.exists():
             raise CheckpointError(f"checkpoint {path} does not exist")
-        else:
-            content = _read(path, weights=weights)
+        content = _read(path / REST if sharded else path, weights=weights or sharded)
     except OSError as error:
         raise CheckpointError(f"checkpoint {os_error_text(error, path)}") from None
     problem = wrong_form(content)
@@ -114,6 +116,8 @@ def load_checkpoint(
             f"checkpoint {path}: {problem}: it is of another program; save its weights alone "
             "(torch.save(state_dict, FILE))"
         )
+    if sharded and weights:
+        content = read_sharded(path, content, scattered=scattered)
     return {
         name: value for name, value in content.items() if value is not None or name not in FORMS
     }
@@ -121,17 +125,20 @@ def load_checkpoint(
 
 def _read(path: Path, *, weights: bool) -> dict[str, Any]:
     """The content of a file that exists. Raises OSError and CheckpointError."""
-    foreign = what_it_is(path)
-    if foreign:
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a device or pipe: name a file")
+    sealed = path.is_file() and is_verified(path)
+    if not sealed and (foreign := what_it_is(path)):
         raise CheckpointError(f"checkpoint {path} {foreign}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, weights=weights)
-    if weights:
-        _check_archive(path)
+    zipped = sealed or _is_zip(path)
+    if zipped and not sealed:
+        check_archive(path, tensors=weights)
     try:
         with torch.serialization.safe_globals(_DATA_ONLY):
             # Only a zip archive can be left on the disk, by a name that is UTF-8.
-            mapped = not weights and zipfile.is_zipfile(path) and is_utf8(str(path))
+            mapped = not weights and zipped and is_utf8(str(path))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
@@ -139,7 +146,7 @@ def _read(path: Path, *, weights: bool) -> dict[str, Any]:
         text = str(error)
         found = re.search(r"GLOBAL (\S+)", text)
         if found or any(sign in text for sign in _CODE):
-            what = f" ({found.group(1)})" if found else ""
+            what = f" ({printable(found.group(1))})" if found else ""
             raise CheckpointError(
                 f"checkpoint {path} holds objects that would run code when read{what}; refused. "
                 "Save its weights alone (torch.save(model.state_dict(), …)) where you trust it"
@@ -150,7 +157,7 @@ def _read(path: Path, *, weights: bool) -> dict[str, Any]:
         # What some say is a mere number or byte.
         if " " not in reason:
             reason = "its bytes are no checkpoint's, or damaged"
-        raise CheckpointError(f"checkpoint {path} can't be read: {reason}") from None
+        raise CheckpointError(f"checkpoint {path} can't be read: {printable(reason)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, not a dictionary"
@@ -158,71 +165,42 @@ def _read(path: Path, *, weights: bool) -> dict[str, Any]:
     return content
 
 
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
 def _read_safetensors(path: Path, *, weights: bool) -> dict[str, Any]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with open(path, "rb") as file:
-        if file.read(2) == b"PK":
-            raise CheckpointError(
-                f"checkpoint {path} is torch.save's, not safetensors: name it "
-                f"{path.with_suffix('.pth').name}"
-            )
-    try:
+    if _is_zip(path):
+        raise CheckpointError(
+            f"checkpoint {path} is torch.save's, not safetensors: name it "
+            f"{path.with_suffix('.pth').name}"
+        )
+    check_safetensors(path)
+    with _safetensors_errors(path):
         return load_file(path) if weights else {}
-    except SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path} can't be read: {error}") from None
 
 
-def _check_archive(path: Path) -> None:
-    """Compare the file's checksums: torch itself doesn't, and would train on with flipped bits."""
-    if not zipfile.is_zipfile(path):
-        return
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The text in the header of a safetensors file. Raises CheckpointError."""
+    from safetensors import safe_open
+
+    with _safetensors_errors(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
-    if damaged:
-        raise CheckpointError(f"checkpoint {path} is damaged: {damaged} fails its checksum")
-
-
-def _fetch(url: str) -> Path:
-    """Download ``url`` into torch's cache, once.
-
-    ``#sha256=HEX`` behind it, or timm's ``-HEX.pth`` at the end of the name, is compared with the
-    file's checksum, on every use.
-    """
-    address, _, fragment = url.partition("#")
-    if not address.startswith("https://"):
-        raise CheckpointError(f"{url}: only https addresses are fetched")
-    if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{8,64}", fragment):
-        raise CheckpointError(f"{url}: expected #sha256= and 8 to 64 hexadecimal digits")
-    name = Path(urlsplit(address).path).name
-    if not name or name.startswith("."):
-        raise CheckpointError(f"{url}: names no file")
-    in_name = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    expected = fragment.removeprefix("sha256=").lower() or (in_name[1] if in_name else "")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # To a temporary file first, which gets its name when it is whole.
-            torch.hub.download_url_to_file(address, str(path))
-        except OSError as error:
-            raise CheckpointError(
-                f"{url} can't be fetched ({error}); give a file in its place"
-            ) from None
-        if foreign := what_it_is(path):
-            path.unlink()
-            raise CheckpointError(f"{url} {foreign}")
-    if expected:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(expected):
-            path.unlink()
-            raise CheckpointError(f"{url}: its sha256 is {found}, expected {expected}; refused")
-    return path
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of types that it doesn't know also KeyError and others
+        raise CheckpointError(
+            f"checkpoint {path} can't be read: {printable(first_line(error))}"
+        ) from None
 
 
 @contextlib.contextmanager

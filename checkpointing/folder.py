@@ -16,6 +16,7 @@ from utils import written_whole
 log = logging.getLogger(__name__)
 BEST = "best.pth"
 CONFIG_FILE = "config.yaml"
+ON_SIGNAL = "on_signal"  # the entry of a checkpoint that says whether a signal asked for it
 _NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.(?:pth|shards)")
 
 
@@ -50,17 +51,26 @@ def newer_checkpoints(folder: Path, epoch: int, samples: int) -> list[Path]:
     return [path for path in checkpoints_in(folder) if _position(path) > (epoch, samples)]
 
 
-def load_newest(folder: Path, *, scattered: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run that is whole; damaged ones are reported and passed over."""
-    paths = checkpoints_in(folder)
+def load_newest(
+    folder: Path, *, scattered: bool = False, regular: bool = False
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that is whole; damaged ones are reported and passed over.
+
+    With ``regular`` so are those that a signal asked for, unless there is no other.
+    """
+    paths, asked_for = checkpoints_in(folder), None
     for path in paths:
         try:
-            return path, load_checkpoint(path, scattered=scattered)
+            content = load_checkpoint(path, scattered=scattered)
         except CheckpointError as error:
             log.warning("%s; trying the one before", error)
-    if paths:
+            continue
+        if not regular or not content.get(ON_SIGNAL):
+            return path, content
+        asked_for = asked_for or (path, content)
+    if paths and not asked_for:
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
-    return None
+    return asked_for
 
 
 def holds_run(folder: Path) -> bool:
@@ -77,18 +87,19 @@ def keep_newest(folder: Path, keep: int, written: Path) -> None:
     """Remove all but the newest ``keep`` checkpoints of a run, and the one just ``written``."""
     for old in checkpoints_in(folder)[keep:]:
         if old != written:
-            _remove(old)
+            remove(old)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a session that was killed left half-written of checkpoints."""
-    for name in (".checkpoint-*.tmp*", ".best.tmp*", ".checkpoint-*.old"):
+    """Remove what a session that was killed left half-written, see ``written_whole``."""
+    names = [f".*.tmp.{suffix}" for suffix in ("pth", "txt", "png", "yaml", "csv", "json")]
+    for name in (*names, ".checkpoint-*.tmp*", ".checkpoint-*.old"):
         for path in folder.glob(name):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or folder, if the file system lets us."""
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder, if the file system lets us."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

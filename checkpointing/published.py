@@ -20,13 +20,12 @@ from torch import Tensor
 
 import models
 from architectures.factory import has_published_weights, published_cfg
-from architectures.hub import reached
+from architectures.hub import FOLDER, HUB, description, reached
+from checkpointing.digest import check_safetensors
 from checkpointing.sharded import REST
 from errors import CheckpointError, OptionError, first_line, first_names
 
 TIMM = "timm/"
-HUB = "hf-hub:"
-FOLDER = "local-dir:"
 
 
 class Published(NamedTuple):
@@ -38,6 +37,8 @@ class Published(NamedTuple):
     """Its state dict, on the CPU."""
     cfg: dict[str, Any]
     """timm's ``pretrained_cfg``: classes, input size, crop, interpolation, mean, std …"""
+    description: dict[str, Any] | None
+    """What rebuilds the model without the place that it came from: ``architectures.hub``."""
 
 
 def is_published(source: str | Path) -> bool:
@@ -63,14 +64,17 @@ def read_published(source: str | Path) -> Published:
     cfg: dict[str, Any] = {"hf_hub_id": str(source).removeprefix(HUB)}
     try:
         name = name_for_timm(str(source))
+        weights = Path(name.removeprefix(FOLDER)) / "model.safetensors"
+        if name.startswith(FOLDER) and weights.is_file():
+            check_safetensors(weights)
         cfg = published_cfg(name)
         _refuse_what_cannot_classify(name, cfg)
-        with reached():
+        with reached(name):
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm and torch raise many types for files that aren't as expected
         cause = error.__cause__ if isinstance(error, OptionError) and error.__cause__ else error
         raise CheckpointError(f"{source}: {_reason(cause, cfg)}") from None
-    return Published(name, model.state_dict(), cfg | model.pretrained_cfg)
+    return Published(name, model.state_dict(), cfg | model.pretrained_cfg, description(name))
 
 
 def name_for_timm(source: str) -> str:

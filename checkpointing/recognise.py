@@ -2,8 +2,9 @@
 
 import json
 import re
-import zipfile
 from pathlib import Path
+
+from checkpointing.archive import is_archive, names_in
 
 _NAME_ONE = "name a checkpoint (.pth, .safetensors)"
 _UNPACK = "unpack it first, and name the checkpoint in it"
@@ -79,13 +80,11 @@ def _folder(path: Path) -> str:
 
 
 def _zip(path: Path) -> str | None:
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         size = path.stat().st_size
         return f"is cut off, its end is missing after {size} bytes: copy or download it again"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+    names = names_in(path)
+    if not names:
         return None  # damaged: reading it says where
     ends = [name.partition("/")[2] for name in names]
     if "constants.pkl" in ends:
@@ -94,7 +93,7 @@ def _zip(path: Path) -> str | None:
         return None
     if any(name.endswith((".pt2", "models/model.json", "archive_format")) for name in names):
         return "is a program of torch.export: name the checkpoint that it was exported from"
-    if names and all(name.endswith(".npy") for name in names):
+    if all(name.endswith(".npy") for name in names):
         return f"is a file of NumPy arrays (.npz): {_NAME_ONE}"
     if any(name.endswith(("model.weights.h5", "keras_metadata.pb")) for name in names):
         return f"is a Keras model: {_OTHER_LIBRARY}"
@@ -159,6 +158,6 @@ def _text(path: Path, head: bytes) -> str | None:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True

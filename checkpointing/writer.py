@@ -19,8 +19,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from checkpointing.files import save_checkpoint, without_optimizer
-from checkpointing.folder import BEST, keep_newest, name_of, remove_leftovers, set_best
-from checkpointing.sharded import REST, checksum, on_host, split
+from checkpointing.folder import (
+    BEST,
+    ON_SIGNAL,
+    keep_newest,
+    name_of,
+    remove,
+    remove_leftovers,
+    set_best,
+)
+from checkpointing.sharded import METADATA, REST, checksum, on_host, split
 from distributed.wrapping import whole_on_main
 from errors import first_line
 from outputs.files import Outputs, as_os_error, reason
@@ -60,12 +68,14 @@ class CheckpointWriter(ABC):
 
     Args:
         folder: the run's.
-        keep: number of checkpoints that stay in it.
+        keep: number of checkpoints that stay in it, beside one that a signal asked for.
         outputs: the run's, which say what can't be written.
 
     Attributes:
         needs_content: whether this process writes anything; where not, ``save`` may be left out.
         saved: the newest checkpoint that was written whole.
+        extra: the one that a signal asked for, if there is one. It goes with the next, so that a
+            run that was stopped keeps what one that was left alone does.
         error: why the last write failed, or None.
         stopping: tells whether the run is to stop; to be set.
         given_up: whether storage held a checkpoint for too long; nothing more is written.
@@ -78,6 +88,7 @@ class CheckpointWriter(ABC):
         self.keep = keep
         self.outputs = outputs or Outputs()
         self.saved: Path | None = None
+        self.extra: Path | None = None
         self.error: OSError | None = None
         self.stopping: Callable[[], bool] = lambda: False
         self.given_up = False
@@ -155,6 +166,14 @@ class CheckpointWriter(ABC):
             self._unwritten_best = None
             self.outputs.succeeded(best)
 
+    def _make_room(self, path: Path, *, on_signal: bool) -> None:
+        """Remove what isn't to be kept any longer, now that ``path`` is there."""
+        if self.extra not in (None, path):
+            remove(self.extra)
+        self.extra = path if on_signal else None
+        if not on_signal:
+            keep_newest(self.folder, self.keep, path)
+
     def _succeed(self, path: Path) -> None:
         if self.error is not None:
             log.info("checkpoints can be written again: %s", path)
@@ -187,7 +206,7 @@ class PlainWriter(CheckpointWriter):
             return
         self._succeed(path)
         self._write_best((lambda: set_best(self.folder, path)) if best else None)
-        keep_newest(self.folder, self.keep, path)
+        self._make_room(path, on_signal=bool(content.get(ON_SIGNAL)))
 
 
 class IdleWriter(CheckpointWriter):
@@ -251,12 +270,14 @@ class ShardedWriter(CheckpointWriter):
         def add_checksums() -> None:
             for file in sorted(temporary.glob(f"__{dist.get_rank()}_*.distcp")):
                 checksums[file.name] = checksum(file)
+            if self._is_main:
+                checksums[METADATA] = checksum(temporary / METADATA)
 
         def conclude() -> None:
             if self._is_main:
                 save_checkpoint(temporary / REST, rest | {"files": checksums})
                 _replace_folder(path, temporary)
-                keep_newest(self.folder, self.keep, path)
+                self._make_room(path, on_signal=bool(rest.get(ON_SIGNAL)))
 
         failure = self._failure(prepare) or self._failure(write_tensors)
         failure = failure or self._failure(add_checksums)

@@ -2,13 +2,16 @@
 
 import math
 import operator
+import os
 import types
 import typing
 from typing import Any, Literal
 
 from config.declared import UNIONS, Option
-from errors import OptionError
+from errors import OptionError, shown
 
+MOST_TEXT = 10_000  # characters of a value
+_INT64 = 2**63
 # What values out of range may mean, and what to do.
 _OF_BYTES = ": that is of pixels in 0–255, divide it by 255"
 _OUTSIDE = {("mean", "high"): _OF_BYTES, ("std", "high"): _OF_BYTES}
@@ -24,10 +27,14 @@ def convert(opt: Option, raw: Any) -> Any:
     try:
         value = _as_type(opt.type, raw)
     except ValueError:
-        instead = _INSTEAD.get((opt.name, str(raw)), "")
-        raise OptionError(opt.name, f"expected {opt.type_name}, got {raw!r}{instead}") from None
+        instead = _INSTEAD.get((opt.name, raw), "") if isinstance(raw, str) else ""
+        raise OptionError(
+            opt.name, f"expected {opt.type_name}, got {shown(raw)}{instead}"
+        ) from None
     for element in value if isinstance(value, tuple) else (value,):
-        if isinstance(element, int | float) and not isinstance(element, bool):
+        if isinstance(element, str):
+            _check_text(opt, element)
+        elif isinstance(element, int | float) and not isinstance(element, bool):
             _check_bounds(opt, element)
     if isinstance(value, tuple):
         _check_length(opt, len(value))
@@ -49,7 +56,21 @@ def _check_bounds(opt: Option, value: float) -> None:
         bound = opt.bounds[kind]
         if bound is not None and not holds(value, bound):
             instead = _OUTSIDE.get((opt.name, kind), "")
-            raise OptionError(opt.name, f"must be {words} {bound}, got {value}{instead}")
+            raise OptionError(opt.name, f"must be {words} {bound}, got {shown(value)}{instead}")
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:
+        raise OptionError(opt.name, f"must be a number of 64 bits, got {shown(value)}")
+
+
+def _check_text(opt: Option, text: str) -> None:
+    """What no name of a file and no log can hold."""
+    if len(text) > MOST_TEXT:
+        raise OptionError(opt.name, f"has {len(text):,} characters: {MOST_TEXT:,} at most")
+    if "\0" in text:
+        raise OptionError(opt.name, f"holds a NUL, {shown(text)}: remove it")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise OptionError(opt.name, f"isn't valid Unicode, {shown(text)}: correct it") from None
 
 
 def _check_length(opt: Option, count: int) -> None:
@@ -88,7 +109,7 @@ def _as_member(members: tuple[Any, ...], raw: Any) -> Any:
 
 def _as_choice(choices: tuple[str, ...], raw: Any) -> str:
     # YAML 1.1 reads a bare off/on as a truth value.
-    text = {False: "off", True: "on"}[raw] if isinstance(raw, bool) else str(raw)
+    text = {False: "off", True: "on"}[raw] if isinstance(raw, bool) else _as_text(raw)
     if text not in choices:
         raise ValueError
     return text
@@ -110,7 +131,7 @@ def _as_none(raw: Any) -> None:
 
 
 def _as_bool(raw: Any) -> bool:
-    text = str(raw).lower()
+    text = str(raw).lower() if isinstance(raw, bool) else _as_text(raw).lower()
     if text in ("true", "yes", "on", "1"):
         return True
     if text in ("false", "no", "off", "0"):
@@ -140,7 +161,7 @@ def _as_float(raw: Any) -> float:
 
 
 def _as_text(raw: Any) -> str:
-    if raw is None or isinstance(raw, bool | list | dict):
+    if isinstance(raw, bool) or not isinstance(raw, str | int | float):
         raise ValueError
     return str(raw)
 

@@ -1,5 +1,6 @@
 """Config files: YAML to options, and options to YAML."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,13 +8,14 @@ from config.convert import convert
 from config.declared import all_options, by_name, is_option, nearest_option
 from config.nested import flat_instead
 from config.yaml_reader import Entry, given_twice, read_entries
-from errors import OptionError, UserError
+from errors import OptionError, UserError, shortened, shown
 
 if TYPE_CHECKING:
     from config.config import Config
 
 # They say which file to read and what to do with it, so a file doesn't hold them.
 COMMAND_LINE_ONLY = ("config", "print_config")
+MOST_BASES = 20  # files that build on each other
 
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
@@ -22,8 +24,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[
     Returns (origin, {option: value}) pairs. ``base:`` is taken relative to the file that names it.
     Raises UserError that names the file and what is wrong with it.
     """
-    path = path.expanduser()
-    content = read_entries(path, "config")
+    path = Path(os.path.expanduser(path))
+    content = read_entries(path, "config", pipes=not _seen)
     bases = [entry.value for entry in content if entry.key == "base" and entry.value is not None]
     below = _read_base(path, bases[0], _seen) if bases else []
     return [*below, (str(path), _values(path, [e for e in content if e.key != "base"]))]
@@ -32,10 +34,14 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[
 def _read_base(path: Path, base: Any, seen: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(base, str):
         raise OptionError("config", f"{path}: base: name one file, which may have a base: itself")
-    seen = (*seen, path.resolve())
-    base_path = (path.parent / base).resolve()
+    if "\0" in base:
+        raise OptionError("config", f"{path}: base: a name can't hold a NUL")
+    seen = (*seen, Path(os.path.realpath(path)))
+    base_path = Path(os.path.realpath(path.parent / base))
     if base_path in seen:
-        raise OptionError("config", f"{path}: base: {base} leads back to itself")
+        raise OptionError("config", f"{path}: base: {shortened(base)} leads back to itself")
+    if len(seen) > MOST_BASES:
+        raise OptionError("config", f"{path}: base: more than {MOST_BASES} files lie below")
     return read_yaml(base_path, seen)
 
 
@@ -62,7 +68,8 @@ def _option_name(path: Path, entry: Entry) -> str:
     if not is_option(entry.key):
         raise OptionError(
             "config",
-            f"{path}, line {entry.line}: unknown option {entry.key!r}; {nearest_option(entry.key)}",
+            f"{path}, line {entry.line}: unknown option {shown(entry.key)}; "
+            f"{nearest_option(entry.key)}",
         )
     name = by_name(entry.key).name
     if name in COMMAND_LINE_ONLY:

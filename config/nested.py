@@ -4,6 +4,7 @@ from typing import Any
 
 from config.declared import by_name, is_option, nearest_option, option_key
 from config.yaml_reader import Entry
+from errors import first_names, shortened, shown
 
 # The sections of other programs by the option that is their name or type here.
 _SECTIONS = {
@@ -33,9 +34,9 @@ _MEANT = {
 
 def flat_instead(entry: Entry) -> str:
     """That options are flat, and what to write in place of an ``entry`` with others below it."""
-    lines = [_flat(entry.key, inner) for inner in entry.inner]
-    shown = ", ".join(lines[:4]) + (", …" if len(lines) > 4 else "")
-    return f"options are flat, not nested below {entry.key!r}: write {shown}"
+    lines = [_flat(entry.key, inner) for inner in entry.inner[:5]]
+    example = first_names(lines, 4)
+    return f"options are flat, not nested below {shown(entry.key)}: write {example}"
 
 
 def _flat(section: str, entry: Entry) -> str:
@@ -50,11 +51,11 @@ def _flat(section: str, entry: Entry) -> str:
     if meant is None and is_option(entry.key):
         meant = by_name(entry.key).name
     if meant is None:
-        return f"{entry.key} otherwise ({nearest_option(entry.key)})"
+        return f"{shortened(entry.key)} otherwise ({nearest_option(entry.key)})"
     return f"{meant}: {_value(entry.value)}"
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
-    return "…" if isinstance(value, dict) else "null" if value is None else str(value)
+    return "…" if isinstance(value, dict) else "null" if value is None else shortened(value)

@@ -112,7 +112,10 @@ class ModelOptions:
         False, "--finetune: go on where parts of the model or the checkpoint are left over"
     )
     input_size: int = option(
-        224, "height and width of the images the model sees, pixels (with weights: theirs)", low=1
+        224,
+        "height and width of the images the model sees, pixels (with weights: theirs)",
+        low=1,
+        high=8192,
     )
 
     # Regularisation.
@@ -208,6 +211,12 @@ class DataOptions:
         "error",
         "an image that can't be read: stop and name it, or use another in its place and list it",
     )
+    max_image_pixels: int = option(
+        178_956_970,
+        "an image of more can't be read, but for JPEG, which is read at a part of its size; bounds "
+        "the memory of decoding: 12 bytes each",
+        low=1,
+    )
 
     # Batches and workers.
     batch_size: int | Literal["auto"] = option(
@@ -262,7 +271,7 @@ class DataOptions:
         0.875,
         "evaluation: share of the image's side kept; above 1 it gets a border (with weights: "
         "theirs)",
-        above=0,
+        low=0.01,
         high=2,
     )
     crop_mode: Literal["center", "squash", "border"] = option(

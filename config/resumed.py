@@ -189,7 +189,7 @@ ON_RESUME = (
             *("deterministic", "grad_checkpointing", "channels_last", "compile", "compile_mode"),
             *("talking_heads", "on_bad_image", "eval_batch_size", "num_workers"),
             *("loader_timeout", "pin_mem", "shard_cache", "shard_cache_gb", "cache"),
-            *("class_map", "valid_labels", "real_labels"),
+            *("class_map", "valid_labels", "real_labels", "max_image_pixels"),
             *("print_epoch", "log_interval", "tensorboard", "tb_histograms", "tb_graph"),
             *("distributed", "dist_url", "dist_eval", "dist_timeout", "dist_start_timeout"),
             *("fsdp", "sync_bn"),

@@ -5,14 +5,20 @@ YAML 1.1 makes numbers of ``2024_01_05`` and ``12:30:45``, 52 of ``064`` and a t
 text means is up to the option that gets it, as on the command line.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import OptionError, os_error_text
+import bounded
+from errors import OptionError, os_error_text, shortened
 
-_KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+MOST_BYTES = 256 << 10  # of a file; the longest recipe has 2 KiB
+MOST_DEPTH = 50  # lists and mappings inside of each other
+MOST_VALUES = 10_000  # of a file, each as often as its aliases repeat it
+_NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+_SPELLED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool"))
 # A value can't begin with them, unless it is quoted.
 _SPECIAL = "*&!%@`"
 
@@ -29,12 +35,19 @@ class Entry(NamedTuple):
     """What a dictionary consists of."""
 
 
-def read_entries(path: Path, option: str) -> list[Entry]:
-    """The top level of a YAML file. Raises OptionError of ``option`` for any other file."""
+def read_entries(path: Path, option: str, *, pipes: bool = False) -> list[Entry]:
+    """The top level of a YAML file; with ``pipes`` also of what a shell hands over.
+
+    Raises OptionError of ``option`` for any other file, for one of more than ``MOST_BYTES``, and
+    for one whose aliases repeat more than ``MOST_VALUES`` values.
+    """
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if pipes and bounded.is_handed_pipe(path):
+            text = bounded.read_pipe(path, MOST_BYTES).decode("utf-8-sig")
+        else:
+            text = bounded.read_text(path, MOST_BYTES)
     except FileNotFoundError:
         raise OptionError(option, f"{path} does not exist") from None
     except OSError as error:
@@ -45,40 +58,75 @@ def read_entries(path: Path, option: str) -> list[Entry]:
     try:
         loader = _loader()(text)
         node = loader.get_single_node()
-        if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _KEPT[0]):
+        if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
             return []
         if not isinstance(node, yaml.MappingNode):
             raise OptionError(option, f"{path}: expected 'option: value' lines")
-        written = [key.value for key, _ in node.value]
-        values = loader.construct_document(node)
-    except RecursionError:
-        raise OptionError(option, f"{path}: nested too deeply") from None
+        _refuse_many_values(node, option, path)
+        # Of several equal keys the last would count, and nothing would say so.
+        for key, count in Counter(_key(key) for key, _ in node.value).items():
+            if count > 1:
+                raise given_twice(option, path, key)
+        return _entries(loader, node)
     except yaml.YAMLError as error:
         raise OptionError(option, f"{path}{_place_and_problem(error, text)}") from None
+    except (ValueError, OverflowError) as error:  # PyYAML's, of a character that there isn't
+        raise OptionError(option, f"{path}: not valid YAML ({shortened(str(error))})") from None
     finally:
         if loader is not None:
             loader.dispose()
-    # Of several equal keys the last would count, and nothing would say so.
-    for key in written:
-        if written.count(key) > 1:
-            raise given_twice(option, path, key)
-    return _entries(node, values)
+
+
+def _refuse_many_values(root: Any, option: str, path: Path) -> None:
+    """Raise OptionError for aliases that repeat too many values, or lead back to themselves."""
+    counts: dict[int, int] = {}  # of the values in a node, with those its aliases repeat
+
+    def count(node: Any) -> int:
+        key = id(node)
+        if counts.get(key) == 0:
+            line = node.start_mark.line + 1
+            raise OptionError(option, f"{path}, line {line}: an alias lies in what it repeats")
+        if key not in counts:
+            counts[key] = 0
+            inner = node.value if isinstance(node.value, list) else ()
+            pairs = (each if isinstance(each, tuple) else (each,) for each in inner)
+            counts[key] = 1 + sum(count(value) for pair in pairs for value in pair)
+        return counts[key]
+
+    if (found := count(root)) > MOST_VALUES:
+        raise OptionError(
+            option,
+            f"{path}: with what aliases repeat it holds {found:.3g} values, and no more than "
+            f"{MOST_VALUES:,} are read",
+        )
 
 
 def given_twice(option: str, path: Path, key: str) -> OptionError:
     """The error for a key that a file has more than once."""
-    return OptionError(option, f"{path}: {key} is there twice")
+    return OptionError(option, f"{path}: {shortened(key)} is there twice")
 
 
-def _entries(node: Any, values: dict[Any, Any]) -> list[Entry]:
-    """The pairs of a mapping, whose keys have been merged."""
-    nodes = {str(key.value): (key, value) for key, value in node.value}
-    found = []
-    for key, value in values.items():
-        at, below = nodes["" if key is None else str(key)]
-        inner = tuple(_entries(below, value)) if isinstance(value, dict) else ()
-        found.append(Entry(str(key), value, at.start_mark.line + 1, inner))
-    return found
+def _entries(loader: Any, mapping: Any) -> list[Entry]:
+    """The pairs of a mapping, of a key that is there twice the last, as those of merges are."""
+    import yaml
+
+    loader.flatten_mapping(mapping)
+    found = {}
+    for key, node in mapping.value:
+        value = loader.construct_object(node, deep=True)
+        inner = _entries(loader, node) if isinstance(node, yaml.MappingNode) else ()
+        name = _key(key)
+        found[name] = Entry(name, value, key.start_mark.line + 1, tuple(inner))
+    return list(found.values())
+
+
+def _key(node: Any) -> str:
+    """A key as it is spelled."""
+    from yaml.constructor import ConstructorError
+
+    if not isinstance(node.value, str):
+        raise ConstructorError(None, None, "a list or mapping is no name", node.start_mark)
+    return node.value
 
 
 @cache
@@ -86,19 +134,43 @@ def _loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """The safe loader, to which a bare word is a text."""
+        """The safe loader, to which a word is a text, whatever it is said to be."""
 
         yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT]
+            first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
+        # Without dates, sets and binary data, which no option takes.
+        yaml_constructors = {
+            _NULL: yaml.SafeLoader.construct_yaml_null,
+            **dict.fromkeys(_SPELLED, yaml.SafeLoader.construct_scalar),
+            "tag:yaml.org,2002:seq": yaml.SafeLoader.construct_yaml_seq,
+            "tag:yaml.org,2002:map": yaml.SafeLoader.construct_yaml_map,
+            None: yaml.SafeLoader.construct_undefined,
+        }
+        depth = composed = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.composed += 1
+            problem = ""
+            # Beyond that the scanner's time grows with the square of the depth.
+            if self.depth > MOST_DEPTH:
+                problem = f"nested too deeply, {MOST_DEPTH} levels at most"
+            elif self.composed > MOST_VALUES:
+                problem = f"more than {MOST_VALUES:,} values"
+            if problem:
+                raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     return Loader
 
 
 def _place_and_problem(error: Any, text: str) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "not valid YAML"
+    problem = shortened(getattr(error, "problem", None) or "not valid YAML")
     if mark is None:
         return f": {problem}"
     place = f", line {mark.line + 1}, column {mark.column + 1}"
@@ -113,7 +185,7 @@ def _advice(problem: str, lines: Sequence[str], mark: Any) -> str:
         key, _, value = line.partition(":")
         begin = next(char for char in near if char in _SPECIAL)
         whole = value.strip().startswith(begin)
-        example = f"{key.strip()}: '{value.strip()}'" if whole else f"'{begin}'"
+        example = shortened(f"{key.strip()}: '{value.strip()}'") if whole else f"'{begin}'"
         return f"; quote what begins with {begin}: {example}"
     if "\t" in line[: mark.column + 1]:
         return "; indent with spaces, not with tabs"

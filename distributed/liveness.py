@@ -3,16 +3,24 @@
 import os
 from pathlib import Path
 
+_EXITING = 0x4  # PF_EXITING of the kernel's flags of a process
+
 
 def process_runs(pid: int) -> bool:
-    """Whether the process ``pid`` is still at work: there, and not a zombie."""
+    """Whether the process ``pid`` is still at work: there, not being ended, and not a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         pass  # another user's
-    return _status(pid)[:1] != ["Z"]
+    status = _status(pid)
+    return not status or status[0] != "Z" and not int(status[6]) & _EXITING
+
+
+def process_stopped(pid: int) -> bool:
+    """Whether the process ``pid`` was stopped by a signal and doesn't go on; Linux."""
+    return _status(pid)[:1] in (["T"], ["t"])
 
 
 def process_start(pid: int) -> str | None:

@@ -1,6 +1,6 @@
 """The processes that train together, and what they exchange."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, first_names
 
 Item = TypeVar("Item")
 
@@ -21,6 +21,8 @@ class Processes:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    hosts: tuple[str, ...] = ()
+    """Of each rank, where they are known."""
 
     @property
     def is_main(self) -> bool:
@@ -29,6 +31,12 @@ class Processes:
     @property
     def distributed(self) -> bool:
         return self.world_size > 1
+
+    def called(self, ranks: Sequence[int]) -> str:
+        """``rank 2 (host b)`` or ``ranks 2, 3, … (host b)`` for a message."""
+        hosts = sorted({self.hosts[rank] for rank in ranks if rank < len(self.hosts)})
+        where = f" (host {first_names(hosts, 3)})" if hosts else ""
+        return f"rank{'s' if len(ranks) > 1 else ''} {first_names(ranks, 8)}{where}"
 
 
 def world_size() -> int:

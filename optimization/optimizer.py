@@ -130,10 +130,12 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
     Otherwise a first step that ``found_inf`` leaves out keeps uninitialised memory as momentum, and
     a parameter unfrozen later has none.
     """
+    # Lookahead keeps all state in the optimiser that it wraps.
+    state = getattr(optimizer, "_base_optimizer", optimizer).state
     for group in optimizer.param_groups:
         if group["momentum"] != 0:
             for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def optimizer_supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distributed.wrapping import like
-from errors import CheckpointError
+from errors import CheckpointError, printable
 from optimization.ema import ModelEma
 from optimization.schedule import Schedule
 
+# State of optimisers that is as large as the parameter.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "slow_buffer")
+_OF_ADAM = ("exp_avg", "exp_avg_sq")
 # The keys of an optimiser's groups that come from the configuration; the others are state.
 _CONFIGURED = ("weight_decay", "betas", "eps", "momentum", "lr_scale")
 
@@ -61,6 +64,17 @@ class Progress:
     """Updates left out because a loss or gradient was not finite."""
     rollbacks: int = 0
     """Times training went back to a checkpoint."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Progress":
+        """From what a checkpoint has of it. Raises CheckpointError for what can't be."""
+        kinds = {each.name: each.type for each in fields(cls)}
+        for name, value in values.items():
+            kind = kinds.get(name)
+            counts = kind is int and type(value) is int and 0 <= value < 2**63
+            if kind is None or not (counts or kind is not int and _is_number(value, kind)):
+                raise CheckpointError(f"its progress has an odd {printable(name)}")
+        return cls(**values)
 
     def end_epoch(self) -> None:
         """Count an epoch as done."""
@@ -117,8 +131,17 @@ class TrainState:
                 f"the checkpoint holds no {', '.join(missing)}: it can't be resumed; start from "
                 "its weights with --finetune"
             )
-        check_same_weights(self.model, content["model"])
-        _load_weights(self.model, content["model"])
+        # All that may be odd comes before the weights change.
+        progress = Progress.of(content["progress"])
+        average = content.get("model_ema") if self.ema else None
+        for weights in (content["model"], average):
+            if weights is not None:
+                check_same_weights(self.model, weights)
+        _check_same_optimizer(self.optimizer, content["optimizer"])
+        if self.scaler and content.get("scaler"):
+            _check_same_scaler(self.scaler, content["scaler"])
+            self.scaler.load_state_dict(content["scaler"])
+        self.schedule.load_state_dict(content["schedule"])
         configured = [{k: g[k] for k in _CONFIGURED if k in g} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(_laid_out(self.optimizer, content["optimizer"]))
@@ -126,23 +149,74 @@ class TrainState:
             for group, values in zip(self.optimizer.param_groups, configured, strict=True):
                 group |= values
         except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"the checkpoint was written with another optimiser or parameter groups ({error}); "
-                "resume with the same --opt, --layer-decay and --head-lr-scale, or use --finetune"
-            ) from None
-        self.schedule.load_state_dict(content["schedule"])
-        if self.scaler and content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
+            raise _other_optimizer(str(error)) from None
+        _load_weights(self.model, content["model"])
         if self.ema:
             # A run that had no average starts one from its weights.
-            average = content.get("model_ema")
             _load_weights(self.ema.module, content["model"] if average is None else average)
-        self.progress = Progress(**content["progress"])
+        self.progress = progress
 
 
 def _load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
     module.load_state_dict({k: like(v, own[k]) for k, v in weights.items()})
+
+
+def _other_optimizer(why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint was written with another optimiser or parameter groups ({why}); "
+        "resume with the same --opt, --layer-decay and --head-lr-scale, or use --finetune"
+    )
+
+
+def _check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """CheckpointError if the saved state can't be that of the optimiser: torch itself takes any
+    values, and the next update fails."""
+    if len(saved["param_groups"]) != len(optimizer.param_groups):
+        return  # which torch says
+    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for name, value in group.items():
+            if name in own and name != "params" and not _is_like(value, own[name]):
+                raise _other_optimizer(f"its {printable(name)} is a {type(value).__name__}")
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for i, values in saved["state"].items():
+        if type(i) is not int or not 0 <= i < len(shapes) or not isinstance(values, Mapping):
+            raise _other_optimizer(f"it has state of a parameter {printable(str(i))}")
+        whole = "step" in values and all(isinstance(values.get(x), Tensor) for x in _OF_ADAM)
+        if isinstance(optimizer, torch.optim.Adam) and not whole:
+            raise _other_optimizer(f"its state of parameter {i} is incomplete")
+        for name, value in values.items():
+            if name in _MOMENTS and isinstance(value, Tensor):
+                # A few optimisers have one number for all values of a parameter.
+                fits = value.shape in (shapes[i], ()) and value.is_floating_point()
+            elif name == "step":
+                fits = _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+            else:
+                fits = value is None or name not in _MOMENTS
+            if not fits:
+                raise _other_optimizer(f"its {name} of parameter {i} is odd")
+
+
+def _check_same_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, Any]) -> None:
+    """CheckpointError if the saved state can't be that of the loss scaler."""
+    own = scaler.state_dict()
+    for name in own:
+        value = saved.get(name)
+        if not (type(value) is type(own[name]) and math.isfinite(value)) or value < 0:
+            raise CheckpointError(f"its scaler has an odd {name}")
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether a value may stand in the place of another one: both numbers, or of one type."""
+    numbers = [_is_number(x) or (isinstance(x, Tensor) and x.numel() == 1) for x in (value, own)]
+    return all(numbers) or None in (value, own) or type(value) is type(own)
+
+
+def _is_number(value: Any, kind: Any = float) -> bool:
+    """Whether ``value`` is a number, or None where ``kind`` allows it."""
+    if value is None:
+        return kind == float | None
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _laid_out(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +231,7 @@ def _laid_out(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dic
 
 
 def check_same_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """CheckpointError that says what differs, unless ``weights`` are those of ``model``."""
+    """CheckpointError that says what differs, unless ``weights`` may be those of ``model``."""
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     saved = {k: tuple(v.shape) for k, v in weights.items()}
     differing = [k for k in own if k in saved and own[k] != saved[k]]
@@ -172,6 +246,9 @@ def check_same_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"{'; '.join(details)}{'; …' if count > len(details) else ''}. Resume with the same "
             "--model, --input-size and data set, or use --finetune to take over what fits"
         )
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not weights[name].is_floating_point():
+            raise CheckpointError(f"its {name} is {weights[name].dtype}, not {value.dtype}")
 
 
 def is_better(value: float, best: float | None, *, lower: bool, delta: float = 0.0) -> bool:

@@ -5,24 +5,34 @@ A reader may leave (``| head -1``), a disk be full, a stream be closed (``>&-``)
 """
 
 import contextlib
+import copy
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from errors import without_surrogates
+from errors import printable
 
 # Characters of our messages, for consoles without them.
 _PLAIN = {"×": "x", "…": "...", "–": "-", "—": "-", "−": "-", "·": "*", "→": "->"}
 _PLAIN |= {"≤": "<=", "≥": ">=", "≈": "~", "±": "+/-", "²": "^2", "⁹": "^9", "µ": "u"}
+_LAYOUT = {ord(character): None for character in "\n\t"}
+_MOVES = re.compile(r"(\n|\x1b\[A)+")  # of tqdm, from bar to bar
 # Libraries speak up from warnings on.
-_QUIET = ("timm", "matplotlib", "PIL", "torch", "submitit")
+_QUIET = ("timm", "matplotlib", "PIL", "torch", "submitit", "httpx", "httpx2", "huggingface_hub")
 
 
 class MessageHandler(logging.Handler):
     """Writes messages to standard output, above a progress bar if one is drawn."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        # A message is one line: a name in it that holds line ends doesn't write others.
+        record = copy.copy(record)
+        record.msg, record.args = printable(record.getMessage()), ()
+        return super().format(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -32,6 +42,12 @@ class MessageHandler(logging.Handler):
                 print(self.format(record), flush=True)
         except Exception:
             self.handleError(record)
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """Print one line, whatever the names in it hold; to standard error if it tells of an
+    ``error``."""
+    print(printable(line), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def show_messages(formatter: logging.Formatter, level: int) -> None:
@@ -56,6 +72,8 @@ def console(*, reader_ends: bool = False) -> Iterator[None]:
             than what it prints.
     """
     _fill_closed_descriptors()
+    # Codes of terminals are shown, not sent: Python's own, in help and tracebacks, too.
+    os.environ.setdefault("PYTHON_COLORS", "0")
     names = ["stdout", "stderr"]
     ours = {}
     for name in names:
@@ -176,16 +194,30 @@ class _Stream:
                 os.close(nowhere)
 
     def _encodable(self, text: str) -> str:
-        """``text`` with other characters in the place of those that the stream can't show."""
+        """``text`` with other characters in the place of those that the stream can't show, or that
+        would command a terminal."""
+        text = _without_codes(text)
         encoding = getattr(self.inner, "encoding", None)
         if text.isascii() or encoding is None:
             return text
-        text = without_surrogates(text)
         try:
             text.encode(encoding)
         except UnicodeEncodeError:
             return "".join(_shown(character, encoding) for character in text)
         return text
+
+
+def _without_codes(text: str) -> str:
+    """``text`` in which only the codes of a progress bar are left, and line ends and tabs."""
+    if _MOVES.fullmatch(text):
+        return text
+    # A bar is a line that begins, and is wiped out by one that ends, with a return.
+    bar = text.startswith("\r")
+    inner = text.strip("\r") if bar else text
+    if not inner.translate(_LAYOUT).isprintable():
+        parts = re.split(r"([\n\t])", inner)
+        inner = "".join(part if part in "\n\t" else printable(part) for part in parts)
+    return f"\r{inner}{chr(13) * text[1:].endswith(chr(13))}" if bar else inner
 
 
 def _shown(character: str, encoding: str) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from augmentation.protocol import Plan, Transform
 from errors import DataError, first_names, printable
-from pipeline.decoding import DECODERS, BadImageError, lacks_file_handles, naming_lack_of_memory
+from pipeline.decoding import DECODERS, lacks_file_handles, naming_lack_of_memory
+from pipeline.limits import BadImageError, limit_pixels, most_pixels
 from pipeline.sources.base import Drawn, Source, Subset, image_numbers
 from pipeline.sources.registry import open_source
 from pipeline.workers import WorkerProgress
@@ -74,6 +75,14 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
         self.on_bad_image = on_bad_image
         self.given_up: dict[int, str] = {}  # images not to be tried again, and why
         self.progress = WorkerProgress(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers that aren't forked learn of the process's limit by this.
+        return {**self.__dict__, "most_pixels": most_pixels()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        limit_pixels(state.pop("most_pixels"))
+        self.__dict__ |= state
 
     @property
     def classes(self) -> list[str]:
@@ -163,6 +172,8 @@ def build_dataset(
 ) -> ImageDataset:
     """The training or validation part of ``data.data_set``, which has no transform yet.
 
+    From here on this process and its workers read no larger images than ``data.max_image_pixels``.
+
     Args:
         is_train: which part.
         data: where the images are and how they are split.
@@ -177,6 +188,7 @@ def build_dataset(
         OptionError: the options ask for what can't be had.
         DataError: something is wrong with the files.
     """
+    limit_pixels(data.max_image_pixels)
     source = open_source(is_train, data, seed=seed, classes=classes)
     if held_out is not None and isinstance(source, Drawn):
         source = source.as_held_out(held_out.numpy())

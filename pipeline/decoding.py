@@ -4,22 +4,24 @@ import contextlib
 import errno
 import io
 import os
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms
 from PIL.ExifTags import Base as Tag
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.MpoImagePlugin import MpoImageFile
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from config import DROP, background_colour
 from errors import lacks_host_memory, os_error_text
-from pipeline.formats import what_it_is
+from pipeline.formats import FORMATS, open_image
+from pipeline.headers import JPEG, check_exif, check_jpeg
+from pipeline.limits import BadImageError, most_pixels, open_regular, too_many_pixels
 
 # By the number that EXIF has for how the camera was held.
 _TURNS = {
@@ -31,17 +33,15 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class BadImageError(Exception):
-    """An image that can't be decoded; the message is the reason."""
+_STRIP = 1 << 20  # pixels that are converted at a time
 
 
 def decode(source: Any, background: str = "white") -> Image.Image:
     """Any image as an RGB image, turned upright by its EXIF data.
 
-    16-bit, 32-bit and float greys are scaled to 8 bits. A JPEG file of more pixels than Pillow's
-    limit is read at a half, a quarter or an eighth of its sides.
+    16-bit, 32-bit and float greys are scaled to 8 bits. A JPEG file of more pixels than the limit
+    (``pipeline.limits``) is read at a half, a quarter or an eighth of its sides. The memory that
+    this takes is bounded: the size of the file and BYTES_PER_PIXEL for each pixel of the limit.
 
     Args:
         source: a path, bytes, a binary file, a Pillow image of any mode, which stays as it is, or a
@@ -60,11 +60,10 @@ def decode(source: Any, background: str = "white") -> Image.Image:
             with naming_lack_of_memory(), _opened(source) as image:
                 _keep_within_limit(image)
                 image.load()
-                return _upright(image, _to_rgb(image, background))
+                rgb = _to_rgb(image, background)
+                return _upright(image, rgb, is_file=image is not source)
         except BadImageError:
             raise
-        except UnidentifiedImageError:
-            raise BadImageError(what_it_is(source)) from None
         except Exception as error:
             raise _bad_image(error) from None
 
@@ -87,30 +86,17 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def naming_lack_of_memory() -> Iterator[None]:
-    """Raise BadImageError where an image needs more memory than there is."""
+    """Raise BadImageError where an image needs more memory than there is, or than is allowed."""
     try:
         yield
+    except Image.DecompressionBombError:  # a part of it that was enlarged
+        raise too_many_pixels("what is shown of the image") from None
     except MemoryError:
         raise BadImageError("needs more memory than there is") from None
     except RuntimeError as error:
         if not lacks_host_memory(error):
             raise
         raise BadImageError("needs more memory than there is") from None
-
-
-def open_image(source: Any, formats: Sequence[str] | None = None) -> Image.Image:
-    """``Image.open``, also of a JPEG file above Pillow's limit: that is read at a part of its size.
-
-    The header alone is read. Raises what ``Image.open`` raises.
-    """
-    try:
-        return Image.open(source, formats=formats)
-    except Image.DecompressionBombError:
-        if not isinstance(source, str | os.PathLike):
-            source.seek(0)
-        with contextlib.suppress(SyntaxError):  # of another format
-            return JpegImageFile(source)
-        raise
 
 
 def is_transparent(source: Any) -> bool:
@@ -121,18 +107,21 @@ def is_transparent(source: Any) -> bool:
             with naming_lack_of_memory(), _opened(source) as image:
                 if not image.has_transparency_data:
                     return False
-                alpha = _alpha(image)
-                return alpha is not None and alpha.getextrema()[0] < 255
+                _keep_within_limit(image)
+                image.load()
+                alphas = (_alpha(strip) for _, strip in _strips(image))
+                return any(a is not None and a.getextrema()[0] < 255 for a in alphas)
         except BadImageError:
             raise
         except Exception as error:
-            raise BadImageError(_reason(error)) from None
+            raise _bad_image(error) from None
 
 
 @contextlib.contextmanager
 def _opened(source: Any) -> Iterator[Image.Image]:
     """The image of what ``decode`` takes; a file that is opened here is closed again."""
     if isinstance(source, Image.Image):
+        _refuse_other_formats(source)
         yield source
     elif isinstance(source, np.ndarray):
         yield Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
@@ -147,9 +136,11 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         raise BadImageError(f"{kind} is none of path, bytes, binary file, Pillow image and array")
 
 
-def most_pixels() -> float:
-    """What Pillow refuses to read, so as not to fill the memory with a small file's pixels."""
-    return 2 * (Image.MAX_IMAGE_PIXELS or float("inf"))
+def _refuse_other_formats(image: Image.Image) -> None:
+    """Raise BadImageError for a file that somebody else opened, and that loading would decode."""
+    form = image.format if isinstance(image, ImageFile) and image.tile else None
+    if form is not None and form not in (*FORMATS, MpoImageFile.format):
+        raise BadImageError(f"{form} files are not read: convert it to PNG or JPEG")
 
 
 def _keep_within_limit(image: Image.Image) -> None:
@@ -157,45 +148,53 @@ def _keep_within_limit(image: Image.Image) -> None:
     width, height = image.size
     if width * height <= most_pixels() or not isinstance(image, JpegImageFile):
         return  # others are refused when they are opened
-    if image.info.get("progressive"):
-        raise BadImageError(
-            f"a progressive JPEG of {width}×{height} pixels must be read whole, which is more than "
-            f"the limit of {most_pixels():,}: save it smaller, or not as a progressive one"
-        )
-    for part in (2, 4, 8):
-        image.draft(None, (width // part, height // part))
-        if image.size[0] * image.size[1] <= most_pixels():
-            return
-
-
-JPEG = b"\xff\xd8\xff"
+    parts = () if image.info.get("progressive") else (2, 4, 8)
+    for part in parts:
+        # Once: what is drafted again is not what is said then.
+        if -(-width // part) * -(-height // part) <= most_pixels():
+            image.draft(None, (max(1, width // part), max(1, height // part)))
+            break
+    if image.size[0] * image.size[1] > most_pixels():
+        raise too_many_pixels(f"a JPEG of {width:,}×{height:,} pixels")
 
 
 def decode_tensor(image: Any, background: str = "white") -> torch.Tensor:
     """As ``decode``, to uint8 (3, H, W); JPEG files take a shorter way to the same pixels.
 
-    Raises BadImageError.
+    Raises BadImageError, and OSError as ``decode`` does.
     """
     with naming_lack_of_memory():
-        if isinstance(image, str | Path | io.BytesIO):
-            content = image.getvalue() if isinstance(image, io.BytesIO) else _file_content(image)
-            tensor = _decode_jpeg(content) if content.startswith(JPEG) else None
-            if tensor is not None:
-                return tensor
-            image = io.BytesIO(content)
-        return _channels_first(np.array(decode(image, background)))
+        if isinstance(image, str | os.PathLike):
+            try:
+                with open_regular(image) as file:
+                    return _tensor_of(file, background)
+            except OSError as error:
+                raise _bad_image(error) from None
+        if isinstance(image, io.BytesIO):
+            return _tensor_of(image, background)
+        return _channels_first(decode(image, background))
 
 
-def _file_content(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise _bad_image(error) from None
+def _tensor_of(file: BinaryIO, background: str) -> torch.Tensor:
+    """``decode_tensor`` of a file."""
+    file.seek(0)
+    if file.read(len(JPEG)) == JPEG:
+        file.seek(0)
+        content = file.read()
+        tensor = _decode_jpeg(content)
+        if tensor is not None:
+            return tensor
+        file = io.BytesIO(content)
+    return _channels_first(decode(file, background))
 
 
 def _decode_jpeg(content: bytes) -> torch.Tensor | None:
-    """uint8 (3, H, W), or None where Pillow had better look at it (damaged, CMYK, huge)."""
-    if not 0 < _jpeg_pixels(content) <= most_pixels():
+    """uint8 (3, H, W), or None where Pillow had better look at it (damaged, odd, CMYK, huge).
+
+    Raises BadImageError as ``headers.check_jpeg``.
+    """
+    frame = check_jpeg(content)
+    if frame is None or not 0 < frame.width * frame.height <= most_pixels():
         return None
     with warnings.catch_warnings():
         # That it will move to another package, and that bytes can't be written to.
@@ -210,32 +209,38 @@ def _decode_jpeg(content: bytes) -> torch.Tensor | None:
     return image if image.shape[0] == 3 else None
 
 
-def _jpeg_pixels(content: bytes) -> int:
-    """How many a JPEG file has by its frame header (ITU-T T.81, B.2.2); 0 where none is found."""
-    place = 2
-    while place + 9 <= len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
-        if marker == 0xFF:  # a byte that fills
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", content, place + 5)
-            return height * width
-        else:
-            place += 2 + struct.unpack_from(">H", content, place + 2)[0]
-    return 0
-
-
-def _channels_first(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) as (3, H, W), in the same memory."""
+def _channels_first(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W), in the memory of one (H, W, 3) array."""
+    width, height = image.size
+    if width * height <= _STRIP:
+        pixels = np.array(image)
+    else:
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        for top, strip in _strips(image):
+            pixels[top : top + strip.height] = strip
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """An image in strips of at most ``_STRIP`` pixels, each with its first row.
+
+    What is done pixel by pixel then takes little memory beside the image and its result.
+    """
+    width, height = image.size
+    rows = max(1, _STRIP // max(1, width))
+    if rows >= height:
+        yield 0, image
+        return
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
+
+
+def _upright(image: Image.Image, rgb: Image.Image, *, is_file: bool) -> Image.Image:
     """``rgb``, the pixels of ``image``, turned as its EXIF data say."""
     turn = None
     # Broken EXIF data is no reason to lose an image whose pixels are fine.
     with contextlib.suppress(Exception):
-        turn = _TURNS.get(image.getexif().get(Tag.Orientation))
+        turn = _TURNS.get(_orientation(image, is_file=is_file))
     if turn is None:
         return rgb
     rgb = rgb.transpose(turn)
@@ -243,9 +248,34 @@ def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
     return rgb
 
 
+def _orientation(image: Image.Image, *, is_file: bool) -> int | None:
+    """What EXIF data say. Raises BadImageError for those that fill the memory when they are read.
+
+    Args:
+        is_file: nobody has changed them since the file was opened.
+    """
+    exif, raw = image.info.get("exif"), image.info.get("Raw profile type exif")
+    if exif is None and raw is not None:
+        exif = bytes.fromhex("".join(raw.split("\n")[3:]))  # as ImageMagick writes it in PNG
+    found = None if exif is None else check_exif(exif)
+    # Pillow's own reading takes as long as a tenth of the decoding.
+    return found if found and is_file else image.getexif().get(Tag.Orientation)
+
+
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     """RGB on ``background``; ``image`` itself where it is that already."""
-    rgb = _without_alpha(image)
+    full = _full_scale(image) if _is_deep(image) else 0.0
+    width, height = image.size
+    if width * height <= _STRIP or (image.mode == "RGB" and not image.has_transparency_data):
+        return _strip_to_rgb(image, background, full)
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(_strip_to_rgb(strip, background, full), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image, background: str, full: float) -> Image.Image:
+    rgb = _without_alpha(image, full)
     if not image.has_transparency_data or background == DROP:
         return rgb
     alpha = _alpha(image)
@@ -256,11 +286,12 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     return flat
 
 
-def _without_alpha(image: Image.Image) -> Image.Image:
-    """RGB, the colours under what is transparent as they are."""
+def _without_alpha(image: Image.Image, full: float) -> Image.Image:
+    """RGB, the colours under what is transparent as they are; ``full`` is white in deep greys."""
     mode = image.mode
-    if mode.startswith(("I", "F")):
-        return _to_8bit(image).convert("RGB")
+    if _is_deep(image):
+        values = np.rint(_values(image).clip(0) * (255 / full)).astype(np.uint8)
+        return Image.fromarray(values).convert("RGB")
     if mode == "LAB":
         space, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, space, srgb, outputMode="RGB")
@@ -273,7 +304,7 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 def _alpha(image: Image.Image) -> Image.Image | None:
     """How opaque each pixel is, "L"; None where nothing says so."""
-    if image.mode.startswith(("I", "F")):
+    if _is_deep(image):
         key = image.info.get("transparency")
         if not isinstance(key, int):
             return None
@@ -283,15 +314,23 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return image.convert("RGBA").getchannel("A")
 
 
-def _to_8bit(image: Image.Image) -> Image.Image:
-    """Greys of more than 8 bits, scaled by the full range that mode and values suggest."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    peak = values.max()
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it has greys of more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    """Deep greys as numbers, (H, W) float64."""
+    return np.nan_to_num(np.asarray(image, dtype=np.float64))
+
+
+def _full_scale(image: Image.Image) -> float:
+    """What is white in an image of deep greys: the full range that mode and values suggest."""
+    peak = max(_values(strip).max() for _, strip in _strips(image))
     ranges = (65535,) if image.mode.startswith("I;16") else (255, 65535)
     if image.mode == "F":
         ranges = (1, *ranges)
-    full = next((r for r in ranges if peak <= r), peak)
-    return Image.fromarray(np.rint(values.clip(0) * (255 / full)).astype(np.uint8))
+    return next((r for r in ranges if peak <= r), peak)
 
 
 # By ``Transform.decode_as``.

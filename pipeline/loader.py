@@ -1,24 +1,24 @@
 """Loaders that survive their workers."""
 
 import errno
-import functools
 import itertools
 import logging
 import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from errors import DataError, OptionError, Stopped, first_line, os_error_text
 from pipeline.dataset import Batch, ImageDataset, collate
-from pipeline.workers import BATCHES_AHEAD, WorkerProgress, init_worker
+from pipeline.pool import NoBatchError, WorkerLostError, WorkerPool
+from pipeline.workers import WorkerProgress
 from samplers import SampleKey
+from utils import derive_seed, seed_host
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class LoaderSettings:
     drop_last: bool = False
     """Whether a last batch that is not full is left out."""
     seed: int = 0
-    """Of the loader's own generator."""
+    """Of the global generators of the workers, which a plug-in's data set may draw from."""
     timeout: float = 0
     """Seconds to wait for a batch of the workers; 0 waits for ever."""
 
@@ -65,7 +65,7 @@ class Loader:
     Raises OptionError where ``drop_last`` would leave nothing.
     """
 
-    MOST_LOSSES = 5  # without a batch in between
+    MOST_LOSSES = 10  # without a batch in between
 
     def __init__(self, dataset: ImageDataset, sampler: Sampler, settings: LoaderSettings) -> None:
         if settings.drop_last and len(sampler) < settings.batch_size:
@@ -78,28 +78,11 @@ class Loader:
         self.dataset = dataset
         self.sampler = sampler
         self.settings = settings
-        self._batches = RemainingBatches(sampler, settings.batch_size, settings.drop_last)
-        self._timeout = settings.timeout if settings.num_workers else 0
+        self._batches = BatchSampler(sampler, settings.batch_size, settings.drop_last)
         self._progress = WorkerProgress(settings.num_workers)
         self._deaths: Counter[int] = Counter()  # workers that died over an image
-        # Its own, so that starting a pass draws nothing from the global one.
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._workers = self._new_workers()
-
-    def _new_workers(self) -> DataLoader:
-        settings = self.settings
-        return DataLoader(
-            self.dataset.watched_by(self._progress),
-            batch_sampler=self._batches,
-            num_workers=settings.num_workers,
-            collate_fn=functools.partial(collate, plan=self.dataset.plan),
-            pin_memory=settings.pin_memory and torch.cuda.is_available(),
-            timeout=self._timeout,
-            worker_init_fn=init_worker,
-            prefetch_factor=BATCHES_AHEAD if settings.num_workers else None,
-            persistent_workers=settings.num_workers > 0,
-            generator=self._generator,
-        )
+        self._pins = settings.pin_memory and torch.cuda.is_available()
+        self._pool: WorkerPool | None = None  # between two passes the workers stay
 
     @property
     def batch_size(self) -> int:
@@ -110,6 +93,11 @@ class Loader:
     def num_workers(self) -> int:
         """Worker processes."""
         return self.settings.num_workers
+
+    @property
+    def pids(self) -> list[int]:
+        """The worker processes that there are by now."""
+        return [] if self._pool is None else self._pool.pids
 
     @property
     def cached(self) -> bool:
@@ -138,20 +126,25 @@ class Loader:
                 if batches is None:
                     batches = self._start(done)
                 batch = next(batches, None)
-            except (RuntimeError, OSError, EOFError) as error:
-                # A batch of a worker that died in handing it over fails with a broken connection.
+            except (WorkerLostError, NoBatchError) as error:
                 losses += 1
-                self._recover(error, losses)
+                self._recover(losses, slow=isinstance(error, NoBatchError))
                 batches = None
                 continue
+            except (RuntimeError, OSError) as error:
+                self._end_workers()  # one may owe the batch that didn't get through
+                _name_what_ran_out(error)
+                raise
             except (KeyboardInterrupt, Stopped):
                 # Storage may hold the workers, and whoever leaves would wait for their end.
-                self._progress.kill()
-                self._workers = self._new_workers()
+                self._end_workers()
                 raise
             if batch is None:
                 return
             done, losses = done + 1, 0
+            if self._deaths:
+                for index in batch.indices.tolist():
+                    self._deaths.pop(index, None)  # it wasn't to blame
             unusable = self.dataset.is_train and not len(batch.targets)
             if batch.bad and (self.dataset.on_bad_image == "error" or unusable):
                 raise DataError(
@@ -162,33 +155,35 @@ class Loader:
 
     def _start(self, done: int) -> Iterator[Batch]:
         """The batches of this pass after the first ``done``."""
-        self._batches.skip = done
-        # Otherwise torch raises wherever the main process is at the moment when a worker dies.
-        before = signal.getsignal(signal.SIGCHLD)
-        batches = iter(self._workers)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        self._batches.skip = 0
-        return batches
+        keys = itertools.islice(iter(self._batches), done, None)
+        make = _BatchMaker(self.dataset.watched_by(self._progress), self.settings.seed)
+        if not self.num_workers:
+            batches = map(make, keys)
+            return map(_pinned, batches) if self._pins else batches
+        if self._pool is None:
+            self._pool = WorkerPool(
+                make, self.num_workers, self.batch_size, _pinned if self._pins else None
+            )
+        return self._pool.batches(keys, self.settings.timeout)
 
-    def _recover(self, error: Exception, losses: int) -> None:
-        """Make ready for new workers.
+    def _end_workers(self) -> None:
+        if self._pool is not None:
+            self._pool.kill()
+            self._pool = None
+        self._progress.clear()
 
-        Raises DataError if an image is to blame or memory ran out, ``error`` if it is a bug.
+    def _recover(self, losses: int, *, slow: bool) -> None:
+        """End the workers, for new ones, after one died or (``slow``) no batch came in time.
+
+        Raises DataError where ``on_bad_image`` doesn't say to go on, or going on didn't help.
         """
-        slow = "DataLoader timed out" in str(error)
-        if not slow and not self._worker_died(error):
-            if any(sign in str(error) for sign in _NO_FILE_HANDLES):
-                raise DataError(os_error_text(OSError(errno.EMFILE, _NO_FILE_HANDLES[0]))) from None
-            if "shared memory" in str(error) or "No space left" in str(error):
-                raise DataError(f"{_NO_MEMORY} ({first_line(error)})") from None
-            raise error
+        timeout = self.settings.timeout
         if slow:
-            held = self._progress.slower_than(0.9 * self._timeout)
-            reason = f"not read within {self._timeout:g} s"
+            held = self._held_for(timeout)
+            reason = f"not read within {timeout:g} s"
             if not held:
                 raise DataError(
-                    f"no batch came within {self._timeout:g} s, though no image hangs: is the "
+                    f"no batch came within {timeout:g} s, though no image hangs: is the "
                     "storage slow? Raise --loader-timeout, or lower --num-workers"
                 )
         else:
@@ -196,28 +191,60 @@ class Loader:
         names = ", ".join(self.dataset.sample_id(i) for i in held)
         skip = self.dataset.on_bad_image == "skip"
         if not skip or losses > self.MOST_LOSSES:
-            what = f"{names}: {reason}" if names else "a worker died"
-            more = "" if skip else ", or add --on-bad-image skip"
-            hint = "" if slow else f"; if it was killed, {_NO_MEMORY}"
-            raise DataError(f"{what} (mend or remove the file{more}{hint})") from None
+            what = f"{names}: {reason}" if names else "a loader worker died between two images"
+            fixes = ["mend or remove the file"] if names else []
+            fixes += [] if skip else ["add --on-bad-image skip to go on"]
+            hints = [", or ".join(fixes)] if fixes else []
+            hints += [] if slow else [f"if it was killed, {_NO_MEMORY}"]
+            times = f", the {losses}th in a row" if losses > self.MOST_LOSSES else ""
+            raise DataError(f"{what}{times} ({'; '.join(hints)})") from None
         self._deaths.update(held)
         for index in held:
             if slow or self._deaths[index] > 1:
                 self.dataset.given_up[index] = reason
-        lost = f": {names}" if names else " (a worker was lost)"
-        logger.warning("%s%s; the workers are started anew", reason, lost)
-        self._progress.kill()
-        self._workers = self._new_workers()
+        lost = f"{reason}: {names}" if names else "a loader worker was lost"
+        logger.warning("%s; the workers are started anew", lost)
+        self._end_workers()
 
-    def _worker_died(self, error: Exception) -> bool:
-        """Whether ``error`` comes from a worker's death."""
-        # Its connection breaks a moment before the system lists it as ended.
-        deadline = time.monotonic() + (1.0 if isinstance(error, OSError | EOFError) else 0.0)
-        while not self._progress.some_died():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.01)
-        return True
+    def _held_for(self, seconds: float) -> list[int]:
+        """The images that workers have been at for nearly as long.
+
+        The workers may have started late: an image that is under way gets its time.
+        """
+        under_way = set(self._progress.slower_than(0))
+        while under_way and not (held := self._progress.slower_than(0.9 * seconds)):
+            time.sleep(0.02)
+            under_way.intersection_update(self._progress.slower_than(0))
+        return held if under_way else []
+
+
+class _BatchMaker(NamedTuple):
+    """Makes a batch of the keys of its images.
+
+    What a source draws from a worker's global generators follows from the batch's place alone.
+    """
+
+    dataset: ImageDataset
+    seed: int
+
+    def __call__(self, keys: list[SampleKey], worker: int | None = None) -> Batch:
+        self.dataset.progress.of_worker(worker)
+        if worker is not None:
+            seed_host(derive_seed(self.seed, "batch", keys[0].epoch, keys[0].position))
+        return collate([self.dataset[key] for key in keys], self.dataset.plan)
+
+
+def _pinned(batch: Batch) -> Batch:
+    """``batch`` with what goes to the device in page-locked memory."""
+    return batch._replace(images=batch.images.pin_memory(), targets=batch.targets.pin_memory())
+
+
+def _name_what_ran_out(error: Exception) -> None:
+    """Raise DataError if a batch could not be made or handed over for want of memory or files."""
+    if any(sign in str(error) for sign in _NO_FILE_HANDLES):
+        raise DataError(os_error_text(OSError(errno.EMFILE, _NO_FILE_HANDLES[0]))) from None
+    if "shared memory" in str(error) or "No space left" in str(error):
+        raise DataError(f"{_NO_MEMORY} ({first_line(error)})") from None
 
 
 # The second one is what torch says where a worker's batch can't be handed over.
@@ -226,17 +253,3 @@ _NO_MEMORY = (
     "memory or shared memory (/dev/shm) ran out: lower --num-workers or --batch-size, or give a "
     "container --shm-size=8g"
 )
-
-
-class RemainingBatches(Sampler[list[SampleKey]]):
-    """The sampler's batches after the first ``skip``."""
-
-    def __init__(self, sampler: Sampler, batch_size: int, drop_last: bool) -> None:
-        self.batches = BatchSampler(sampler, batch_size, drop_last)
-        self.skip = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        return itertools.islice(iter(self.batches), self.skip, None)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from errors import DataError, OptionError
 from pipeline.dataset import ImageDataset
-from pipeline.decoding import BadImageError, decode_tensor, naming_lack_of_memory
+from pipeline.decoding import decode_tensor, naming_lack_of_memory
+from pipeline.formats import open_image
+from pipeline.limits import BadImageError
 from pipeline.progress import ProgressBar
 from pipeline.sources.base import ArraySource, FileSource, Source, Subset
 from utils import cores
@@ -161,7 +162,7 @@ def is_small(source: Source) -> bool:
 
 def _size_of(path: str) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
     except Exception:  # Pillow raises almost anything; whoever reads the image says it
         return 0, 0

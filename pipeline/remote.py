@@ -7,25 +7,20 @@ afterwards comes from the local disk.
 import contextlib
 import hashlib
 import os
-import shutil
+import stat
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from urllib.parse import quote
 
-from errors import DataError
+from download import Limits, TransferRefusedError, fetch, locked, save
+from errors import DataError, printable
 from utils import written_whole
 
-try:
-    import fcntl
-except ImportError:  # not a Unix: two processes may fetch the same file, the last one stays
-    fcntl = None
-
 TRIES = 3
-TIMEOUT = 60  # seconds without a byte
-BLOCK = 4 << 20  # bytes
+LISTING_BYTES = 64 << 20  # of the list of shards
+INDEX_BYTES = 256 << 20  # of the index of a shard
+_PART = 180  # bytes of a name: a file being fetched has a longer one
 
 
 def is_remote(address: str) -> bool:
@@ -37,46 +32,60 @@ class RemoteFolder:
     """A folder at an address, and the local folder of its copies.
 
     Args:
-        address: ``https://…``, or whatever fsspec reads (``s3://``, ``gs://``, ``file://`` …).
-        cache: folder of the copies; empty: one in the system's temporary folder.
+        address: ``http://…`` or ``https://…``, or whatever fsspec reads (``s3://``, ``gs://``,
+            ``file://`` …).
+        cache: folder of the copies; empty: one in the system's temporary folder, which has to be
+            this user's alone.
         limit: bytes that the copies may take; the ones longest unused make room.
     """
 
     def __init__(self, address: str, cache: str = "", limit: int = 50 << 30) -> None:
         self.address = address.rstrip("/")
-        digest = hashlib.sha256(self.address.encode()).hexdigest()[:16]
-        user = os.getuid() if hasattr(os, "getuid") else ""
-        base = Path(cache) if cache else Path(tempfile.gettempdir()) / f"shards-{user}"
-        self.folder = base.expanduser() / digest
+        digest = hashlib.sha256(os.fsencode(self.address)).hexdigest()[:16]
         self.limit = limit
+        base = Path(cache).expanduser() if cache else None
         try:
+            self.folder = (base or _own_folder()) / digest
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise DataError(
-                f"{self.folder}: no place for copies of {self.address} ({error.strerror}); "
+                f"{error.filename}: no place for copies of {self.address} ({error.strerror}); "
                 "name another with --shard-cache"
             ) from None
 
-    def path(self, name: str) -> Path:
+    def path(self, name: object) -> Path:
         """Where the copy of the file ``name`` is, or will be. Raises DataError for a bad name."""
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-            raise DataError(f"{self.address}: {name!r} is not the name of a file in it")
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        good = parts and not PurePosixPath(name).is_absolute() and len(name) < 1000
+        good = good and "\\" not in name and printable(name) == name
+        # What begins with a dot is a lock, or a file being fetched.
+        if not good or any(p.startswith(".") or len(p.encode()) > _PART for p in parts):
+            shown = printable(repr(name))
+            shown = shown if len(shown) <= 100 else shown[:100] + "…"
+            raise DataError(f"{self.address}: {shown} is not the name of a file in it")
         return self.folder.joinpath(*parts)
 
-    def fetch(self, name: str, size: int | None = None) -> Path:
-        """The copy of ``name``, fetched if it isn't there.
+    def fetch(
+        self, name: str, size: int | None = None, *, most: int | None = None, fresh: bool = False
+    ) -> Path:
+        """The copy of ``name``, fetched if it isn't there, or in any case if ``fresh``.
 
-        A copy of another ``size`` in bytes, if it is known, is not whole. Raises OSError.
+        A copy of another ``size`` in bytes, if it is known, is not whole; one of more than ``most``
+        is not taken. Raises OSError.
         """
         path = self.path(name)
-        if not self._is_whole(path, size):
+        if fresh or not self._is_whole(path, size):
+            if size is not None and size > self.limit:
+                raise OSError(
+                    f"{self.address}/{name} has {size:,} bytes, and all copies may take "
+                    f"{self.limit:,}: raise --shard-cache-gb"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(path):
+            with locked(path):
                 # Another process may have fetched it in the meantime.
-                if not self._is_whole(path, size):
+                if fresh or not self._is_whole(path, size):
                     self._make_room(size or 0)
-                    self._copy(name, path, size)
+                    self._copy(name, path, size, self.limit if most is None else most)
         with contextlib.suppress(OSError):
             os.utime(path)  # it was used now
         return path
@@ -89,37 +98,31 @@ class RemoteFolder:
             return False
         return size is None or found == size
 
-    @contextlib.contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
-        with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _copy(self, name: str, path: Path, size: int | None) -> None:
+    def _copy(self, name: str, path: Path, size: int | None, most: int) -> None:
         problem = ""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(2.0**attempt)
             try:
                 with written_whole(path, shared=True) as partial:
-                    with self._open(name) as source, open(partial, "wb") as target:
-                        shutil.copyfileobj(source, target, BLOCK)
+                    self._transfer(name, partial, Limits(size=most if size is None else size))
                     found = partial.stat().st_size
                     if size is not None and found != size:
                         raise OSError(f"{found} bytes came of {size}")
                 return
-            except (OSError, ValueError, ImportError) as error:
-                problem = str(error) or type(error).__name__
+            except Exception as error:  # fsspec's file systems raise types of their own
+                problem = printable(str(error)) or type(error).__name__
+                if isinstance(error, TransferRefusedError | ImportError):
+                    break
         raise OSError(f"{self.address}/{name} can't be fetched: {problem}")
 
-    def _open(self, name: str) -> IO[Any]:
-        address = f"{self.address}/{name}"
-        if address.startswith(("http://", "https://")):
-            return urllib.request.urlopen(address, timeout=TIMEOUT)
+    def _transfer(self, name: str, path: Path, limits: Limits) -> None:
+        if self.address.startswith(("http://", "https://")):
+            return fetch(f"{self.address}/{quote(name)}", path, limits=limits)
         import fsspec
 
-        return fsspec.open(address, "rb").open()
+        with fsspec.open(f"{self.address}/{name}", "rb") as source:
+            return save(source, path, limits)
 
     def _make_room(self, size: int) -> None:
         """Remove the copies longest unused until ``size`` more bytes fit the limit."""
@@ -137,3 +140,24 @@ class RemoteFolder:
             # A process that has it open reads on.
             path.unlink(missing_ok=True)
             total -= bytes_
+
+
+def _own_folder() -> Path:
+    """This user's folder for shards in the system's temporary one, which anyone can write to.
+
+    Raises DataError for one that another user made, may change or leads elsewhere by a link, and
+    OSError.
+    """
+    if not hasattr(os, "getuid"):
+        return Path(tempfile.gettempdir()) / "shards"
+    folder = Path(tempfile.gettempdir()) / f"shards-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    others = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or others:
+        raise DataError(
+            f"{folder} is not a folder of this user alone, so shards from it can't be trusted: "
+            "remove it, or name another with --shard-cache"
+        )
+    return folder

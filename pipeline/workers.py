@@ -1,6 +1,5 @@
 """Loader workers: how many, what each is at, and how they end."""
 
-import contextlib
 import ctypes
 import math
 import os
@@ -12,7 +11,6 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import get_worker_info
 
 from distributed.liveness import process_runs
 from utils import cores
@@ -33,13 +31,17 @@ class WorkerProgress:
     def __init__(self, num_workers: int) -> None:
         self._table = torch.zeros(num_workers, len(_Row._fields), dtype=torch.float64)
         self._table.share_memory_()
+        self._worker: int | None = None
+
+    def of_worker(self, worker: int | None) -> None:
+        """This process is worker number ``worker``, or None, of which nothing is noted."""
+        self._worker = worker
 
     def begin(self, index: int) -> None:
-        """This worker begins with the image ``index``; outside of a worker nothing is noted."""
-        worker = get_worker_info()
-        if worker is not None:
+        """This worker begins with the image ``index``."""
+        if self._worker is not None:
             row = (os.getpid(), index, time.monotonic())
-            self._table[worker.id] = torch.tensor(row, dtype=torch.float64)
+            self._table[self._worker] = torch.tensor(row, dtype=torch.float64)
 
     def end(self) -> None:
         """This worker is done with its image."""
@@ -54,36 +56,31 @@ class WorkerProgress:
         now = time.monotonic()
         return [row.index for row in self._rows() if row.index >= 0 and now - row.since > seconds]
 
-    def some_died(self) -> bool:
-        """Whether a worker is gone."""
-        return any(not process_runs(row.pid) for row in self._rows())
-
     def died_over(self) -> list[int]:
         """Images over which workers died."""
         return [r.index for r in self._rows() if r.index >= 0 and not process_runs(r.pid)]
 
-    def kill(self) -> None:
-        """End all workers, also one that hangs in the operating system."""
-        for row in self._rows():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(row.pid, signal.SIGKILL)
+    def clear(self) -> None:
+        """Forget the workers, which are to be others."""
         self._table.zero_()
 
 
 def init_worker(worker: int) -> None:
     """Set up a worker: one thread, and signals that only the main process acts on."""
     torch.set_num_threads(1)
-    _die_with_parent()
+    die_with_parent()
     # Ctrl-C and SLURM's warnings go to every process; the main one decides what they mean.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    ignored = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     # So does SIGTERM, but with that the main process ends its workers as well: obey it alone.
     if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the system to end this worker when the process that started it is gone.
 
     Torch's own look for that comes between two batches, and never if storage holds the worker.

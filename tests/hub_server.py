@@ -22,7 +22,7 @@ TOKEN = "hf_of_the_tests"
 
 class Hub(ThreadingHTTPServer):
     """``repositories``: name -> {path: content}. ``private``: names of those made private.
-    ``gated``: those that ask for permission."""
+    ``gated``: those that ask for permission. ``asked``: the paths of all requests."""
 
     daemon_threads = True
 
@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: set[str] = set()
         self.gated: set[str] = set()
+        self.asked: list[str] = []
 
     @property
     def address(self) -> str:
@@ -82,6 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._resolve()
 
     def _resolve(self) -> None:
+        self.server.asked.append(self.path)
         if self.path.startswith("/api/"):
             return self._answer(404, {})
         owner, name, kind, revision, *path = self.path.strip("/").split("/")

@@ -18,6 +18,7 @@ from runs import PATIENCE
 
 from tools.common import trained
 from tools.serve import app
+from tools.serve.server import Server
 from tools.serve.service import Batching, Limits, Service
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,13 +33,10 @@ def opened(checkpoint) -> trained.Trained:
 @contextlib.contextmanager
 def running(checkpoint, limits=LIMITS, monitor=None, **batching):
     """(service, port) of a server in a thread of this process."""
-    import uvicorn
-
     service = Service(
         opened(checkpoint), "pets", limits=limits, batching=Batching(**batching), drift=monitor
     )
-    config = uvicorn.Config(app.build_app(service), log_config=None, server_header=False)
-    server = uvicorn.Server(config)
+    server = Server(app.build_app(service), service)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

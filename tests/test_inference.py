@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import inference
+import utils
 from augmentation.transforms import EvalTransform, Preprocessing
+from checkpointing.digest import save_safetensors
 from checkpointing.files import save_checkpoint
 from errors import CheckpointError
 from models import build_model
@@ -273,3 +275,159 @@ def test_a_checkpoint_of_a_published_architecture_needs_no_published_weights(tmp
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="without a checkpoint or config.json: name a file"):
         inference.load_for_inference(tmp_path)
+
+
+# --- what doesn't fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"model": "vit_base_patch16_224"}}, "cls_token is 1 × 1 × 128, not 1 × 1 × 7"),
+        ({"class_names": list(map(str, range(10**6)))}, "head.weight is 3 × 128, not 1000000 × "),
+        ({"preprocessing": PREPROCESSING.to_dict() | {"input_size": 8192}}, "pos_embed is 1 × 65 "),
+        ({"class_names": []}, "the weights don't fit the model"),
+        ({"preprocessing": PREPROCESSING.to_dict() | {"blur": 3}}, "its preprocessing has blur"),
+        ({"preprocessing": [1]}, "its preprocessing is list"),
+        ({"config": "deit"}, "its config is str 'deit'"),
+    ],
+)
+def test_what_does_not_fit_costs_no_memory(content, change, message):
+    """The names in a file may ask for a model of gigabytes."""
+    before = utils.peak_memory(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        inference.from_content(content | change)
+    assert "\n" not in str(caught.value)
+    assert utils.peak_memory(torch.device("cpu")) - before < 200 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_weights_of_other_kinds_are_refused(content, dtype):
+    content["model"]["head.bias"] = content["model"]["head.bias"].to(dtype)
+    with pytest.raises(CheckpointError, match="head.bias is of .*, not of float32"):
+        inference.from_content(content)
+
+
+@pytest.mark.parametrize("config", [{"label_names": 7}, {"label_names": "abc"}])
+def test_odd_label_names_of_a_folder(tmp_path, config):
+    published(tmp_path / "model", 3, CFG, **config)
+    with pytest.raises(CheckpointError, match=r"the label_names in its config\.json are a "):
+        inference.load_for_inference(tmp_path / "model")
+
+
+def test_a_damaged_folder_is_found(tmp_path):
+    model = published(tmp_path / "model", 3, CFG)
+    path = tmp_path / "model" / "model.safetensors"
+    save_safetensors(path, model.state_dict(), {"format": "pt"})
+    inference.load_for_inference(tmp_path / "model")
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(CheckpointError, match="not those that its checksum is of"):
+        inference.load_for_inference(tmp_path / "model")
+
+
+# --- ONNX -----------------------------------------------------------------------------------------
+
+onnx_helper = pytest.importorskip("onnx").helper
+FLOAT, DOUBLE, UINT8, STRING = 1, 11, 2, 8
+WEIGHTS = np.random.default_rng(0).standard_normal((48, 3)).astype(np.float32)
+METADATA = {
+    "config": json.dumps({"model": "deit_nano_patch4_32"}),
+    "class_names": json.dumps(NAMES),
+    "preprocessing": json.dumps(
+        Preprocessing(4, 1.0, "bicubic", (0.5,) * 3, (0.25,) * 3).to_dict()
+    ),
+}
+
+
+def onnx_file(
+    path,
+    *,
+    images=("n", 3, 4, 4),
+    logits=("n", 3),
+    types=(FLOAT, FLOAT),
+    outputs=1,
+    inner="MatMul",
+    metadata=METADATA,
+):
+    """A linear classifier of 4 × 4 pixels; "Flatten" forgets to classify."""
+    node, info = onnx_helper.make_node, onnx_helper.make_tensor_value_info
+    nodes = [
+        node("Cast", ["x"], ["c"], to=FLOAT),
+        node("Flatten", ["c"], ["f"]),
+        node("MatMul", ["f", "w"], ["z"]),
+        # By way of a shape that is known when it runs.
+        node("Shape", ["f" if inner == "Flatten" else "z"], ["s"]),
+        node("Reshape", ["f" if inner == "Flatten" else "z", "s"], ["l"]),
+        node("Cast", ["l"], ["y0"], to=types[1]),
+        *(node("Identity", ["y0"], [f"y{i}"]) for i in range(1, outputs)),
+    ]
+    weights = onnx_helper.make_tensor("w", FLOAT, WEIGHTS.shape, WEIGHTS.flatten())
+    given = [info(f"y{i}", types[1], logits) for i in range(outputs)]
+    graph = onnx_helper.make_graph(nodes, "g", [info("x", types[0], images)], given, [weights])
+    model = onnx_helper.make_model(
+        graph, opset_imports=[onnx_helper.make_opsetid("", 17)], ir_version=9
+    )
+    for name, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = name, value
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"images": (1, 3, 4, 4), "logits": (1, 3)},
+        {"images": (4, 3, 4, 4), "logits": (4, 3)},
+        {"images": ("n", 3, "h", "w"), "logits": None},
+        {"images": None},
+    ],
+    ids=["any number", "one", "four", "any size", "unknown"],
+)
+def test_onnx_files_of_any_number_of_images(tmp_path, form):
+    """Also of a fixed one, which doesn't divide how many there are."""
+    model = inference.load_for_inference(onnx_file(tmp_path / "x.onnx", **form)).model
+    images = torch.randn(6, 3, 4, 4)
+    expected = images.flatten(1).numpy() @ WEIGHTS
+    np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"images": ("n", 3, 16)}, r"input is tensor\(float\) of N × 3 × 16"),
+        ({"images": ("n", 48)}, r"input is tensor\(float\) of N × 48"),
+        ({"types": (UINT8, FLOAT)}, r"input is tensor\(uint8\)"),
+        ({"types": (FLOAT, DOUBLE)}, r"output is tensor\(double\)"),
+        ({"types": (FLOAT, STRING)}, r"output is tensor\(string\)"),
+        ({"outputs": 2}, "has 2 outputs"),
+        ({"metadata": {}}, "doesn't carry class names"),
+        ({"metadata": METADATA | {"config": "null"}}, "doesn't carry class names"),
+        ({"metadata": METADATA | {"config": "[" * 10**5}}, "doesn't carry class names"),
+        ({"metadata": METADATA | {"class_names": "9" * 10**4}}, "doesn't carry class names"),
+        ({"metadata": METADATA | {"class_names": '{"a": 1}'}}, "its class_names is a dict"),
+        ({"metadata": METADATA | {"class_names": '["a"]'}}, r"tensor\(float\) of N × 1: export"),
+        (
+            {
+                "metadata": METADATA
+                | {"preprocessing": METADATA["preprocessing"].replace(": 4,", ": 8,")}
+            },
+            "of N × 3 × 8 × 8: export it",
+        ),
+    ],
+)
+def test_onnx_files_of_another_form_are_refused(tmp_path, form, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        inference.load_for_inference(onnx_file(tmp_path / "x.onnx", **form))
+    assert "\n" not in str(caught.value)
+
+
+def test_onnx_answers_of_another_shape(tmp_path):
+    path = onnx_file(tmp_path / "x.onnx", logits=None, inner="Flatten")
+    model = inference.load_for_inference(path).model
+    with pytest.raises(CheckpointError, match="answers 2 images of 3 classes with 2 × 48 numbers"):
+        model(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(CheckpointError, match="the ONNX model can't answer"):
+        model(torch.zeros(2, 3, 5, 5))

@@ -20,6 +20,7 @@ import inference
 from checkpointing.files import load_checkpoint, named, save_checkpoint, weights_of
 from checkpointing.folder import checkpoints_in
 from errors import CheckpointError, OptionError, UserError
+from outputs.console import say
 from tools.common import command, trained
 
 Weights = Mapping[str, Tensor]
@@ -138,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
         save_checkpoint(output, content)
     except OSError as error:
         raise command.not_written(output, error) from None
-    print(f"{output}: the mean of {', '.join(map(str, paths))}")
+    say(f"{output}: the mean of {', '.join(map(str, paths))}")
 
 
 def _paths(arguments: argparse.Namespace) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from checkpointing.files import load_checkpoint, save_checkpoint, without_optimizer
 from errors import CheckpointError
+from outputs.console import say
 from tools.common import command
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     consolidate(arguments.folder, arguments.file, weights=arguments.weights)
-    print(f"{arguments.file}: {arguments.file.stat().st_size / 2**20:.1f} MiB")
+    say(f"{arguments.file}: {arguments.file.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

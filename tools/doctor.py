@@ -29,6 +29,7 @@ from config import Config
 from distributed.processes import Processes
 from errors import UserError
 from loggers import duration
+from outputs.console import say
 from pipeline.dataset import build_dataset, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.loader import TooFewImagesError
@@ -340,9 +341,9 @@ def examine(run: PlannedRun) -> dict[str, str]:
             verdict, problems[name] = "to fix", str(error)
         except Exception as error:  # whatever a model, a plug-in or a driver raises is to fix
             verdict, problems[name] = "to fix", f"{type(error).__name__}: {error}"
-        print(f"{name:<17} {verdict:<8} {lines[0] if lines else problems[name]}")
+        say(f"{name:<17} {verdict:<8} {lines[0] if lines else problems[name]}")
         for line in lines[1:]:
-            print(f"{'':<26} {line}")
+            say(f"{'':<26} {line}")
     return problems
 
 
@@ -376,7 +377,7 @@ def _examine(config: Config, processes: Processes, device: torch.device) -> int:
         return 0
     print(f"{len(problems)} to fix:")
     for name, problem in problems.items():
-        print(f"  {name}: {problem}")
+        say(f"  {name}: {problem}")
     return UserError.exit_code
 
 

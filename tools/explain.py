@@ -24,6 +24,7 @@ from cait_models import Class_Attention
 from errors import OptionError, UserError
 from inference import Classifier
 from models import Attention
+from outputs.console import say
 from pipeline.decoding import BadImageError
 from tools.common import command, trained
 from tools.common.page import Page
@@ -375,7 +376,7 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             tensor = classifier.transform(path)
         except BadImageError as error:
-            print(f"{path}: {error}", file=sys.stderr)
+            say(f"{path}: {error}", error=True)
             unreadable += 1
             continue
         heat = heatmap(classifier, tensor, index, arguments.method)
@@ -390,7 +391,7 @@ def _run(arguments: argparse.Namespace) -> int:
         page.image(image, caption, width=224)
         page.image(drawn, caption, width=224)
     page.write(arguments.output / "explain.html")
-    print(f"explanations: {arguments.output / 'explain.html'}")
+    say(f"explanations: {arguments.output / 'explain.html'}")
     return trained.SOME_UNREADABLE if unreadable else 0
 
 

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import inference
+from checkpointing.digest import save_safetensors
 from errors import OptionError, UserError
 from loggers import CURVES_FILE
+from outputs.console import say
 from outputs.files import as_os_error
 from tools.common import command, trained
 from tools.common.onnx_files import INPUT, reason_of, save_onnx, to_onnx
@@ -87,9 +89,10 @@ def to_program(model: nn.Module, example: Tensor, path: Path, metadata: Metadata
 
 
 def to_safetensors(model: nn.Module, example: Tensor, path: Path, metadata: Metadata) -> None:
-    """The weights as safetensors, with the metadata in its header."""
+    """The weights as safetensors, with the metadata and a checksum in its header."""
     weights = {k: v.contiguous().clone() for k, v in model.state_dict().items()}
-    command.require("safetensors.torch").save_file(weights, path, metadata=dict(metadata))
+    command.require("safetensors.torch")
+    save_safetensors(path, weights, metadata)
 
 
 def to_int8_dynamic(source: Path, path: Path, metadata: Metadata, images: Images) -> None:
@@ -321,14 +324,14 @@ def _run(arguments: argparse.Namespace) -> None:
     bare = model.classifier.model
     wanted = answers(bare, images.images)
     print(f"{'format':<14}{'MiB':>8}{'ms/image':>12}{'difference':>12}{'top-1':>9}  file")
-    print(_shown(compare("checkpoint", Path(arguments.model), bare, images, wanted)))
+    say(_shown(compare("checkpoint", Path(arguments.model), bare, images, wanted)))
     stem = output / source.name
     writers = {**WRITERS, HUB: folder.writer(_run_of(arguments, model, source), arguments.push)}
     for row in export(bare, metadata, stem, arguments.formats, images, wanted, writers):
-        print(_shown(row), flush=True)
+        say(_shown(row))
     if arguments.push:
         written = stem.with_name(stem.name + SUFFIXES[HUB])
-        print(f"pushed: {push.push(written, arguments.push, private=arguments.private)}")
+        say(f"pushed: {push.push(written, arguments.push, private=arguments.private)}")
 
 
 def _check_hub_options(arguments: argparse.Namespace) -> None:
@@ -360,7 +363,7 @@ def _images(arguments: argparse.Namespace, model: trained.Trained) -> Images:
     except UserError as error:
         if arguments.data_path or arguments.data_set:
             raise
-        print(f"note: compared on noise, for the run's images are not here ({error})")
+        say(f"note: compared on noise, for the run's images are not here ({error})")
         side = model.content["preprocessing"]["input_size"]
         generator = torch.Generator().manual_seed(0)
         return Images(torch.randn(_TIMED, 3, side, side, generator=generator), None)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import inference
 from checkpointing.files import named, weights_of
 from errors import UserError, first_names
+from outputs.console import say
+from outputs.names import any_glyphs, chart_label
 from tools.common import command, trained
 from tools.common.recipe import is_off_default
 
@@ -143,7 +145,7 @@ def flow_chart(flow: Sequence[Gradient]) -> "Figure":
     axes.plot(places, [g.gradient or math.nan for g in shown], "o-", label="gradient")
     axes.plot(places, [g.weight or math.nan for g in shown], "s:", color="tab:gray", label="weight")
     axes.set_yscale("log")
-    axes.set_xticks(places, [g.name for g in shown], rotation=90, fontsize=7)
+    axes.set_xticks(places, [chart_label(g.name) for g in shown], rotation=90, fontsize=7)
     axes.set(ylabel="root mean square", title="one batch, biases left out")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -183,12 +185,10 @@ def _run(arguments: argparse.Namespace) -> None:
         rows |= {"gradients": [g._asdict() for g in flow]} if flow else {}
         print(json.dumps(found | rows, indent=2, default=str))
         return
-    print("\n".join(_lines(found)))
-    if arguments.layers:
-        print("\n".join(_table(table)))
-    if flow:
-        print("\n".join(_flow_table(flow)))
-        print(f"gradients: {arguments.gradients}")
+    lines = [*_lines(found), *(_table(table) if arguments.layers else ())]
+    for line in (*lines, *(_flow_table(flow) if flow else ())):
+        say(line)
+        say(f"gradients: {arguments.gradients}")
 
 
 def _flow(arguments: argparse.Namespace) -> list[Gradient]:
@@ -201,7 +201,8 @@ def _flow(arguments: argparse.Namespace) -> list[Gradient]:
     )
     try:
         arguments.gradients.parent.mkdir(parents=True, exist_ok=True)
-        flow_chart(flow).savefig(arguments.gradients, dpi=120)
+        with any_glyphs():
+            flow_chart(flow).savefig(arguments.gradients, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"{arguments.gradients} can't be written: {error}") from None
     return flow
@@ -239,7 +240,8 @@ def _readable(size: int) -> str:
 
 def _table(table: Sequence[Layer]) -> Iterator[str]:
     width = max(len(layer.name) for layer in table)
-    yield f"\n{'tensor':<{width}}  {'shape':<16}{'values':>11}  {'type':<9}{'mean':>10}{'std':>10}"
+    yield ""
+    yield f"{'tensor':<{width}}  {'shape':<16}{'values':>11}  {'type':<9}{'mean':>10}{'std':>10}"
     for layer in table:
         shape = "×".join(map(str, layer.shape)) or "scalar"
         broken = f"  {layer.nonfinite} not finite" if layer.nonfinite else ""
@@ -251,7 +253,8 @@ def _table(table: Sequence[Layer]) -> Iterator[str]:
 
 def _flow_table(flow: Sequence[Gradient]) -> Iterator[str]:
     width = max(len(g.name) for g in flow)
-    yield f"\n{'parameter':<{width}}  {'gradient':>10}{'weight':>10}{'ratio':>10}"
+    yield ""
+    yield f"{'parameter':<{width}}  {'gradient':>10}{'weight':>10}{'ratio':>10}"
     for name, gradient, weight in flow:
         ratio = f"{gradient / weight:.2e}" if weight else "-"
         yield f"{name:<{width}}  {gradient:>10.2e}{weight:>10.2e}{ratio:>10}"

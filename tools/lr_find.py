@@ -23,6 +23,7 @@ import engine
 from config import Config
 from errors import UserError
 from optimization.optimizer import scaled_lr
+from outputs.console import say
 from tools.common import command, recipe
 from tools.common.command import progress
 from tools.common.stage import Rates, Trial, single_process
@@ -153,8 +154,8 @@ def find(config: Config, lowest: float, highest: float, updates: int, rule: str)
     print(f"a tenth of the minimum  --lr {found.tenth / unit:.2g}")
     how = "as given, --unscale-lr" if config.optim.unscale_lr else f"× {batch} / 512"
     print(f"suggested ({rule}): --lr {value:g}, a rate of {value * unit:.2g} ({how})")
-    print(f"curve: {folder / 'lr.png'}")
-    print(f"next: python main.py --config {folder / 'lr.yaml'}")
+    say(f"curve: {folder / 'lr.png'}")
+    say(f"next: python main.py --config {folder / 'lr.yaml'}")
     return value
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from errors import printable
 from inference import Classifier
+from outputs.console import say
+from outputs.names import csv_cell, csv_path
 from pipeline.decoding import BadImageError
 from tools.common import command, trained
 
@@ -81,7 +83,7 @@ def write_table(predictions: Iterable[Prediction], out: TextIO) -> None:
     """One line per image: path, then each class with its confidence."""
     for file, classes, confidences in predictions:
         answers = zip(classes, confidences, strict=True)
-        shown = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answers)
+        shown = "  ".join(f"{printable(name)} {100 * share:.1f} %" for name, share in answers)
         print(f"{printable(file)}  {shown}", file=out, flush=True)
 
 
@@ -99,12 +101,15 @@ def write_json(predictions: Iterable[Prediction], out: TextIO) -> None:
 
 
 def write_csv(predictions: Iterable[Prediction], out: TextIO) -> None:
-    """Columns file, rank (from 1), class, confidence; a row per class."""
+    """Columns file, rank (from 1), class, confidence; a row per class.
+
+    What a spreadsheet would take for a formula has an apostrophe in front, a path ``./``.
+    """
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("file", "rank", "class", "confidence"))
     for file, classes, confidences in predictions:
         for rank, (name, share) in enumerate(zip(classes, confidences, strict=True), start=1):
-            writer.writerow((file, rank, name, f"{share:.6f}"))
+            writer.writerow((csv_path(file), rank, csv_cell(name), f"{share:.6f}"))
 
 
 WRITERS = {"table": write_table, "json": write_json, "csv": write_csv}
@@ -135,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     def unreadable(path: str, reason: str) -> None:
         bad.append(path)
-        print(f"{printable(path)}: {reason}", file=sys.stderr)
+        say(f"{path}: {reason}", error=True)
 
     predictions = predict(
         model.classifier,

@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 from sklearn import metrics
 
-from errors import DataError, UserError
+from errors import DataError, UserError, without_surrogates
 from inference import Classifier
 from loggers import LOG_FILE
+from outputs.console import say
+from outputs.names import any_glyphs, chart_label, csv_cell
 from pipeline.dataset import ImageDataset
 from pipeline.decoding import decode
 from pipeline.loader import Loader
@@ -199,8 +201,9 @@ def confusion_chart(matrix: np.ndarray, class_names: Sequence[str]) -> "Figure":
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
     if count <= NAMED_CLASSES:
-        axes.set_xticks(range(count), class_names, rotation=90)
-        axes.set_yticks(range(count), class_names)
+        labels = [chart_label(name) for name in class_names]
+        axes.set_xticks(range(count), labels, rotation=90)
+        axes.set_yticks(range(count), labels)
         for row, column in np.argwhere(matrix):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color)
@@ -272,7 +275,8 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         _write_matrix(folder / "confusion.csv", matrix, names)
-        chart.savefig(folder / "confusion.png", dpi=120)
+        with any_glyphs():
+            chart.savefig(folder / "confusion.png", dpi=120)
     except OSError as error:
         raise command.not_written(folder, error) from None
     _page(content, chart, dataset).write(folder / "report.html")
@@ -282,6 +286,7 @@ def write(
 def _write_matrix(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
+        names = [csv_cell(without_surrogates(name)) for name in names]
         writer.writerow(("true \\ predicted", *names))
         for name, row in zip(names, matrix.tolist(), strict=True):
             writer.writerow((name, *row))
@@ -381,8 +386,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for name, value in _summary(content):
         print(f"{name:<34}{value if not isinstance(value, float) else f'{value:.3f}'}")
     for problem in content["training"] or ():
-        print(f"training: {problem['kind']}: {problem['evidence']}")
-    print(f"report: {folder / 'report.html'}")
+        say(f"training: {problem['kind']}: {problem['evidence']}")
+    say(f"report: {folder / 'report.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import losses
 import models
 import teachers
 import utils
+from architectures.hub import described
 from architectures.memory_format import to_channels_last, wants_channels_last
 from architectures.summary import ModelSummary
 from architectures.talking_heads import Choice, set_path
@@ -59,6 +60,8 @@ class Parts:
     mixer: Mixer | None
     settings: engine.StepSettings
     outputs: Outputs = field(default_factory=Outputs)
+    hub_config: dict[str, Any] | None = None
+    """Of a model from one of timm's sources: ``architectures.hub.description``."""
 
 
 def _channels_last(config: Config, model: nn.Module) -> bool:
@@ -77,17 +80,18 @@ def build_model(
     A run that is ``resumed`` from a checkpoint needs no other weights to start from.
     """
     options = config.model
-    model = models.build_model(
-        options.model,
-        num_classes,
-        input_size=options.input_size,
-        drop=options.drop,
-        drop_path=options.drop_path,
-        drop_block=options.drop_block,
-        pretrained=options.pretrained and resumed is None,
-        grad_checkpointing=options.grad_checkpointing,
-        required=config.explicit(),
-    )
+    with described(options.model, (resumed or {}).get("hub_config")):
+        model = models.build_model(
+            options.model,
+            num_classes,
+            input_size=options.input_size,
+            drop=options.drop,
+            drop_path=options.drop_path,
+            drop_block=options.drop_block,
+            pretrained=options.pretrained and resumed is None,
+            grad_checkpointing=options.grad_checkpointing,
+            required=config.explicit(),
+        )
     choose_talking_heads(model, options.talking_heads)
     if options.finetune and resumed is None:
         _start_from(model, options.finetune, options.allow_partial, evaluate=config.run.eval)

@@ -33,6 +33,7 @@ from outputs.files import Outputs
 from pipeline.dataset import Batch, ImageDataset, build_dataset, findings
 from pipeline.progress import ProgressBar
 from pipeline.sources.registry import validation_classes
+from training.agreement import agree_on_data, agree_on_weights
 from training.build import build_model, compiled
 from training.data import build_val_loader
 from training.image_options import asked_preprocessing
@@ -63,6 +64,9 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
     folder = output_folder(config)
     on_main_process(processes, lambda: make_writable(folder))
     found = _candidates(config, processes, device)
+    agree_on_data(processes, {"validation": found.data_set}, config.data.data_path)
+    for model in found.models.values():
+        agree_on_weights(processes, model.state_dict(), "evaluate")
     space, right = found.space, None
     if config.data.real_labels:
         right = real_labels(found.data_set, space, found.classes, config.data.real_labels)

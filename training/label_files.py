@@ -1,17 +1,20 @@
 """The files of ``--class-map``, ``--valid-labels`` and ``--real-labels``."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from errors import OptionError, os_error_text
+import bounded
+from errors import OptionError, os_error_text, shortened, shown
 
 FindClass = Callable[[str], int]
 """The index of the class that a word means; raises ValueError with the reason where none is."""
 
-_NAME_AND_INDEX = re.compile(r"(\S.*?)\s+(-?\d+)")
+MOST_BYTES = 64 << 20  # of a file
+_INDEX = re.compile(r"-?[0-9]{1,18}")
 
 
 def read_class_map(file: str, find: FindClass) -> dict[str, int]:
@@ -26,20 +29,22 @@ def read_class_map(file: str, find: FindClass) -> dict[str, int]:
         places = _pairs_of_json(option, file)
     else:
         lines = _lines(option, file)
-        matches = [_NAME_AND_INDEX.fullmatch(line) for line in lines]
-        if any(matches) and not all(matches):
-            number = matches.index(None) + 1
+        found_pairs = [_name_and_index(line) for line in lines]
+        if any(found_pairs) and not all(found_pairs):
+            number = found_pairs.index(None) + 1
             raise OptionError(
                 option,
-                f"{file}, line {number}: {lines[number - 1]!r} has no index and other lines have "
-                "one: write NAME INDEX on each",
+                f"{file}, line {number}: {shown(lines[number - 1])} has no index and other lines "
+                "have one: write NAME INDEX on each",
             )
-        pairs = [m.groups() for m in matches if m] or [(n, str(i)) for i, n in enumerate(lines)]
+        pairs = [p for p in found_pairs if p] or [(n, str(i)) for i, n in enumerate(lines)]
         places = [(f"line {i}", name, index) for i, (name, index) in enumerate(pairs, start=1)]
     found: dict[str, int] = {}
     for place, name, index in places:
         if name in found:
-            raise OptionError(option, f"{file}, {place}: {name!r} is there already: remove one")
+            raise OptionError(
+                option, f"{file}, {place}: {shown(name)} is there already: remove one"
+            )
         found[name] = _found(option, file, place, index, find)
     return found
 
@@ -56,7 +61,8 @@ def read_valid_labels(file: str, find: FindClass) -> list[int]:
         if index in found:
             raise OptionError(
                 option,
-                f"{file}, line {number}: {line!r} is the class of line {found[index]}: remove one",
+                f"{file}, line {number}: {shown(line)} is the class of line {found[index]}: remove "
+                "one",
             )
         found[index] = number
     return list(found)
@@ -80,28 +86,34 @@ def read_real_labels(file: str, num_classes: int) -> list[list[int]]:
         whole = isinstance(labels, list) and all(type(label) is int for label in labels)
         if not whole:
             raise OptionError(
-                option, f"{file}, entry {number}: {labels!r} isn't a list of class indices"
+                option, f"{file}, entry {number}: {shown(labels)} isn't a list of class indices"
             )
         wrong = next((label for label in labels if not 0 <= label < num_classes), None)
         if wrong is not None:
             raise OptionError(
                 option,
-                f"{file}, entry {number}: {wrong} is no class of the model, which has 0 to "
+                f"{file}, entry {number}: {shown(wrong)} is no class of the model, which has 0 to "
                 f"{num_classes - 1}: evaluate a model of ImageNet's 1000 classes",
             )
     return entries
+
+
+def _name_and_index(line: str) -> tuple[str, str] | None:
+    """The two words of a line ``NAME INDEX``; None for any other."""
+    words = line.rsplit(None, 1)
+    return tuple(words) if len(words) == 2 and _INDEX.fullmatch(words[1]) else None
 
 
 def _found(option: str, file: str, place: str, word: str, find: FindClass) -> int:
     try:
         return find(word)
     except ValueError as error:
-        raise OptionError(option, f"{file}, {place}: {error}") from None
+        raise OptionError(option, f"{file}, {place}: {shortened(str(error))}") from None
 
 
 def _text(option: str, file: str) -> str:
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8-sig")
+        return bounded.read_text(os.path.expanduser(file), MOST_BYTES)
     except FileNotFoundError:
         raise OptionError(option, f"{file} does not exist: name the file") from None
     except OSError as error:
@@ -123,10 +135,14 @@ def _lines(option: str, file: str) -> list[str]:
 def _json(option: str, file: str) -> Any:
     """What a JSON file holds; objects as tuples of pairs, so that a name given twice shows."""
     try:
-        return json.loads(_text(option, file), object_pairs_hook=tuple)
+        return bounded.parse_json(_text(option, file), object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
         raise OptionError(
             option, f"{file}, line {error.lineno}: not JSON ({error.msg}): correct it"
+        ) from None
+    except ValueError as error:
+        raise OptionError(
+            option, f"{file}: not JSON that can be read ({shortened(str(error))}): correct it"
         ) from None
 
 
@@ -139,7 +155,8 @@ def _pairs_of_json(option: str, file: str) -> list[tuple[str, str, str]]:
     for number, (name, index) in enumerate(pairs, start=1):
         if not isinstance(name, str) or type(index) not in (int, str):
             raise OptionError(
-                option, f"{file}, entry {number}: {name!r}: {index!r} isn't a name and an index"
+                option,
+                f"{file}, entry {number}: {shown(name)}: {shown(index)} isn't a name and an index",
             )
     if not pairs:
         raise OptionError(

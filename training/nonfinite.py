@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpointing.folder import load_newest
+from checkpointing.folder import load_newest, newer_checkpoints, remove
 from distributed.processes import any_process, barrier, gather
 from distributed.wrapping import local
 from engine import Mixer, NonFinite, StepSettings, forward_loss
@@ -28,6 +28,9 @@ MAX_ROLLBACKS = 5
 
 def recover(parts: Parts, folder: Path, failure: NonFinite, saved: Path | None) -> None:
     """Go back to the last checkpoint if ``--on-nonfinite rollback`` says so and it may help.
+
+    One that a signal asked for doesn't count, so that a run that was stopped and resumed goes back
+    to where one that was left alone would, unless there is no other.
 
     Args:
         parts: the run's; its state is put back.
@@ -54,8 +57,13 @@ def recover(parts: Parts, folder: Path, failure: NonFinite, saved: Path | None) 
             "Lower --lr, or add --clip-grad 1, --amp off, or another --on-nonfinite"
         )
     barrier()
-    source, content = load_newest(folder, scattered=parts.config.dist.fsdp)
+    source, content = load_newest(folder, scattered=parts.config.dist.fsdp, regular=True)
     state.load_state_dict(content)
+    barrier()
+    if parts.processes.is_main:
+        # What a signal asked for further on is of a past that is given up.
+        for path in newer_checkpoints(folder, state.progress.epoch, state.progress.samples):
+            remove(path)
     state.progress.rollbacks = rollbacks
     if options.rollback_fp32_steps:
         # Twice as many each time: the trouble may lie a little further on.

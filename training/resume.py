@@ -16,10 +16,11 @@ from checkpointing.folder import (
     newer_checkpoints,
     set_best,
 )
+from checkpointing.form import check_options
 from checkpointing.published import is_published
 from config import Config, all_options, by_name, on_resume, optimizer_name, value_text
 from distributed.processes import gather, on_main_process
-from errors import CheckpointError, OptionError, first_line
+from errors import CheckpointError, OptionError, UserError, first_line, printable
 from loggers import LOG_FILE, read_log
 from optimization.state import Progress, check_same_weights
 from outputs.files import reason
@@ -86,6 +87,7 @@ def find_start(config: Config, folder: Path) -> Start | None:
             log.info("nothing to resume in %s: starting anew", folder)
             return None
         path, content = newest
+        check_options(path, content.get("config") or {})
         return Start(str(path), content)
     if config.run.resume and is_published(config.run.resume):
         raise OptionError(
@@ -95,6 +97,7 @@ def find_start(config: Config, folder: Path) -> Start | None:
         )
     if config.run.resume:
         content = load_checkpoint(config.run.resume, scattered=config.dist.fsdp)
+        check_options(config.run.resume, content.get("config") or {})
         return Start(config.run.resume, content)
     return None
 
@@ -169,16 +172,19 @@ def _load_state(parts: Parts, content: dict[str, Any], source: str) -> None:
             raise CheckpointError(
                 "it was trained on other classes; use --finetune to take its weights over"
             )
-        parts.state.load_state_dict(content)
+        # What may be odd in any way comes before what changes the model.
         if "rng" in content:
             utils.set_rng_state(content["rng"])
+        parts.state.load_state_dict(content)
     except CheckpointError as error:
         raise CheckpointError(f"--resume {source}: {error}") from None
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        # A file from elsewhere may hold anything under these names.
+    except UserError:
+        raise
+    except Exception as error:  # a file from elsewhere may hold anything under these names
+        reason = f"{type(error).__name__}: {printable(first_line(error))}"
         raise CheckpointError(
-            f"--resume {source}: the state of its run isn't as this project writes it "
-            f"({type(error).__name__}: {first_line(error)}); start from its weights with --finetune"
+            f"--resume {source}: the state of its run isn't as this project writes it ({reason}); "
+            "start from its weights with --finetune"
         ) from error
 
 

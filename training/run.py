@@ -1,23 +1,34 @@
 """A run from top to bottom: processes, data, model, criterion, state, then the epochs."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import utils
+from architectures.hub import description
 from architectures.summary import summarise
 from augmentation.mixing import build_mixer
 from checkpointing.folder import CONFIG_FILE
 from config import Config, to_yaml
+from distributed.environment import number
 from distributed.processes import Processes, on_main_process
 from distributed.rendezvous import joined
 from errors import OptionError
 from outputs.console import console
+from training.agreement import (
+    agree_on_data,
+    agree_on_start,
+    agree_on_weights,
+    await_newest,
+    recipe_terms,
+    tell_versions,
+)
 from training.announce import announce_over, announce_start
+from training.asked import asked_only
 from training.batch_size import (
     out_of_memory_advice,
     probe,
@@ -52,8 +63,14 @@ def run(config: Config) -> int:
 
     Raises Stopped if a signal came before there was anything to save.
     """
-    with console(), StopRequest() as stop, joined(config.dist, config.run.device) as processes:
+    with (
+        console(),
+        StopRequest() as stop,
+        asked_only(config),
+        joined(config.dist, config.run.device, partial(recipe_terms, config)) as processes,
+    ):
         device = set_up_process(config, processes)
+        tell_versions(processes)
         check_names(config)
         config = with_options_of_weights(config, output_folder(config))
         if config.run.eval:
@@ -82,7 +99,11 @@ def train(
     probing: bool = False,
 ) -> int:
     """Train into ``folder``; with ``probing``, raise BatchTooLarge first if a step doesn't fit."""
+    if config.run.resume == "auto":
+        await_newest(processes, folder, timeout=min(60.0, config.dist.dist_timeout / 2))
     start = find_start(config, folder)
+    source, content = start or (None, {})
+    agree_on_start(processes, source, content, scattered=config.dist.fsdp)
     if start:
         refuse_other_options(config, start)
     parts = assemble(config, processes, device, start.content if start else None)
@@ -103,7 +124,7 @@ def train(
     if processes.is_main:
         text = to_yaml(config)
         parts.outputs.write(folder / CONFIG_FILE, lambda path: utils.write_text(path, text))
-    trainer = Trainer(parts, folder, start.content.get("bad_images", ()) if start else ())
+    trainer = Trainer(parts, folder, start)
     announce_start(parts, folder)
     with stop.deferred():
         return trainer.fit(stop)
@@ -120,11 +141,16 @@ def assemble(
     A run that is ``resumed`` from a checkpoint needs no weights to start from.
     """
     sets = build_sets(config, processes, resumed)
+    parts = {"training": sets.train, "validation": sets.val}
+    agree_on_data(processes, parts, config.data.data_path)
     utils.seed_all(config.run.seed)
     model, preprocessing = build_model(config, len(sets.class_names), device, resumed)
+    agree_on_weights(processes, model.state_dict(), "start from")
     summary = summarise(model, config.model.input_size, len(sets.class_names))
     data = build_data(config, processes, sets, preprocessing, device)
     criterion = build_criterion(config, data, preprocessing, device)
+    if config.loss.distillation_type != "none":
+        agree_on_weights(processes, criterion.teacher.state_dict(), "have a teacher of")
     state, freezer = build_state(config, model, data, processes, device)
     return Parts(
         config=config,
@@ -138,6 +164,7 @@ def assemble(
         freezer=freezer,
         mixer=build_mixer(config.augment, len(data.class_names)),
         settings=step_settings(config, processes, device, data, model, macs=summary.macs),
+        hub_config=(resumed or {}).get("hub_config") or description(config.model.model),
     )
 
 
@@ -152,7 +179,7 @@ def set_up_process(config: Config, processes: Processes) -> torch.device:
 
 def check_restarts(config: Config) -> None:
     """Raise OptionError if torchrun is to restart a run that would begin anew."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.run.resume:
+    if number("TORCHELASTIC_MAX_RESTARTS", 0) and not config.run.resume:
         raise OptionError(
             "resume",
             "torchrun is to start this run again after a failure (--max-restarts): add "

@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,30 @@ import torch
 import torchvision
 
 import utils
-from checkpointing.folder import checkpoint_name
+from checkpointing.folder import ON_SIGNAL, checkpoint_name, checkpoints_in
 from checkpointing.writer import open_writer
 from distributed.processes import any_process
 from training.bad_images import BadImages
 from training.build import Parts
+from training.resume import Start
 
 
 class Saver:
     """Writes the checkpoints of a run; to be called by all processes alike.
 
+    Args:
+        parts: what is trained.
+        folder: the run's.
+        bad_images: those that are listed in checkpoints.
+        start: the checkpoint that the run goes on from, if any.
+
     Attributes:
         writer: ``saved`` and ``error`` tell what became of the last one.
     """
 
-    def __init__(self, parts: Parts, folder: Path, bad_images: BadImages) -> None:
+    def __init__(
+        self, parts: Parts, folder: Path, bad_images: BadImages, start: Start | None
+    ) -> None:
         self.parts = parts
         self.bad_images = bad_images
         self.writer = open_writer(
@@ -35,6 +45,16 @@ class Saver:
             outputs=parts.outputs,
         )
         self._saved_at = time.monotonic()
+        if start and Path(start.source).parent.resolve() == folder.resolve():
+            # By the name that the writer would give it: a user may have written another one.
+            self._know(folder / Path(start.source).name, start.content)
+
+    def _know(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Take the checkpoint that the run goes on from for one that was written by it."""
+        if content.get(ON_SIGNAL):
+            self.writer.extra = path
+        if content.get("config") == self.parts.config.recipe():
+            self.writer.saved = path
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint within the epoch."""
@@ -46,11 +66,18 @@ class Saver:
             due = any_process(minutes >= options.save_every_minutes) or due
         return due
 
-    def save(self, metrics: dict[str, Any] | None = None, *, best: bool = False) -> None:
+    def save(
+        self,
+        metrics: dict[str, Any] | None = None,
+        *,
+        best: bool = False,
+        on_signal: bool = False,
+    ) -> None:
         """Hand a checkpoint to the writer, which writes it while training goes on."""
         self._saved_at = time.monotonic()
         if self.writer.needs_content:
-            self.writer.save(self._content(metrics or {}), best=best)
+            content = self._content(metrics or {}) | {ON_SIGNAL: on_signal}
+            self.writer.save(content, best=best)
 
     def save_now(self) -> None:
         """Save where training stands, unless that is on disk already, and wait for it."""
@@ -58,7 +85,9 @@ class Saver:
         self.writer.wait()
         here = checkpoint_name(progress.epoch, progress.samples)
         if self.writer.saved is None or self.writer.saved.stem != here:
-            self.save()
+            # One in its place that is kept, and that a rollback goes back to, stays such a one.
+            there = [path for path in checkpoints_in(self.writer.folder) if path.stem == here]
+            self.save(on_signal=there in ([], [self.writer.extra]))
         self.writer.finish()
 
     def _content(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +98,7 @@ class Saver:
             "config": parts.config.recipe(),
             "class_names": parts.data.class_names,
             "preprocessing": parts.preprocessing.to_dict(),
+            "hub_config": parts.hub_config,
             "split": parts.data.split,
             "metrics": metrics,
             "bad_images": list(self.bad_images.listed),

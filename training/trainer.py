@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from training.build import Parts, total_epochs
 from training.ending import end_reached
 from training.nonfinite import list_images, recover
 from training.outlook import TimeToGo
+from training.resume import Start
 from training.saving import Saver
 from training.signals import StopRequest
 
@@ -42,32 +43,40 @@ class Trainer(engine.Hooks):
     Args:
         parts: what is trained, and with what.
         folder: the run's.
-        bad_images: those of earlier sessions, "path: reason".
+        start: the checkpoint that the run goes on from, if any.
     """
 
-    def __init__(self, parts: Parts, folder: Path, bad_images: Sequence[str] = ()) -> None:
+    def __init__(self, parts: Parts, folder: Path, start: Start | None = None) -> None:
         self.parts = parts
         self.config = parts.config
         self.state = parts.state
         self.folder = folder
+        bad_images = start.content.get("bad_images", ()) if start else ()
         self.bad_images = BadImages(folder, parts.outputs, bad_images)
-        self.saver = Saver(parts, folder, self.bad_images)
+        self.saver = Saver(parts, folder, self.bad_images, start)
         self.total_epochs = total_epochs(parts.config)
         self.logger = self._open_logger()
         self.stop = StopRequest()
         self._warned_of_data_wait = False
+        self._steps = 0  # of the epoch under way
         self.time_to_go = TimeToGo(parts)
 
     def _open_logger(self) -> RunLogger:
         progress = self.state.progress
-        return RunLogger(
+        logger = RunLogger(
             self.folder if self.parts.processes.is_main else None,
             outputs=self.parts.outputs,
             tensorboard=self.config.log.tensorboard,
             print_epoch=self.config.log.print_epoch,
             epoch=progress.epoch,
             update=progress.update,
+            within_epoch=progress.samples > 0,
+            unreported=progress.recent_count > 0,
         )
+        if self.config.log.tb_graph:
+            side = self.config.model.input_size
+            logger.graph(self.state.model, torch.zeros(1, 3, side, side, device=self.parts.device))
+        return logger
 
     def fit(self, stop: StopRequest) -> int:
         """Train to the last epoch, an early stop or a signal; returns the exit code.
@@ -90,11 +99,6 @@ class Trainer(engine.Hooks):
     def _fit(self) -> int:
         """Train to the last epoch, an early stop or a signal at the end of a step."""
         stop = self.stop
-        if self.config.log.tb_graph:
-            side = self.config.model.input_size
-            self.logger.graph(
-                self.state.model, torch.zeros(1, 3, side, side, device=self.parts.device)
-            )
         if self.config.optim.on_nonfinite == "rollback" and not checkpoints_in(self.folder):
             self.saver.save()
         while not self._over():
@@ -122,7 +126,7 @@ class Trainer(engine.Hooks):
         """Train to the end of the epoch under way; False if asked to stop before."""
         parts, progress = self.parts, self.state.progress
         batches = parts.data.batches(progress.epoch, progress.samples)
-        steps = progress.step + len(batches)
+        self._steps = steps = progress.step + len(batches)
         self.logger.start_epoch(progress.epoch, self.total_epochs, steps, progress.step)
         try:
             return engine.train_one_epoch(
@@ -189,11 +193,16 @@ class Trainer(engine.Hooks):
     def request(self) -> StepRequest:
         """What all processes do after this update: stop, save or go on."""
         self.time_to_go.after_update()
+        progress = self.state.progress
+        if self.config.log.tb_histograms and progress.step >= self._steps:
+            # Before a checkpoint, since none holds gradients.
+            self.logger.histograms(self.state.model, progress.update)
         if self.stop.agreed():
             return StepRequest.STOP
         return StepRequest.SAVE if self.saver.due() else StepRequest.CONTINUE
 
     def save(self) -> None:
+        self.logger.flush()
         self.saver.save()
 
     def skipped(self, count: int, step: int, update: int) -> None:
@@ -211,8 +220,6 @@ class Trainer(engine.Hooks):
     def _finish_epoch(self, start: float) -> None:
         """Evaluate, log and save after an epoch that began at ``start`` (monotonic seconds)."""
         state, config, progress = self.state, self.config, self.state.progress
-        if config.log.tb_histograms:
-            self.logger.histograms(state.model, progress.update)
         record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "train_lr": state.schedule.last,
@@ -321,6 +328,7 @@ class Trainer(engine.Hooks):
         self.logger.end_bar()
         lost = alone and is_sharded(self.state.model)
         if not lost:
+            self.logger.flush()
             self.saver.save_now()
         # Launchers end all processes as soon as one leaves: none may before this is written.
         if not alone:
@@ -336,6 +344,7 @@ class Trainer(engine.Hooks):
         self.saver.writer.finish()
         if self.logger.records:
             final = {k: v for k, v in self.logger.records[-1].items() if isinstance(v, float)}
-            self.logger.hyper_parameters(self.config.recipe(), final)
+            update = self.state.progress.update
+            self.logger.hyper_parameters(self.config.recipe(), final, update)
         self.logger.close()
         return announce_end(self.parts, self.folder, self.saver, len(self.bad_images.listed))

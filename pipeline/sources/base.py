@@ -1,19 +1,22 @@
 """What a source of images is, the ready-made ones, and what all kinds share."""
 
 import hashlib
-import json
+import itertools
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errors import DataError, OptionError, os_error_text
+import bounded
+from errors import DataError, OptionError, os_error_text, shortened
 
 if TYPE_CHECKING:
     from config import DataOptions
 
+MOST_JSON = 64 << 20  # bytes of a list of shards or classes
 VAL_NAMES = ("val", "valid", "validation", "test")  # of the validation part
 
 
@@ -52,6 +55,33 @@ class Source:
         return self.sample_id(index)
 
 
+class Names(Sequence[bytes]):
+    """Many names in one block: a list would be copied to every worker as its reference counts
+    change, and an array gives each the room of the longest."""
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self._block = b"".join(names)
+        self._begins = array("q", itertools.accumulate(map(len, names), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        if index < 0:
+            raise IndexError(index)
+        return self._block[self._begins[index] : self._begins[index + 1]]
+
+    def chosen(self, indices: np.ndarray) -> list[bytes]:
+        """The names of ``indices``, faster than one by one."""
+        block, begins = self._block, self._begins
+        return [block[begins[i] : begins[i + 1]] for i in indices.tolist()]
+
+    def run(self, start: int, stop: int) -> bytes:
+        """The names from ``start`` up to ``stop`` and their lengths, for a digest."""
+        begins = np.array(self._begins[start : stop + 1], dtype=np.int64)
+        return self._block[begins[0] : begins[-1]] + np.diff(begins).tobytes()
+
+
 class FileSource(Source):
     """Image files below ``root``."""
 
@@ -59,8 +89,7 @@ class FileSource(Source):
         self, root: Path, paths: Sequence[str], targets: Sequence[int], classes: list[str]
     ) -> None:
         self.root = root
-        # A list of strings would be copied to every worker as its reference counts change.
-        self.paths = np.array([os.fsencode(p) for p in paths], dtype=np.bytes_)
+        self.paths = Names([os.fsencode(p) for p in paths])
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = classes
 
@@ -184,7 +213,7 @@ def data_root(data: "DataOptions") -> Path:
     """``data_path``, which must exist. Raises OptionError."""
     if not data.data_path:
         raise OptionError("data_path", f"{data.data_set} needs the folder of the data set")
-    root = Path(data.data_path).expanduser()
+    root = Path(os.path.expanduser(data.data_path))
     try:
         if not root.exists():
             raise OptionError("data_path", f"{root} does not exist")
@@ -198,16 +227,19 @@ def first_existing(paths: Iterable[Path]) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises OptionError if it is missing, DataError if it is damaged."""
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """What a JSON file of ``most`` bytes or fewer holds.
+
+    Raises OptionError if it is missing, DataError if it is damaged or longer.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return bounded.read_json(path, most)
     except FileNotFoundError:
         raise OptionError("data_path", f"{path} does not exist") from None
     except OSError as error:
         raise DataError(os_error_text(error, path)) from None
     except ValueError as error:
-        raise DataError(f"{path} can't be read: {error}") from None
+        raise DataError(f"{path} can't be read: {shortened(str(error))}") from None
 
 
 # (is_train, data options, seed) to one part of a data set.

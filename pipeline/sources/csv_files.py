@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from errors import DataError, OptionError, first_names, os_error_text
+from errors import DataError, OptionError, first_names, os_error_text, shortened, shown
+from outputs.names import from_csv_cell
 from pipeline.sources.base import FileSource, Source, Subset, data_root, held_out
 from pipeline.sources.layout import part_named, split_roles
 from pipeline.sources.lookup import ImageFiles, where_it_lies
 from pipeline.sources.scan import listing, suffix
-from pipeline.sources.tables import Table, find_columns, no_labels, parts_of, read_table
+from pipeline.sources.tables import (
+    Table,
+    find_columns,
+    first_line,
+    no_labels,
+    parts_of,
+    read_table,
+)
 
 if TYPE_CHECKING:
     from config import DataOptions
@@ -63,7 +71,7 @@ def _read(path: Path, data: "DataOptions") -> _Listed:
         table,
         files,
         table.column(columns.path),
-        None if columns.label is None else table.column(columns.label),
+        None if columns.label is None else list(map(from_csv_cell, table.column(columns.label))),
         None if columns.split is None else parts_of(table, columns.split),
         "" if columns.split is None else table.header[columns.split],
     )
@@ -73,7 +81,7 @@ def _image_root(path: Path, data: "DataOptions") -> Path:
     """The folder that the paths in the file are relative to. Raises OptionError."""
     if not data.image_root:
         return path.parent
-    root = Path(data.image_root).expanduser()
+    root = Path(os.path.expanduser(data.image_root))
     try:
         there = root.is_dir()
     except OSError as error:
@@ -93,7 +101,7 @@ def _source(listed: _Listed, data: "DataOptions", classes: list[str] | None = No
     for number, label in zip(numbers, labels, strict=True):
         if label not in label_of:
             raise DataError(
-                f"{listed.path}, line {number}: no class {label!r} in the training part"
+                f"{listed.path}, line {number}: no class {shown(label)} in the training part"
             )
     paths, findings = _found(listed, data.on_bad_image)
     targets = [label_of[label] for label in labels]
@@ -122,7 +130,7 @@ def _found(listed: _Listed, on_bad_image: str) -> tuple[list[str], list[str]]:
         if not found:
             missing.append((number, name))
         elif len(found) > 1:
-            several.append(f"{name} (line {number}: {first_names(found, 3)})")
+            several.append(f"{shortened(name)} (line {number}: {first_names(found, 3)})")
     if several:
         raise DataError(
             f"{listed.path}: {len(several)} names fit more than one file below {root}: "
@@ -130,7 +138,7 @@ def _found(listed: _Listed, on_bad_image: str) -> tuple[list[str], list[str]]:
         )
     if not missing:
         return paths, []
-    lines = [f"{name} (line {number})" for number, name in missing]
+    lines = [f"{shortened(name)} (line {number})" for number, name in missing]
     what = (
         f"{listed.path}: {len(missing)} of {len(paths)} images are missing below {root}: "
         f"{first_names(lines, _MISSING_SHOWN)}"
@@ -159,7 +167,7 @@ def _where_they_are(names: list[str], listed: _Listed) -> str:
         if not os.path.dirname(name) and len(places := {folder, last, *found}) > 1:
             # Names alone are looked for in all folders below.
             folder = os.path.commonpath([place.resolve() for place in places])
-        return f"{name} lies in {folder}: add --image-root {shlex.quote(str(folder))}"
+        return f"{shortened(name)} lies in {folder}: add --image-root {shlex.quote(str(folder))}"
     if name.startswith(("http://", "https://", "s3://", "gs://")):
         return "these are addresses: download the images, and list the files"
     if name.startswith("/") or name[1:3] in (":\\", ":/"):
@@ -228,10 +236,7 @@ def _validation_file(root: Path, data: "DataOptions") -> tuple[_Listed | None, l
 
 def _read_labelled(path: Path, data: "DataOptions") -> _Listed | None:
     """The list in a file; None for one without labels."""
-    try:
-        first = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
-    except OSError as error:
-        raise DataError(os_error_text(error, path)) from None
+    first = first_line(path)
     if not any(mark in first for mark in ",;\t|"):
         return None
     listed = _read(path, data)

@@ -80,7 +80,7 @@ def hugging_face_set(name: str, is_train: bool, data: "DataOptions") -> Source:
     splits = ("train",) if is_train else ("validation", *VAL_NAMES)
     for split in dict.fromkeys(splits):
         try:
-            with reached():
+            with reached(f"hfds/{name}"):
                 source = HuggingFaceSource(name, root, split)
         except ImportError:
             raise OptionError("data_set", "hfds/ needs: pip install datasets") from None

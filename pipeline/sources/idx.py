@@ -1,18 +1,24 @@
 """MNIST and Fashion-MNIST, in IDX files."""
 
+import contextlib
 import gzip
+import math
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from errors import DataError, OptionError
+import bounded
+from errors import DataError, OptionError, os_error_text
 from pipeline.sources.base import ArraySource, Factory, Source, first_existing, refuse_val_fraction
 from pipeline.sources.download import download_root, fetch
 
 if TYPE_CHECKING:
     from config import DataOptions
 
+MOST_BYTES = 1 << 30  # of an array; the training images have 45 MiB
+_BLOCK = 1 << 20
 _FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker"]
 _IDX_CLASSES = {
     "MNIST": [str(digit) for digit in range(10)],
@@ -43,6 +49,8 @@ def idx(name: str) -> Factory:
         images, labels = arrays
         if len(images) != len(labels):
             raise DataError(f"{path}: {len(labels)} labels for {len(images)} images")
+        if labels.max() >= len(_IDX_CLASSES[name]):
+            raise DataError(f"{path}: label {labels.max()}, and {name} has 10 classes, 0 to 9")
         return ArraySource(images, labels, _IDX_CLASSES[name], f"{name} {prefix}")
 
     return factory
@@ -61,17 +69,43 @@ def _find_idx(root: Path, name: str, stem: str) -> Path | None:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an IDX file, plain or gzipped (format: yann.lecun.com/exdb/mnist)."""
+    """The uint8 array of an IDX file, plain or gzipped (format: yann.lecun.com/exdb/mnist).
+
+    No more is unpacked than the header says, which is ``MOST_BYTES`` at most. Raises DataError.
+    """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} can't be read: {error}") from None
+        with bounded.opened(path, MOST_BYTES) as file:
+            packed = path.suffix == ".gz"
+            with gzip.open(file) if packed else contextlib.nullcontext(file) as content:
+                return _read_idx(path, content, dimensions)
+    except (OSError, EOFError, zlib.error) as error:
+        known = isinstance(error, OSError) and error.errno is not None
+        why = os_error_text(error, path) if known else f"{path} can't be read: {error}"
+        raise DataError(why) from None
+
+
+def _read_idx(path: Path, file: IO[bytes], dimensions: int) -> np.ndarray:
     # Two zero bytes, the type (8: unsigned byte), the number of dimensions, each size big-endian.
-    if content[:4] != bytes([0, 0, 8, dimensions]):
+    head = file.read(4 + 4 * dimensions)
+    if head[:4] != bytes([0, 0, 8, dimensions]):
         raise DataError(f"{path} is not an IDX file of bytes in {dimensions} dimensions")
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:start], dtype=">u4").astype(int).tolist()
-    if len(shape) != dimensions or len(content) != start + int(np.prod(shape)):
-        raise DataError(f"{path} is damaged: {len(content)} bytes don't fit its sizes {shape}")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
+    size = math.prod(shape)
+    if len(shape) != dimensions or not size:
+        raise DataError(f"{path} is damaged: its sizes are {shape}")
+    if size > MOST_BYTES:
+        raise DataError(
+            f"{path} is damaged, or too large: sizes {shape}, and no more than "
+            f"{bounded.size_text(MOST_BYTES)} are read"
+        )
+    # Memory that is not written to is not taken: the header may promise what doesn't come.
+    array = np.empty(size, dtype=np.uint8)
+    into, found = memoryview(array), 0
+    while found < size and (count := file.readinto(into[found : found + _BLOCK])):
+        found += count
+    if found < size or file.read(1):
+        raise DataError(
+            f"{path} is damaged: {'more' if found == size else found} bytes don't fit its sizes "
+            f"{shape}"
+        )
+    return array.reshape(shape)

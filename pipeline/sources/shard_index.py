@@ -1,21 +1,48 @@
 """Where the images of a tar shard are."""
 
-import json
 import logging
+import math
 import os
+import re
+import struct
+import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from tokenize import TokenError
+from typing import IO, NamedTuple
 
 import numpy as np
 
-from errors import DataError
+import bounded
+from errors import DataError, shortened, shown
 from pipeline.formats import EXTENSIONS
 from utils import written_whole
 
 logger = logging.getLogger(__name__)
+
+
+MOST_CLASSES = 1_000_000
+MOST_KEY = 1000  # bytes of the name of a sample
+MOST_INDEX = 256 << 20  # bytes of an index file, and of what it holds when unpacked
+MOST_DIRECTORY = 64 << 10  # bytes of the list of its arrays
+MOST_LABEL = 1 << 20  # bytes of a .cls or .json
+MOST_HEADER = 64 << 10  # bytes of a header of a tar file
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_LONG_NUMBER = re.compile(rb"[0-9]{100}")
+_END = struct.Struct("<4s4H2LH")  # the last bytes of a zip file
+_ZIP64_BYTES = 20  # before them, in one of another form
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+# What tarfile, zipfile and numpy raise for damage, beside types of their own.
+_DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, EOFError, RecursionError)
+_DAMAGE += (NotImplementedError, SyntaxError, TokenError)
+_DAMAGE += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 class ShardIndex(NamedTuple):
@@ -32,11 +59,19 @@ class ShardIndex(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, int, str]], shard_bytes: int) -> "ShardIndex":
-        """The index of rows of offset, size, label and key."""
+        """The index of rows of offset, size, label and key.
+
+        Raises DataError for a key of more than ``MOST_KEY`` bytes.
+        """
+        keys = [os.fsencode(row[3]) for row in rows]
+        long = next((key for key in keys if len(key) > MOST_KEY), None)
+        if long is not None:
+            raise DataError(
+                f"sample {shown(long)} has a name of {len(long):,} bytes, {MOST_KEY:,} at most"
+            )
         places = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
         targets = np.array([row[2] for row in rows], dtype=np.int64)
-        keys = np.array([os.fsencode(row[3]) for row in rows], np.bytes_)
-        return cls(places, targets, keys, shard_bytes)
+        return cls(places, targets, np.array(keys, np.bytes_), shard_bytes)
 
     @classmethod
     def scan(cls, shard: Path) -> "ShardIndex":
@@ -61,17 +96,35 @@ class ShardIndex(NamedTuple):
         """
         path = cls.path(shard)
         try:
-            with np.load(path, allow_pickle=False) as saved:
-                size = int(saved["shard_bytes"])
-                if saved["shard"] == shard.name and (not there or size == shard.stat().st_size):
-                    return cls(*(saved[name] for name in cls._fields[:3]), size)
+            with bounded.opened(path, MOST_INDEX) as file:
+                arrays = _arrays(file, (*cls._fields, "shard"))
+            size = int(arrays.pop("shard_bytes"))
+            if arrays.pop("shard") == shard.name and (not there or size == shard.stat().st_size):
+                return cls(**arrays, shard_bytes=size)._checked()
             reason = "is of another shard"
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = f"can't be read ({error})"
+        except _DAMAGE as error:
+            reason = f"can't be read ({shortened(str(error))})"
         logger.warning("%s %s: the shard is scanned in its place", path, reason)
         return None
+
+    def _checked(self) -> "ShardIndex":
+        """Itself. Raises ValueError where it can't be the index of a shard of its size."""
+        places, targets, keys, size = self
+        kinds = (places.dtype.kind, targets.dtype.kind, keys.dtype.kind)
+        if kinds != ("i", "i", "S") or keys.dtype.itemsize > MOST_KEY:
+            raise ValueError("its arrays have other types")
+        if not (places.shape == (len(targets), 2) and targets.shape == keys.shape):
+            raise ValueError("its arrays have other shapes")
+        begins, sizes = places.T
+        if len(targets) and not (
+            (places >= 0).all() and (begins <= size - sizes).all() and targets.min() >= 0
+        ):
+            raise ValueError("it names places outside of the shard")
+        if len(targets) and targets.max() >= MOST_CLASSES:
+            raise ValueError(f"label {targets.max()}, {MOST_CLASSES - 1} at most")
+        return self
 
     def write(self, shard: Path) -> None:
         """Put the index beside ``shard``, which must be whole."""
@@ -84,44 +137,134 @@ class ShardIndex(NamedTuple):
         return shard.with_suffix(".index.npz")
 
 
+def _arrays(file: IO[bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named arrays of a file of numpy.savez, of ``MOST_INDEX`` bytes at most when unpacked.
+
+    Raises ValueError, and what zipfile raises for damage.
+    """
+    file.seek(-_ZIP64_BYTES - _END.size, os.SEEK_END)
+    before, end = file.read(_ZIP64_BYTES), _END.unpack(file.read())
+    # zipfile makes an object of each entry of the directory.
+    if before.startswith(b"PK\6\7") or end[0] != b"PK\5\6" or end[5] > MOST_DIRECTORY:
+        raise ValueError("not what numpy.savez writes")
+    with zipfile.ZipFile(file) as saved:
+        unpacked = sum(info.file_size for info in saved.infolist())
+        if unpacked > MOST_INDEX:
+            most = bounded.size_text(MOST_INDEX)
+            raise ValueError(f"{bounded.size_text(unpacked)} when unpacked, {most} at most")
+        return {name: _array(saved, name) for name in names}
+
+
+def _array(saved: zipfile.ZipFile, name: str) -> np.ndarray:
+    info = saved.getinfo(f"{name}.npy")
+    with saved.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"version {version} of NumPy's format")
+        shape, by_columns, dtype = _HEADERS[version](file)
+        if dtype.hasobject or by_columns and len(shape) > 1:
+            raise ValueError(f"{name} is of another kind")
+        # The header may promise any number of elements, none of which is made for it.
+        size = math.prod(shape) * dtype.itemsize
+        content = file.read(info.file_size)
+        if len(content) != size:
+            raise ValueError(f"{len(content)} bytes of {name} instead of {size}")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
 class _Member(NamedTuple):
     offset_data: int
     size: int
     content: bytes  # of labels; images stay on disk
 
 
+class _Headers:
+    """A shard for tarfile, which would read headers of any length into memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+        self.most = MOST_HEADER
+
+    def read(self, size: int) -> bytes:
+        if size > self.most:
+            raise tarfile.ReadError(f"a header of {size:,} bytes, {self.most:,} at most")
+        content = self._file.read(size)
+        # tarfile's search takes time with the square of such a number (CVE-2024-6232).
+        if self.most == MOST_HEADER and size > tarfile.BLOCKSIZE and _LONG_NUMBER.search(content):
+            raise tarfile.ReadError("a header with an endless number")
+        return content
+
+    def content(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+        """Of a label. Raises ReadError for one that is too long."""
+        if info.size > MOST_LABEL:
+            raise tarfile.ReadError(f"{info.name} of {info.size:,} bytes, {MOST_LABEL:,} at most")
+        self.most = MOST_LABEL
+        try:
+            return tar.extractfile(info).read()
+        finally:
+            self.most = MOST_HEADER
+
+
 def shard_samples(shard: Path) -> Iterator[tuple[str, dict[str, _Member]]]:
     """(key, member by extension) of each sample, in the order of the shard."""
     current, members = None, {}
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                folder, name = os.path.split(info.name)
-                stem, dot, extension = name.partition(".")
-                if not info.isfile() or not stem or not dot:
-                    continue
-                key = os.path.join(folder, stem)
-                if key != current and members:
-                    yield current, members
-                    members = {}
-                current = key
-                extension = extension.lower()
-                is_label = extension in ("cls", "json")
-                content = tar.extractfile(info).read() if is_label else b""
-                members[extension] = _Member(info.offset_data, info.size, content)
-                tar.members = []  # or tarfile keeps them all
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{shard} is not a plain tar file that can be read: {error}") from None
+        for info, content in _members(shard):
+            folder, name = os.path.split(info.name)
+            stem, dot, extension = name.partition(".")
+            if not info.isfile() or not stem or not dot:
+                continue
+            if info.issparse():
+                raise tarfile.ReadError(f"{info.name} is stored with holes")
+            key = os.path.join(folder, stem)
+            if key != current and members:
+                yield current, members
+                members = {}
+            current = key
+            extension = extension.lower()
+            label = content() if extension in ("cls", "json") else b""
+            members[extension] = _Member(info.offset_data, info.size, label)
+    except _DAMAGE as error:
+        raise DataError(
+            f"{shard} is not a plain tar file that can be read: {shortened(str(error))}"
+        ) from None
     if members:
         yield current, members
+
+
+def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """The members of a tar file and what gets the content of each, which may be a label only."""
+    before = -1
+    with bounded.opened(shard, sys.maxsize) as file:
+        headers = _Headers(file)
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
+            for info in tar:
+                # A size below zero leads back, again and again (CVE-2025-8194).
+                if info.size < 0 or info.offset <= before:
+                    raise tarfile.ReadError(f"{info.name} has {info.size} bytes")
+                before = info.offset
+                yield info, partial(headers.content, tar, info)
+                tar.members = []  # or tarfile keeps them all
 
 
 def _shard_label(shard: Path, key: str, members: dict[str, _Member]) -> int:
     try:
         if "cls" in members:
-            return int(members["cls"].content)
-        return int(json.loads(members["json"].content)["label"])
-    except (KeyError, TypeError, ValueError):
+            label = members["cls"].content.decode("ascii").strip()
+        else:
+            label = bounded.parse_json(members["json"].content)["label"]
+        if isinstance(label, str) and _WHOLE.fullmatch(label):
+            label = int(label)
+        if type(label) is not int:
+            raise TypeError
+    except (KeyError, IndexError, TypeError, ValueError):
         raise DataError(
-            f"{shard}: sample {key} needs its label as .cls, or as 'label' of .json"
+            f"{shard}: sample {shortened(key)} needs its label as .cls, or as 'label' of .json"
         ) from None
+    if not 0 <= label < MOST_CLASSES:
+        raise DataError(
+            f"{shard}: sample {shortened(key)} has label {shown(label)}: from 0 to "
+            f"{MOST_CLASSES - 1} at most"
+        )
+    return label

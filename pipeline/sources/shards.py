@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,20 +10,25 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from errors import DataError, OptionError, first_names
-from pipeline.remote import RemoteFolder, is_remote
+from bounded import size_text
+from errors import DataError, OptionError, first_names, printable
+from pipeline.limits import MOST_FILE_BYTES, BadImageError
+from pipeline.remote import INDEX_BYTES, LISTING_BYTES, RemoteFolder, is_remote
 from pipeline.sources.base import (
     VAL_NAMES,
+    Names,
     Source,
     data_root,
     first_existing,
     read_json,
     refuse_val_fraction,
 )
-from pipeline.sources.shard_index import ShardIndex
+from pipeline.sources.shard_index import MOST_CLASSES, MOST_KEY, ShardIndex
 
 if TYPE_CHECKING:
     from config import DataOptions
+
+MOST_SHARDS = 100_000  # of a split
 
 
 class ShardSource(Source):
@@ -60,7 +66,7 @@ class ShardSource(Source):
         self.entries = np.column_stack([numbers, places])  # (N, 3): shard, offset, size
         self.groups = numbers
         self.targets = np.concatenate([table.targets for table in tables])
-        self.keys = np.concatenate([table.keys for table in tables])
+        self.keys = Names([key for table in tables for key in table.keys.tolist()])
         self.classes = classes or [str(label) for label in range(self.targets.max() + 1)]
         wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(self.classes)))
         if len(wrong):
@@ -74,6 +80,11 @@ class ShardSource(Source):
 
     def open(self, index: int) -> io.BytesIO:
         shard, offset, size = self.entries[index].tolist()
+        if size > MOST_FILE_BYTES:
+            raise BadImageError(
+                f"{size_text(size)}, and no more than {size_text(MOST_FILE_BYTES)} is read of an "
+                "image"
+            )
         # Workers that were forked share a file's place, so none may rely on it.
         return io.BytesIO(os.pread(self._file(shard).fileno(), size, offset))
 
@@ -96,6 +107,11 @@ class ShardSource(Source):
     def sample_id(self, index: int) -> str:
         return f"{self.shards[self.entries[index, 0]]}:{os.fsdecode(self.keys[index])}"
 
+    def identity(self, index: int) -> str:
+        # The folder of the copies may be another one on each machine.
+        folder = "" if self.remote is None else f"{self.remote.folder}{os.sep}"
+        return self.sample_id(index).removeprefix(folder)
+
 
 def _fetch_indices(remote: RemoteFolder, shards: Sequence[Path]) -> list[ShardIndex]:
     """The indices of remote shards, which can't be scanned without fetching them all."""
@@ -103,7 +119,7 @@ def _fetch_indices(remote: RemoteFolder, shards: Sequence[Path]) -> list[ShardIn
     def fetch(shard: Path) -> ShardIndex:
         name = ShardIndex.path(shard).relative_to(remote.folder).as_posix()
         try:
-            remote.fetch(name)
+            remote.fetch(name, most=INDEX_BYTES)
         except OSError as error:
             raise DataError(f"{error}; python -m tools.data pack writes the index") from None
         index = ShardIndex.read(shard, there=False)
@@ -121,19 +137,57 @@ def _remote_shards(is_train: bool, data: "DataOptions") -> Source:
     remote = RemoteFolder(data.data_path, data.shard_cache, int(data.shard_cache_gb * 1e9))
     try:
         # It may have changed since: small enough to be fetched each time.
-        remote.path("_info.json").unlink(missing_ok=True)
-        info = read_json(remote.fetch("_info.json"))
+        info = read_json(remote.fetch("_info.json", most=LISTING_BYTES, fresh=True))
     except OSError as error:
         raise OptionError("data_path", f"{error}; python -m tools.data pack writes it") from None
     names = ("train", "training") if is_train else VAL_NAMES
-    known = info.get("splits", {})
-    files = next((known[s]["filenames"] for s in names if s in known), None)
+    where = f"{remote.address}/_info.json"
+    files, classes = _listed(info, names, where), _listed_classes(info, where)
     if not files:
-        raise OptionError("data_path", f"{remote.address}/_info.json has no split {names[0]}")
-    classes = info.get("classes")
+        raise OptionError("data_path", f"{where} has no split {names[0]}")
     if classes is None and not is_train:
         classes = _remote_shards(True, data).classes
     return ShardSource([remote.path(file) for file in files], classes, remote)
+
+
+def _listed(info: Any, splits: Sequence[str], where: Path | str) -> list[str]:
+    """The files of the first of the ``splits`` that an ``_info.json`` has; DataError if it can't
+    be a list of shards."""
+    known = info.get("splits", {}) if isinstance(info, dict) else None
+    if not isinstance(known, dict):
+        raise DataError(f"{where} is no list of shards: python -m tools.data pack writes one")
+    split = next((s for s in splits if s in known), None)
+    if split is None:
+        return []
+    files = known[split].get("filenames") if isinstance(known[split], dict) else None
+    if not isinstance(files, list) or len(files) > MOST_SHARDS:
+        raise DataError(
+            f"{where}: 'filenames' of {split} is no list of names, {MOST_SHARDS:,} at most"
+        )
+    wrong = [f for f in files if not isinstance(f, str) or not f.endswith(".tar") or "\0" in f]
+    if wrong:
+        raise DataError(f"{where}: {_shown(wrong[0])} is not the name of a file .tar")
+    if len(set(files)) < len(files):
+        twice = next(f for f, n in Counter(files).items() if n > 1)
+        raise DataError(f"{where} names {_shown(twice)} more than once")
+    return files
+
+
+def _listed_classes(info: dict[str, Any], where: Path | str) -> list[str] | None:
+    classes = info.get("classes")
+    if classes is None:
+        return None
+    named = isinstance(classes, list) and len(classes) <= MOST_CLASSES
+    if named and all(isinstance(c, str) and len(c) <= MOST_KEY for c in classes):
+        return classes
+    raise DataError(
+        f"{where}: 'classes' is no list of names, {MOST_CLASSES:,} at most, of up to {MOST_KEY:,} "
+        "characters"
+    )
+
+
+def _shown(name: Any) -> str:
+    return printable(repr(name)[:100])
 
 
 def webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
@@ -145,7 +199,7 @@ def webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
     train = _shards(root, ("train", "training"))
     if not train:
         raise OptionError("data_path", f"{root} has no shards *train*.tar and no _info.json")
-    source = ShardSource(train, _shard_info(root).get("classes"))
+    source = ShardSource(train, _listed_classes(_shard_info(root), root / "_info.json"))
     if is_train:
         return source
     val = _shards(root, VAL_NAMES)
@@ -155,10 +209,9 @@ def webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
 
 
 def _shards(root: Path, splits: Sequence[str]) -> list[Path]:
-    known = _shard_info(root).get("splits")
-    if known is not None:
-        files = next((known[s]["filenames"] for s in splits if s in known), [])
-        return [root / file for file in files]
+    info = _shard_info(root)
+    if "splits" in info:
+        return [root / file for file in _listed(info, splits, root / "_info.json")]
     for split in splits:
         found = sorted({*root.glob(f"*{split}*.tar"), *root.glob(f"{split}/**/*.tar")})
         if found:
@@ -168,4 +221,7 @@ def _shards(root: Path, splits: Sequence[str]) -> list[Path]:
 
 def _shard_info(root: Path) -> dict[str, Any]:
     info = first_existing((root / "_info.json", root / "info.json"))
-    return {} if info is None else {"splits": {}, **read_json(info)}
+    if info is None:
+        return {}
+    found = read_json(info)
+    return {"splits": {}, **found} if isinstance(found, dict) else {"splits": None}

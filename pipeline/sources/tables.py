@@ -2,13 +2,24 @@
 
 import csv
 import io
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from errors import DataError, OptionError, did_you_mean, os_error_text
+import bounded
+from errors import (
+    DataError,
+    OptionError,
+    did_you_mean,
+    first_names,
+    os_error_text,
+    shortened,
+    shown,
+)
 from pipeline.sources.layout import split_role
 
 if TYPE_CHECKING:
@@ -29,6 +40,13 @@ _OTHER_LABEL_COLUMNS = (
 )
 _SPLIT_COLUMNS = ("split", "set", "subset", "fold", "dataset", "datasplit", "partition", "part")
 _SPLIT_COLUMNS += ("datatype", "phase", "mode", "usage", "traintest", "traintestsplit", "kfold")
+MOST_BYTES = 1 << 30  # of a table
+MOST_LINE = 1 << 20  # characters
+MOST_COLUMNS = 1000
+MOST_CELLS = 50_000_000  # of all rows; a cell of usual length takes up to 90 bytes
+MOST_NAME = {"path": 4096, "label": 1000}  # characters
+_SHOWN = 30  # columns that a message names
+_LAST = "\0last"
 _YES, _NO = ("1", "true", "yes", "y", "t", "1.0"), ("0", "false", "no", "n", "f", "0.0")
 
 
@@ -69,37 +87,106 @@ def read_table(path: Path, exists: Callable[[str], bool]) -> Table:
         exists: whether there is an image of this name, by which a first row that names one is told
             from a header.
 
-    Raises DataError, with the line.
+    Raises DataError, with the line, also for a table that is larger than is read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(os_error_text(error, path)) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} can't be read: {error}; save it as UTF-8") from None
-    first_line = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(",;\t|", key=first_line.count)
-    if delimiter not in first_line:
-        raise DataError(f"{path}, line 1: expected two columns, an image's path and its label")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
-    rows = [(number, row) for number, row in rows if any(row)]
-    first = rows[0][1]
+    with opened_text(path) as file:
+        lines = lines_of(path, file)
+        begin = [next(lines, "")]
+        while begin[-1].isspace():
+            begin.append(next(lines, ""))
+        delimiter = max(",;\t|", key=begin[-1].count)
+        if delimiter not in begin[-1]:
+            raise DataError(f"{path}, line 1: expected two columns, an image's path and its label")
+        numbers, rows = _rows(path, delimiter, itertools.chain(begin, lines))
+    if not rows:
+        raise DataError(f"{path} has no images")
+    first = rows[0]
     known = (*_PATH_COLUMNS, *_ID_COLUMNS, *_LABEL_COLUMNS, *_OTHER_LABEL_COLUMNS)
     has_header = any(_plain(name) in known for name in first) and not exists(first[0])
     if not has_header and len(first) == 2 and exists(first[0]):
         header = None
     else:
-        header, rows = first, rows[1:]
-    for number, row in rows:
+        header, rows, numbers = first, rows[1:], numbers[1:]
+    for number, row in zip(numbers, rows, strict=True):
         if len(row) != len(first):
             raise DataError(f"{path}, line {number}: {len(row)} columns instead of {len(first)}")
     if not rows:
         raise DataError(f"{path} has no images")
-    return Table(path, delimiter, header, [row for _, row in rows], [n for n, _ in rows])
+    return Table(path, delimiter, header, rows, numbers)
+
+
+def first_line(path: Path) -> str:
+    """The first line of a table. Raises DataError where it can't be read."""
+    with opened_text(path) as file:
+        return next(lines_of(path, file), "")
+
+
+@contextmanager
+def opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """The text of a table, for :func:`lines_of`; what can't be read in the block is a DataError."""
+    try:
+        with bounded.opened(path, MOST_BYTES) as file:
+            yield io.TextIOWrapper(file, encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(os_error_text(error, path)) from None
+
+
+def lines_of(path: Path, file: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a table, with their ends. Raises DataError."""
+    number = 0
+    try:
+        while line := file.readline(MOST_LINE + 1):
+            number += 1
+            if len(line) > MOST_LINE:
+                raise DataError(
+                    f"{path}, line {number}: more than {MOST_LINE:,} characters: is it a table?"
+                )
+            yield line
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} can't be read after line {number}: {error.reason}; save it as UTF-8"
+        ) from None
+
+
+def _rows(path: Path, delimiter: str, lines: Iterable[str]) -> tuple[list[int], list[list[str]]]:
+    """The rows that aren't empty, and the line of each. Raises DataError."""
+    numbers, rows, cells = [], [], 0
+    reader = csv.reader(_with_last(lines), delimiter=delimiter)
+    last = begin = 1
+    try:
+        for row in reader:
+            if row == [_LAST]:
+                return numbers, rows
+            cells += len(row)
+            if len(row) > MOST_COLUMNS or cells > MOST_CELLS:
+                break
+            row = [cell.strip() for cell in row]
+            if any(row):
+                numbers.append(reader.line_num)
+                rows.append(row)
+            last, begin = begin, reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {begin}: {error}: is a quote missing, or one too many?"
+        ) from None
+    if len(row) > MOST_COLUMNS:
+        raise DataError(
+            f"{path}, line {reader.line_num}: {len(row):,} columns, and no more than "
+            f"{MOST_COLUMNS:,} are read: leave those out that are not needed"
+        )
+    if cells > MOST_CELLS:
+        raise DataError(
+            f"{path} has more than {MOST_CELLS:,} cells: leave columns out, or pack the images "
+            "(python -m tools.data pack)"
+        )
+    raise DataError(f"{path}, line {last}: a quote begins there that is never closed")
+
+
+def _with_last(lines: Iterable[str]) -> Iterator[str]:
+    """``lines``, all with an end, and one more, which is lost in a quote that is never closed."""
+    for line in lines:
+        yield line if line[-1] in "\r\n" else f"{line}\n"
+    yield _LAST
 
 
 def find_columns(table: Table, data: "DataOptions", exists: Callable[[str], bool]) -> Columns:
@@ -132,8 +219,10 @@ def find_columns(table: Table, data: "DataOptions", exists: Callable[[str], bool
         )
     for number, row in zip(table.numbers, table.rows, strict=True):
         for column, what in ((image, "path"), (label, "label")):
-            if column is not None and not row[column]:
-                raise DataError(f"{table.path}, line {number}: no {what}")
+            if column is not None and not 0 < len(row[column]) <= MOST_NAME[what]:
+                size = f"a {what} of {len(row[column]):,} characters"
+                fault = f"{size}, {MOST_NAME[what]:,} at most" if row[column] else f"no {what}"
+                raise DataError(f"{table.path}, line {number}: {fault}")
     return Columns(image, label, split)
 
 
@@ -146,9 +235,9 @@ def no_labels(table: Table) -> str:
 
 
 def _choices(table: Table) -> str:
+    columns = first_names(table.header, _SHOWN)
     return (
-        f"; its columns are {', '.join(table.header)}: name the right ones with --image-column and "
-        "--label-column"
+        f"; its columns are {columns}: name the right ones with --image-column and --label-column"
     )
 
 
@@ -160,8 +249,8 @@ def _named(table: Table, option: str, name: str) -> int | None:
         names = [same(column) for column in table.header]
         if same(name) in names:
             return names.index(same(name))
-    hint = did_you_mean(name, table.header, otherwise=f"one of {', '.join(table.header)}")
-    raise OptionError(option, f"{table.path} has no column {name!r}; {hint}")
+    hint = did_you_mean(name, table.header, otherwise=f"one of {first_names(table.header, _SHOWN)}")
+    raise OptionError(option, f"{table.path} has no column {shown(name)}; {hint}")
 
 
 def _of_kind(table: Table, usual: Sequence[str], taken: Sequence[int | None]) -> list[int]:
@@ -254,8 +343,9 @@ def parts_of(table: Table, column: int) -> list[str]:
             continue
         part = _part_of(value)
         if part is None:
+            name = shortened(table.header[column])
             raise DataError(
-                f"{table.path}, line {number}: {table.header[column]} is {value!r}, not train, val "
+                f"{table.path}, line {number}: {name} is {shown(value)}, not train, val "
                 "or test: correct it, or add --split-column none to use all rows alike"
             )
         parts.append(part)

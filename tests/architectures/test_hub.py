@@ -19,18 +19,18 @@ def no_network(monkeypatch):
 
 
 def test_without_a_network_the_cache_alone_is_asked(no_network):
-    with reached():
+    with reached("hf-hub:a/b"):
         assert constants.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE
     expected = "huggingface.co can't be reached, Name or service not known, and nothing is cached"
-    with pytest.raises(OSError, match=expected), reached():
+    with pytest.raises(OSError, match=expected), reached("hf-hub:a/b"):
         raise ConnectionError("offline mode is enabled")
     assert not constants.HF_HUB_OFFLINE
 
 
 def test_behind_a_proxy_the_client_tries_itself(no_network, monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
-    with pytest.raises(ConnectionError, match="refused"), reached():
+    with pytest.raises(ConnectionError, match="refused"), reached("hf-hub:a/b"):
         assert not constants.HF_HUB_OFFLINE
         assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
         raise ConnectionError("refused")

@@ -9,6 +9,7 @@ from torch import nn
 
 from checkpointing.files import load_checkpoint, save_checkpoint
 from checkpointing.folder import (
+    ON_SIGNAL,
     checkpoints_in,
     keep_newest,
     load_newest,
@@ -66,8 +67,9 @@ def test_best_outlives_its_checkpoint(tmp_path, monkeypatch, links):
 
 def test_what_a_killed_session_left_half_written_is_removed(tmp_path):
     """And nothing else: best.pth, checkpoints and the files of others stay."""
-    kept = ["best.pth", "checkpoint-0001.pth", ".bashrc", "notes.tmp"]
-    for name in (*kept, ".checkpoint-0002.tmp.pth", ".best.tmp.pth"):
+    kept = ["best.pth", "checkpoint-0001.pth", ".bashrc", "notes.tmp", "log.tmp.txt", ".a.tmp.swp"]
+    written = (".checkpoint-0002.tmp.pth", ".best.tmp.pth", ".log.tmp.txt", ".config.tmp.yaml")
+    for name in (*kept, *written):
         (tmp_path / name).write_text("x")
     for name in (".checkpoint-0003.shards.tmp", ".checkpoint-0003.shards.old"):
         (tmp_path / name).mkdir()
@@ -81,3 +83,13 @@ def test_latest_of_an_empty_folder_and_of_a_ruined_one(tmp_path):
     (tmp_path / "checkpoint-0001.pth").write_bytes(b"PK\x03\x04")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         load_newest(tmp_path)
+
+
+def test_what_a_signal_asked_for_is_passed_over_unless_nothing_else_is_there(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint-0002-00000008.pth", content(2, 8) | {ON_SIGNAL: True})
+    save_checkpoint(tmp_path / "checkpoint-0002-00000004.pth", content(2, 4) | {ON_SIGNAL: True})
+    assert load_newest(tmp_path)[0].name == "checkpoint-0002-00000008.pth"
+    assert load_newest(tmp_path, regular=True)[0].name == "checkpoint-0002-00000008.pth"
+    save_checkpoint(tmp_path / "checkpoint-0001.pth", content(1) | {ON_SIGNAL: False})
+    assert load_newest(tmp_path, regular=True)[0].name == "checkpoint-0001.pth"
+    assert load_newest(tmp_path)[0].name == "checkpoint-0002-00000008.pth"

@@ -10,6 +10,16 @@ from checkpointing.form import wrong_form
 from errors import CheckpointError
 from inference import load_for_inference
 
+
+def nested(levels: int, copies: int) -> list:
+    """A list of lists; with two copies, as many values as 2 to the ``levels``, in a small file."""
+    value: list = []
+    for _ in range(levels):
+        value = [value] * copies
+    return value
+
+
+RUN = {"epoch": 1, "samples": 0}
 TRUE = Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict()
 ODD = {
     "its config is str 'resnet50'": {"config": "resnet50"},
@@ -29,6 +39,41 @@ ODD = {
     "its metrics is float 0.9": {"metrics": 0.9},
     "its versions is str": {"versions": "2.0"},
     "its bad_images is int": {"bad_images": 7},
+    "its class_names are a list, a dict": {"class_names": [["a"], {}]},
+    "the input_size of its preprocessing: must be at most 8192": {
+        "preprocessing": TRUE | {"input_size": 10**9}
+    },
+    "the input_size of its preprocessing is str '8'": {"preprocessing": TRUE | {"input_size": "8"}},
+    "the crop_ratio of its preprocessing: must be at least": {
+        "preprocessing": TRUE | {"crop_ratio": 1e-320}
+    },
+    r"the mean of its preprocessing is tuple \(0.5,\)": {"preprocessing": TRUE | {"mean": [0.5]}},
+    "the std of its preprocessing is NoneType": {"preprocessing": TRUE | {"std": None}},
+    "the mean of its preprocessing is a Tensor": {"preprocessing": TRUE | {"mean": torch.zeros(3)}},
+    "the background of its preprocessing: ": {"preprocessing": TRUE | {"background": "x"}},
+    "the seed of its split is str": {"split": {"seed": "x"}},
+    "the held_out of its split is ": {"split": {"held_out": torch.ones(2, 2)}},
+    "its progress has no samples": {"progress": {"epoch": 1, "samples": -1}},
+    "the best of its progress is str": {"progress": RUN | {"best": "high"}},
+    "its optimizer is list": {"progress": RUN, "optimizer": [1]},
+    "the factor of its schedule is a Tensor": {
+        "progress": RUN,
+        "schedule": {"factor": torch.ones(1)},
+    },
+    "the lr of its config is a Tensor": {"progress": RUN, "config": {"lr": torch.ones(1)}},
+    "the acc of its metrics is a Tensor": {"progress": RUN, "metrics": {"acc": torch.ones(1)}},
+    r"its bad_images are 7, not lines of text": {"progress": RUN, "bad_images": ["a", 7]},
+    "its a.w is a sparse or nested tensor": {"a": {"w": torch.zeros(2, 2).to_sparse()}},
+    "its w is a quantised tensor": {
+        "w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    },
+    r"its w is a tensor without values \(meta\)": {"w": torch.empty(2, device="meta")},
+    "its w is a tensor of 4398046511104 bytes, of which 4 are": {
+        "w": torch.zeros(1).expand(1 << 40)
+    },
+    "its n is a number of 1501 bits": {"n": 1 << 1500},
+    "its deep is nested more than 64 levels deep": {"deep": nested(70, copies=1)},
+    "it holds more than 10000000 values": {"wide": nested(40, copies=2)},
 }
 
 

@@ -1,15 +1,19 @@
 """Sharded checkpoints: damage is found, no code is run, and one file can be made of them."""
 
+import dataclasses
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from runs import assert_equal, train_together
+from torch.distributed.checkpoint.metadata import Metadata
 
-from checkpointing.files import load_checkpoint
+from checkpointing.files import load_checkpoint, save_checkpoint
 from checkpointing.folder import checkpoints_in, load_newest
+from checkpointing.sharded import checksum
 from errors import CheckpointError
 from inference import load_for_inference
 from tools import consolidate
@@ -45,20 +49,70 @@ class Hostile:
         return os.mkdir, (os.environ["SHARDED_TEST_TRAP"],)
 
 
-def test_hostile_metadata_is_refused(sharded, tmp_path, monkeypatch):
-    monkeypatch.setenv("SHARDED_TEST_TRAP", str(tmp_path / "trap"))
-    newest = checkpoints_in(sharded)[0]
-    metadata = newest / ".metadata"
+def test_damaged_metadata_is_found(sharded):
+    metadata = checkpoints_in(sharded)[0] / ".metadata"
     original = metadata.read_bytes()
-    metadata.write_bytes(pickle.dumps(Hostile()))
+    metadata.write_bytes(original[:-9] + bytes([original[-9] ^ 2]) + original[-8:])
     try:
-        # Older versions of torch lose the reason on the way.
-        reason = r"posix\.mkdir; refused|can't be read: metadata is None"
-        with pytest.raises(CheckpointError, match=reason):
-            load_checkpoint(newest)
+        with pytest.raises(CheckpointError, match=r"can't be read: \.metadata is damaged"):
+            load_checkpoint(metadata.parent)
     finally:
         metadata.write_bytes(original)
+
+
+def of_another_place(metadata: Metadata) -> Metadata:
+    """Whose first part of a tensor lies outside of the folder."""
+    index, place = next(iter(metadata.storage_data.items()))
+    return dataclasses.replace(
+        metadata,
+        storage_data={
+            **metadata.storage_data,
+            index: dataclasses.replace(place, relative_path="../passwd"),
+        },
+    )
+
+
+def of_another_shape(metadata: Metadata) -> Metadata:
+    name, described = next(iter(metadata.state_dict_metadata.items()))
+    huge = dataclasses.replace(described, size=torch.Size([1 << 40]))
+    return dataclasses.replace(
+        metadata, state_dict_metadata={**metadata.state_dict_metadata, name: huge}
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda metadata: Hostile(), r"posix\.mkdir; refused"),
+        (lambda metadata: {"a": 1}, "its metadata is of another kind"),
+        (of_another_place, r"its metadata names '\.\./passwd'; refused"),
+        (of_another_shape, "its metadata knows no .* of that shape"),
+    ],
+)
+def test_hostile_metadata_is_refused(sharded, tmp_path, monkeypatch, made, reason):
+    """Also where the checksums fit it."""
+    monkeypatch.setenv("SHARDED_TEST_TRAP", str(tmp_path / "trap"))
+    copy = tmp_path / "copy.shards"
+    shutil.copytree(checkpoints_in(sharded)[0], copy)
+    metadata, rest = copy / ".metadata", torch.load(copy / "rest.pth", weights_only=True)
+    metadata.write_bytes(pickle.dumps(made(pickle.loads(metadata.read_bytes()))))
+    save_checkpoint(
+        copy / "rest.pth", rest | {"files": rest["files"] | {".metadata": checksum(metadata)}}
+    )
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load_checkpoint(copy)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("files", [None, {"../x": 1}, {"rest.pth": 1}, [1], {1: 2}])
+def test_odd_checksums_are_refused(sharded, tmp_path, files):
+    copy = tmp_path / "copy.shards"
+    shutil.copytree(checkpoints_in(sharded)[0], copy)
+    rest = torch.load(copy / "rest.pth", weights_only=True)
+    save_checkpoint(copy / "rest.pth", rest | {"files": files})
+    with pytest.raises(CheckpointError, match=r"rest\.pth has no checksums"):
+        load_checkpoint(copy)
 
 
 def test_consolidated_file_is_what_the_shards_hold(sharded, tmp_path):

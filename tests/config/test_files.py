@@ -1,5 +1,9 @@
 """Config files: what is read from YAML, what is wrong with it, and what is written."""
 
+import contextlib
+import itertools
+import os
+import socket
 import types
 import typing
 from pathlib import Path
@@ -64,6 +68,93 @@ def test_bad_file_is_named_with_its_fault(write_yaml, text, message):
         load(["--config", path])
     assert message in str(caught.value) and str(Path(path).parent) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def doubled(line: str) -> str:
+    """Nine lines, each of which repeats the one before ten times."""
+    names = "abcdefghi"
+    lines = [line.format(name, ", ".join([f"*{o}"] * 10)) for o, name in itertools.pairwise(names)]
+    return "\n".join(["a: &a {k: 1}", *lines])
+
+
+MANY_VALUES = "with what aliases repeat it holds .* values, and no more than 10,000 are read$"
+HOSTILE = {
+    "lists of aliases": (doubled("{0}: &{0} [{1}]"), MANY_VALUES),
+    "merges of aliases": (doubled("{0}: &{0} {{{{<<: [{1}]}}}}"), MANY_VALUES),
+    "an alias of itself": ("scale: &a [1, *a]", "line 1: an alias lies in what it repeats"),
+    "no character": ('model: "\\UFFFFFFFF"', "not valid YAML"),
+    "half a character": ('data_path: "\\ud800"', "isn't valid Unicode"),
+    "a NUL": ('data_path: "a\\0b"', "holds a NUL"),
+    "base with a NUL": ('base: "a\\0b"', "a name can't hold a NUL"),
+    "version": (f"%YAML {'9' * 5000}.1\n---\nlr: 1", "not valid YAML"),
+    "a date": ("model: !!timestamp 2024-01-01", "could not determine a constructor"),
+    "bytes": ("model: !!binary aGk=", "could not determine a constructor"),
+    "code": ("model: !!python/name:os.system", "could not determine a constructor"),
+    "a key that is a list": ("? [a]\n: 1", "a list or mapping is no name"),
+    "a long key": (f"{'k' * 1000}: 1", "unknown option 'kkk"),
+    "a long number": (f"lr: {'9' * 200_000}", "--lr: expected float, got '999"),
+    "many keys": ("".join(f"k{i}: 1\n" for i in range(5100)), "line 5000, .*more than 10,000"),
+    "a long file": ("#" * 300_000, "293 KiB, and no more than 256 KiB is read"),
+    "deep mappings": ("".join(f"{' ' * i}a:\n" for i in range(200)), "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_a_short_line(write_yaml, name):
+    text, message = HOSTILE[name]
+    path = write_yaml(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load(["--config", path])
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+
+
+def test_aliases_of_few_values_are_read(write_yaml):
+    text = "lr: &x 0.1\nwarmup_lr: *x\nscale: &s [*x, 0.5]\nratio: *s\n<<: {seed: 7}\n"
+    c = load(["--config", write_yaml(text)])
+    assert c.optim.lr == c.schedule.warmup_lr == 0.1 and c.run.seed == 7
+    assert c.augment.scale == c.augment.ratio == (0.1, 0.5)
+
+
+def test_a_number_with_a_tag_is_its_text(write_yaml):
+    c = load(["--config", write_yaml("seed: !!int 012\n!!str lr: !!float 1_0\n")])
+    assert c.run.seed == 12 and c.optim.lr == 10
+
+
+@pytest.mark.parametrize("as_base", [False, True])
+def test_only_regular_files_are_read(tmp_path, write_yaml, as_base):
+    pipe, sparse = tmp_path / "pipe", tmp_path / "sparse"
+    os.mkfifo(pipe)
+    with open(sparse, "wb") as file:
+        file.truncate(10 << 30)
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.chdir(tmp_path):
+        listening.bind("socket")
+    kinds = {pipe: "a named pipe", "/dev/zero": "a device", tmp_path / "socket": "a socket"}
+    kinds |= {sparse: "10 GiB, and no more than 256 KiB is read", tmp_path: "Is a directory"}
+    for path, kind in kinds.items():
+        with pytest.raises(OptionError, match=kind):
+            load(["--config", write_yaml(f"base: {path}") if as_base else str(path)])
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd")
+def test_a_shell_may_hand_a_file_over(write_yaml):
+    def handed(text: bytes, name: str = "{}") -> str:
+        reader, writer = os.pipe()
+        with os.fdopen(writer, "wb") as file:
+            file.write(text)
+        return name.format(f"/dev/fd/{reader}")
+
+    assert load(["--config", handed(b"lr: 0.25\n")]).optim.lr == 0.25
+    with pytest.raises(OptionError, match="isn't text"):
+        read_yaml(Path(handed(b"\xff")))
+    with pytest.raises(OptionError, match="pipe"):
+        read_yaml(write_yaml(handed(b"lr: 0.25\n", "base: {}\n")))
+
+
+def test_a_long_chain_of_files_is_refused(write_yaml):
+    for number in range(30):
+        path = write_yaml(f"base: {number + 1}.yaml", f"{number}.yaml")
+    with pytest.raises(OptionError, match="base: more than 20 files lie below"):
+        read_yaml(Path(path).with_name("0.yaml"))
 
 
 def test_base_files_may_not_go_in_circles(write_yaml):

@@ -1,16 +1,21 @@
 """The optimiser: its arguments, steps that are left out, and parameters that join later."""
 
+import copy
 import math
 
 import pytest
 import torch
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 from torch import nn
 
 from config import OptimOptions
 from errors import OptionError
 from optimization.freezing import Freezer
 from optimization.optimizer import build_optimizer, optimizer_supports_found_inf, scaled_lr
+
+PLAIN = [n for n in list_optimizers() if not n.startswith(("bnb", "fused", "adahessian"))]
+# A name of each class.
+CLASSES = set({get_optimizer_info(name).opt_class: name for name in reversed(PLAIN)}.values())
 
 
 def test_learning_rate_follows_the_effective_batch():
@@ -125,9 +130,7 @@ def test_argument_the_optimiser_does_not_take():
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended")
-@pytest.mark.parametrize(
-    "name", [n for n in list_optimizers() if not n.startswith(("bnb", "fused", "adahessian"))]
-)
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_optimiser_takes_a_step(name):
     model = nn.Linear(3, 2)
     optimizer = build_optimizer(model, OptimOptions(opt=name), lr=0.01)
@@ -209,3 +212,35 @@ def test_parameter_unfrozen_later_is_optimised(name):
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     assert not torch.equal(model[0].weight, start)
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended")
+@pytest.mark.parametrize("name", sorted(CLASSES - {"kron"}))  # it compiles for minutes
+def test_lookahead_around_each_optimiser_takes_what_is_unfrozen_later(name):
+    """And goes on from its saved state: two sessions give the weights of one."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    options = OptimOptions(opt=f"lookahead_{name}")
+    optimizer = build_optimizer(model, options, lr=0.01)
+    freezer = Freezer(model, ["0"], ["4:0"])
+    start = model[0].weight.detach().clone()
+    x = torch.randn(4, 3)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    for epoch in range(8):  # the slow weights are updated at the sixth step
+        freezer.apply(epoch)
+        assert torch.equal(model[0].weight, start) or epoch > 4
+        step(model, optimizer)
+    assert not torch.equal(model[0].weight, start)
+    again = copy.deepcopy(model)
+    resumed = build_optimizer(again, options, lr=0.01)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(5):
+        torch.manual_seed(0)  # some optimisers draw
+        step(model, optimizer)
+        torch.manual_seed(0)
+        step(again, resumed)
+    assert torch.equal(again[0].weight, model[0].weight)

@@ -11,7 +11,7 @@ from disks import fill, small_disk
 from runs import ROOT, arguments, newest
 
 from config import load
-from outputs.console import console, show_messages
+from outputs.console import console, say, show_messages
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -200,3 +200,37 @@ def test_a_run_that_fails_leaves_no_handler(tmp_path):
     before = list(logging.getLogger().handlers), logging.getLogger().level
     assert main.main(["--data-path", str(tmp_path / "none"), "--device", "cpu"]) == 2
     assert (list(logging.getLogger().handlers), logging.getLogger().level) == before
+
+
+# --- commands of terminals ------------------------------------------------------------------------
+
+
+NASTY = "a\x1b[31m\x07\x9b2J\b\r\u202eb\u2066\u200b\u2028\x7f\ud800"
+SHOWN = r"a\x1b[31m\x07\x9b2J\x08\r\u202eb\u2066\u200b\u2028\x7f\ud800"  # each as Python writes it
+
+
+def test_only_a_bar_commands_the_terminal(capsys):
+    with console():
+        print(f"{NASTY}\n\tsecond line", file=sys.stderr)
+        sys.stderr.write("\r50%|##  | of \x1b[2Jnames")  # as tqdm draws
+        sys.stderr.write("\n\x1b[A")  # from bar to bar
+        sys.stderr.write("\r      \r")
+        say(f"{NASTY}\nnot a line of its own")
+        say("a failure", error=True)
+    captured = capsys.readouterr()
+    bars = "\r50%|##  | of \\x1b[2Jnames\n\x1b[A\r      \r"
+    assert captured.err == f"{SHOWN}\n\tsecond line\n{bars}a failure\n"
+    assert captured.out == f"{SHOWN}\\nnot a line of its own\n"
+
+
+def test_a_message_is_one_line(capsys):
+    with console():
+        show_messages(logging.Formatter("%(levelname)s: %(message)s"), logging.INFO)
+        logging.getLogger("names").info("class %s", "a\nERROR: the disk is gone\x1b[2J")
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            logging.getLogger("names").exception("why")
+    out = capsys.readouterr().out
+    assert out.startswith("INFO: class a\\nERROR: the disk is gone\\x1b[2J\nERROR: why\nTraceback ")
+    assert "ValueError: two\nlines" in out

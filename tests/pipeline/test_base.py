@@ -4,10 +4,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tiny_sets import EVAL, array_set, expected
 
-from pipeline.sources.base import FileSource, held_out, image_numbers, stratified_split
+from pipeline.sources.base import FileSource, Names, held_out, image_numbers, stratified_split
 
 
 def test_stratified_split_keeps_proportions():
@@ -72,3 +73,14 @@ def test_what_was_held_out_stays_held_out():
     # Of a set without any of them, a part is as it was drawn.
     other = held_out(files([f"d/{i}.png" for i in range(40)]), False, 0.25, seed=1)
     assert other.as_held_out(numbers) is other
+
+
+def test_names_are_those_that_were_given():
+    given = [b"a", b"", b"long" * 100, "é".encode()]
+    names = Names(given)
+    assert list(names) == given and len(names) == 4
+    assert names[np.int64(2)] == b"long" * 100
+    for index in (-1, 4):
+        with pytest.raises(IndexError):
+            names[index]
+    assert list(Names([])) == []

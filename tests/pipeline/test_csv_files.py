@@ -1,6 +1,8 @@
 """pipeline/sources/csv_files.py: files that list image paths and labels."""
 
 import csv
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tiny_sets import expected, open_set, save
 from config import DataOptions
 from errors import DataError, OptionError
 from pipeline.dataset import build_dataset, findings
+from pipeline.sources import tables
 
 
 def write_csv(path, rows, delimiter=","):
@@ -260,3 +263,81 @@ def test_images_in_folders_below_the_root(kaggle):
     assert train.sample_id(3) == str(kaggle / "part_2" / f"{IDS[train.source.indices[3]]}.png")
     with pytest.raises(OptionError, match="--image-root: .*/none is no folder"):
         open_set("CSV", table, image_root=str(kaggle / "none"))
+
+
+HOSTILE = {
+    "a long path": (
+        f"path,label\n{'x' * 5000},a\n",
+        "line 2: a path of 5,000 characters",
+    ),
+    "a long label": (f"path,label\na.png,{'x' * 1001}\n", "line 2: a label of 1,001 characters"),
+    "a long cell": (f"path,label\n{'x' * 140_000},a\n", "line 2: field larger than field limit"),
+    "a long line": (f"path,label\n{'x,' * 600_000}", "line 2: more than 1,048,576 characters"),
+    "many columns": (f"path,label\n{',' * 1000}", "line 2: 1,001 columns, and no more than 1,000"),
+    "an open quote": ('path,label\na.png,a\na.png,"b\na.png,c\n', "line 3: a quote begins there"),
+    "an open quote at the end": ('path,label\na.png,"b', "line 2: a quote begins there"),
+    "separators only": (",,\n,,", "has no images"),
+    "one line of them": (",", "has no images"),
+    "a NUL": ("path,label\na\0.png,a\n", "1 of 1 images are missing"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_table_is_refused_in_a_short_line(tmp_path, name):
+    text, message = HOSTILE[name]
+    save(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message) as caught:
+        open_set("CSV", tmp_path / "list.csv", val_fraction=0.5)
+    assert len(str(caught.value)) < 1500
+
+
+def test_the_last_line_needs_no_end(tmp_path):
+    names = [save(tmp_path / f"{i}.png").name for i in range(2)]
+    for end in ("", "\n", "\r\n", "\r"):
+        text = (end or "\n").join(["path,label", *(f'"{name}",a' for name in names)]) + end
+        (tmp_path / "list.csv").write_bytes(text.encode())
+        train = open_set("CSV", tmp_path / "list.csv", val_fraction=0.5)
+        assert len(train.source.source) == 2
+
+
+def test_what_quotes_and_line_ends_mean(tmp_path):
+    names = [save(tmp_path / f"{i}.png").name for i in range(3)]
+    labels = ('5" disk', '"5"" and 6""\r\nlong"', "disk")
+    lines = ["path,label", *map(",".join, zip(names, labels, strict=True))]
+    (tmp_path / "list.csv").write_bytes("\r\n".join(lines).encode())
+    data = open_set("CSV", tmp_path / "list.csv", val_fraction=0.5)
+    assert list(data.classes) == ['5" and 6"\nlong', '5" disk', "disk"]
+
+
+def test_a_table_of_too_many_cells_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_CELLS", 100)
+    save(tmp_path / "a.png")
+    write_csv(tmp_path / "list.csv", [("path", "label"), *[("a.png", "x")] * 49])
+    assert len(open_set("CSV", tmp_path / "list.csv", val_fraction=0.5)) == 25
+    write_csv(tmp_path / "list.csv", [("path", "label"), *[("a.png", "x")] * 50])
+    with pytest.raises(DataError, match="has more than 100 cells"):
+        open_set("CSV", tmp_path / "list.csv", val_fraction=0.5)
+
+
+def test_a_table_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "train.csv")
+    with pytest.raises(DataError, match="this is a named pipe"):
+        open_set("CSV", tmp_path)
+    (tmp_path / "train.csv").unlink()
+    with open(tmp_path / "train.csv", "wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(DataError, match="2 GiB, and no more than 1 GiB is read"):
+        open_set("CSV", tmp_path)
+
+
+def test_long_names_take_no_room_of_others(tmp_path):
+    names = [save(tmp_path / f"{i}.png", seed=i).name for i in range(4)]
+    long = "x/" * 2000 + "y.png"
+    write_csv(tmp_path / "list.csv", [("path", "label"), *[(n, "a") for n in (*names, long)]])
+    data = open_set("CSV", tmp_path / "list.csv", val_fraction=0.5, on_bad_image="skip")
+    source = data.source.source
+    assert [source.identity(i) for i in range(5)] == [*names, long]
+    again = pickle.loads(pickle.dumps(source))
+    assert again.identity(4) == long and len(again.paths) == 5
+    assert len(pickle.dumps(source.paths)) < 6000

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_images import image_folder
 from tiny_sets import EVAL, SMALL, array_set, load, noise, open_set, save, train_transform
 
 from augmentation.batch import BatchAugment
 from augmentation.protocol import Transform
 from augmentation.transforms import build_transform
-from config import AugmentOptions
+from config import AugmentOptions, DataOptions
 from errors import DataError
-from pipeline.dataset import ImageDataset, summarise_classes
+from pipeline.dataset import ImageDataset, build_dataset, summarise_classes
+from pipeline.limits import limit_pixels, most_pixels
 from pipeline.sources.base import ArraySource, Source
 from samplers import EvalSampler, SampleKey, ShuffleSampler
 from utils import derive_seed, seed_all
@@ -232,3 +235,24 @@ def test_transforms_of_ones_own(num_workers):
         [204.0, 205.0, 206.0, 207.0],
     ]
     assert [b.plan for b in batches[:2]] == [(2, [0, 1, 2, 3]), (2, [4, 5, 6, 7])]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_of_pixels_reaches_the_process_and_workers_that_are_not_forked(tmp_path):
+    root = image_folder(tmp_path, {"train": 2, "val": 1})
+    Image.new("RGB", (20, 20)).save(root / "train/amber/0.png")
+    usual = most_pixels()
+    try:
+        for most, bad in ((400, []), (399, ["400 pixels: more than the limit of 399 pixels"])):
+            data = DataOptions(data_set="IMNET", data_path=str(root), max_image_pixels=most)
+            dataset = build_dataset(True, data, seed=0).with_transform(EVAL)
+            assert most_pixels() == most
+            sent = pickle.dumps(dataset)
+            limit_pixels(10**9)
+            received = pickle.loads(sent)  # as a spawned worker
+            assert most_pixels() == most
+            found = received[0].bad
+            assert len(found) == len(bad)
+            assert all(text in line for text, line in zip(bad, found, strict=True))
+    finally:
+        limit_pixels(usual)

@@ -14,8 +14,8 @@ from pipeline.decoding import (
     decode_tensor,
     is_transparent,
     naming_lack_of_memory,
-    open_image,
 )
+from pipeline.formats import open_image
 
 
 def test_modes_become_rgb(tmp_path):
@@ -92,7 +92,9 @@ def test_bad_images_give_their_reason(tmp_path, monkeypatch):
             decode(path)
     whole = save(tmp_path / "whole.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    with pytest.raises(BadImageError, match="decompression bomb"):
+    with pytest.raises(
+        BadImageError, match="480 pixels: more than the limit of 400.*--max-image-pixels"
+    ):
         decode(whole)
 
 
@@ -307,7 +309,10 @@ def test_large_jpegs_are_read_at_a_part_of_their_size_by_both_decoders(monkeypat
     assert np.array_equal(tensor.permute(1, 2, 0), given)
     with open_image(tmp_path / "large.jpg") as header:
         assert header.size == (120, 80)
-    for name, reason in (("large.png", "exceeds limit"), ("progressive.jpg", "120×80 pixels")):
+    for name, reason in (
+        ("large.png", "9,600 pixels: more than the limit"),
+        ("progressive.jpg", "120×80 pixels"),
+    ):
         for read in (decode, decode_tensor):
             with pytest.raises(BadImageError, match=reason):
                 read(tmp_path / name)
@@ -324,3 +329,65 @@ def test_lack_of_memory_is_a_bad_image(monkeypatch):
         torch.empty(1 << 60)
     with pytest.raises(RuntimeError, match="of my own"), naming_lack_of_memory():
         raise RuntimeError("of my own")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("background", ["navy", "drop"])
+def test_strips_give_the_pixels_of_the_whole(monkeypatch, mode, background):
+    rng = np.random.default_rng(0)
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        image = Image.fromarray(rng.integers(0, 60_000, (23, 17)).astype(kind))
+        image.info["transparency"] = int(np.asarray(image)[3, 4])
+    elif mode == "P":
+        image = Image.fromarray(noise(0, 23, 17)).quantize(8)
+        image.info["transparency"] = bytes(range(0, 240, 30))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (23, 17, 4), dtype=np.uint8)).convert(mode)
+    whole, tensor = decode(image, background), decode_tensor(image, background)
+    assert image.mode == mode
+    transparent = is_transparent(image)
+    for pixels in (1, 40, 200):
+        monkeypatch.setattr("pipeline.decoding._STRIP", pixels)
+        assert np.array_equal(decode(image, background), whole)
+        assert torch.equal(decode_tensor(image, background), tensor)
+        assert is_transparent(image) == transparent
+
+
+def test_an_opened_image_is_turned_as_its_owner_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(exif=exif.tobytes())
+    assert decode(content).size == (50, 60)
+    with Image.open(io.BytesIO(content)) as image:
+        image.getexif()[0x0112] = 1
+        assert decode(image).size == (60, 50)
+
+
+def test_orientation_is_the_same_for_both_decoders():
+    """Where EXIF data are odd, or XMP has it."""
+    plain = encoded()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes()
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
+    directory = bytes.fromhex("002a 00000008 0001 0112 0003 00000001 0006 0000 00000000")
+    cases = {
+        "EXIF": (block, (60, 50)),
+        "XMP": (xmp, (60, 50)),
+        "not quite EXIF": (b"Exi\xfe\0\0" + block[6:], (50, 60)),
+        "of no byte order": (b"\xff" * 8 + directory, (50, 60)),
+        "as a long number": (block.replace(b"\x12\0\3\0", b"\x12\0\4\0"), None),
+    }
+    for name, (segment, size) in cases.items():
+        head = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
+        content = plain[:2] + head + plain[2:]
+        shape = decode(content).size[::-1]
+        assert decode_tensor(io.BytesIO(content)).shape[1:] == shape, name
+        assert size is None or shape == size, name
+
+
+def test_a_file_that_somebody_else_opened_is_of_an_allowed_format():
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    with Image.open(io.BytesIO(drawing)) as image, pytest.raises(BadImageError, match="EPS"):
+        decode(image)

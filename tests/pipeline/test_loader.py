@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hanging import held_open
 from PIL import Image
 from tiny_sets import EVAL, array_set, assert_same, load
 
@@ -183,8 +184,9 @@ def test_a_deadly_image_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.fixture
-def hanging(tmp_path) -> FileSource:
+def hanging(tmp_path, monkeypatch) -> FileSource:
     """Eight images; number 2 is a pipe that nobody writes to, so opening it never returns."""
+    monkeypatch.setattr(os, "open", held_open)
     paths = []
     for i in range(8):
         paths.append(f"{i}.png")

@@ -1,5 +1,7 @@
 """pipeline/memory.py: decoded images, and whether they fit."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,21 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypa
     check_memory(source)
     monkeypatch.setattr("pipeline.memory.available_memory", lambda: None)
     check_memory(source)
+
+
+def test_pipes_and_endless_files_hold_nobody(tmp_path):
+    """``--cache auto`` looks into images in the main process, which no loader's timeout frees."""
+    root = image_folder(tmp_path, {"train": 2, "val": 1})
+    assert is_small(open_set("IMNET", root).source)
+    for name in ("0.png", "1.png"):
+        (root / "train/blue" / name).unlink()
+    os.mkfifo(root / "train/blue/0.png")
+    (root / "train/blue/1.png").symlink_to("/dev/zero")
+    dataset = open_set("IMNET", root, on_bad_image="skip")
+    assert not is_small(dataset.source)
+    check_memory(dataset.source)
+    bad = read_all(dataset, decode_tensor, visible=False).bad
+    assert [text.rpartition(": ")[2] for text in bad.values()] == [
+        "a pipe, not an image file",
+        "a device, not an image file",
+    ]

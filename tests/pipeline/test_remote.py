@@ -4,10 +4,13 @@ import functools
 import http.server
 import json
 import multiprocessing
+import os
 import shutil
+import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +59,7 @@ def serve():
         kind = type("Own", (Handler,), {"asked": Counter(), "broken": {}})
         handler = functools.partial(kind, directory=str(folder))
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", kind.asked, kind.broken
 
@@ -107,6 +110,15 @@ def test_remote_images_are_those_of_the_folder(shards, tmp_path, serve, kind):
         assert np.array_equal(far.targets, near.targets)
         assert contents(far) == contents(near)
         assert far.sample_id(0).endswith(near.sample_id(0).split("/")[-1])
+
+
+def test_names_do_not_depend_on_where_copies_lie(shards, tmp_path, serve):
+    """Processes compare them, and each machine may have a folder of its own."""
+    address = serve(shards)[0]
+    one, two = (open_part(address, tmp_path / name) for name in ("a", "b"))
+    names = [[source.identity(i) for i in range(len(source))] for source in (one, two)]
+    assert names[0] == names[1] and len(set(names[0])) == len(names[0])
+    assert one.sample_id(0) != two.sample_id(0)
 
 
 def test_a_shard_is_fetched_when_it_is_needed_and_only_once(shards, tmp_path, serve):
@@ -167,14 +179,96 @@ def test_what_is_missing_is_named(shards, tmp_path, serve):
         open_part(address, tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["../other.tar", "/etc/other.tar", ""])
-def test_names_that_leave_the_folder_are_refused(shards, tmp_path, serve, name):
-    folder = shutil.copytree(shards, tmp_path / "copy")
-    info = json.loads((folder / "_info.json").read_text())
-    info["splits"]["train"]["filenames"][0] = name
-    (folder / "_info.json").write_text(json.dumps(info))
-    with pytest.raises(DataError, match="is not the name of a file in it"):
-        open_part(serve(folder)[0], tmp_path / "cache")
+def listing(*names: object) -> dict[str, Any]:
+    return {"splits": {"train": {"filenames": list(names)}}}
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        *map(listing, ["../o.tar", "/etc/o.tar", "", "..", ".", ".hidden.tar", "a/.b/c.tar"]),
+        *map(listing, ["a\0.tar", "a\\b.tar", "a\nb.tar", "\x1b[2J.tar", "\ud800.tar", "a.zip"]),
+        *map(listing, [None, 7, ["a.tar"], {}, "a" * 300 + ".tar", "a/" * 5000 + "b.tar"]),
+        listing("a.tar", "b.tar", "a.tar"),
+        listing(*(f"{i}.tar" for i in range(1_000_000))),
+        {"splits": {"train": {"filenames": "a.tar"}}},
+        {"splits": {"train": ["a.tar"]}},
+        {"splits": {"train": None}},
+        {"splits": ["train"]},
+        {"splits": None},
+        [],
+        "text",
+        None,
+        {**listing("a.tar"), "classes": "cat"},
+        {**listing("a.tar"), "classes": [1, 2]},
+    ],
+    ids=lambda info: str(info)[:60],
+)
+def test_listings_that_are_none(tmp_path, info):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError) as caught:
+        open_part(f"file://{tmp_path}/far", tmp_path / "cache")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+    assert [p.name for p in tmp_path.rglob("*.tar*")] == []
+
+
+def test_bounds_of_what_is_fetched(shards, tmp_path, serve, monkeypatch):
+    address, asked, _ = serve(shards)
+    monkeypatch.setattr("pipeline.sources.shards.LISTING_BYTES", 100)
+    with pytest.raises(OptionError, match="and at most 100 are fetched"):
+        open_part(address, tmp_path / "a")
+    monkeypatch.setattr("pipeline.sources.shards.LISTING_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.sources.shards.INDEX_BYTES", 100)
+    with pytest.raises(DataError, match="and at most 100 are fetched"):
+        open_part(address, tmp_path / "b")
+    assert max(asked.values()) == 2  # not tried again: the listing was fetched for each
+    monkeypatch.setattr("pipeline.sources.shards.INDEX_BYTES", 1 << 20)
+    source = open_part(address, tmp_path / "c", shard_cache_gb=1e-6)
+    with pytest.raises(OSError, match=r"raise --shard-cache-gb"):
+        source.open(0)
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("kind", ["link", "open", "file", "other"])
+def test_a_folder_that_someone_else_prepared(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"shards-{os.getuid()}"
+    elsewhere = tmp_path / "elsewhere"
+    if kind == "link":
+        elsewhere.mkdir()
+        folder.symlink_to(elsewhere)
+    elif kind == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        folder.chmod(0o770 if kind == "open" else 0o700)
+    if kind == "other":
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        folder.rename(tmp_path / f"shards-{other}")
+    with pytest.raises(DataError, match="not a folder of this user alone.*--shard-cache"):
+        RemoteFolder("http://127.0.0.1:9")
+    assert not list(elsewhere.glob("*"))
+
+
+def test_the_default_folder_is_this_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    for _ in range(2):
+        remote = RemoteFolder("http://127.0.0.1:9")
+    assert remote.folder.parent == tmp_path / f"shards-{os.getuid()}"
+    assert remote.folder.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_lock_that_is_a_link_is_not_followed(shards, tmp_path, serve):
+    address, _, _ = serve(shards)
+    remote = RemoteFolder(address, str(tmp_path / "cache"))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (remote.folder / "._info.json.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        remote.fetch("_info.json")
+    assert victim.read_text() == "precious"
 
 
 def test_copies_make_room_for_others(shards, tmp_path, serve):

@@ -1,12 +1,10 @@
 """pipeline/workers.py: how many workers, and what they may hold in shared memory."""
 
-import multiprocessing
 import os
 import time
 import types
 
 import pytest
-import torch
 
 from pipeline.workers import (
     WorkerProgress,
@@ -60,36 +58,34 @@ def test_where_shared_memory_is_unknown_nothing_is_limited():
     assert most_workers(1_000, 1, free=None) is None
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_progress_names_the_image_that_a_worker_is_at(num_workers):
+def test_progress_names_the_image_that_a_worker_is_at():
     """A worker that sleeps over an image is slow; one that is killed died over it."""
-    progress = WorkerProgress(num_workers)
-    assert progress.slower_than(0) == progress.died_over() == [] and not progress.some_died()
-    loader = torch.utils.data.DataLoader(Sleeping(progress), num_workers=num_workers)
-    batches = iter(loader)
-    deadline = time.monotonic() + 60
-    while len(progress.slower_than(0.1)) < num_workers and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert sorted(progress.slower_than(0.1)) == list(range(num_workers))
-    assert not progress.some_died()
-    pids = [worker.pid for worker in multiprocessing.active_children()]
-    progress.kill()
-    for worker in multiprocessing.active_children():
-        worker.join(60)
-    assert len(pids) >= num_workers and progress.died_over() == []
-    del batches
-
-
-class Sleeping(torch.utils.data.Dataset):
-    """Begins with an image and never gets done."""
-
-    def __init__(self, progress: WorkerProgress) -> None:
-        self.progress = progress
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> int:
-        self.progress.begin(index)
+    progress = WorkerProgress(2)
+    assert progress.slower_than(0) == progress.died_over() == []
+    pids = []
+    for worker in range(2):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        progress.of_worker(worker)
+        progress.begin(10 + worker)
+        if worker == 0:
+            progress.end()
         time.sleep(300)
-        return index
+    deadline = time.monotonic() + 60
+    while progress.slower_than(0.1) != [11] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert progress.slower_than(0.1) == [11] and progress.slower_than(100) == []
+    assert progress.died_over() == []
+    for pid in pids:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    assert progress.died_over() == [11]
+    progress.clear()
+    assert progress.slower_than(0) == progress.died_over() == []
+
+
+def test_outside_of_a_worker_nothing_is_noted():
+    progress = WorkerProgress(1)
+    progress.begin(3)
+    assert progress.slower_than(0) == []

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from augmentation.transforms import Preprocessing
 from errors import UserError
-from inference import OnnxModel
+from inference import OnnxModel, metadata_of
 from tools.common.onnx_files import OUTPUT, to_onnx
 
 
@@ -29,11 +30,20 @@ class WindowAttention(nn.Module):
         return self.head(x.reshape(count, 64, 3).mean(1))
 
 
+METADATA = metadata_of(
+    {
+        "config": {"model": "windows"},
+        "class_names": list("abcde"),
+        "preprocessing": Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict(),
+    }
+)
+
+
 def written(model, path, capsys):
     """(answers of onnxruntime to N images, what was said) of ``model`` as a file."""
     torch.manual_seed(0)
-    to_onnx(model.eval(), torch.randn(2, 3, 8, 8), path, {"key": "value"})
-    assert [(p.key, p.value) for p in onnx.load(path).metadata_props] == [("key", "value")]
+    to_onnx(model.eval(), torch.randn(2, 3, 8, 8), path, METADATA)
+    assert {p.key: p.value for p in onnx.load(path).metadata_props} == METADATA
     session = onnxruntime.InferenceSession(path)
     said = capsys.readouterr().out
     return lambda x: torch.from_numpy(session.run([OUTPUT], {"images": x.numpy()})[0]), said

@@ -3,20 +3,25 @@
 import http.client
 import io
 import json
+import queue
 import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import failing_decoder
 import pytest
 import torch
 from PIL import Image
 from serving import LIMITS, bomb, form, metrics, opened, png, predict, request, running
-from starlette.exceptions import HTTPException
 from tiny_images import COLOURS
 
-from augmentation.transforms import CentreCrop
-from tools.serve.middleware import RequestBody
+from tools.serve import decoders
+from tools.serve import images as serve_images
+from tools.serve.bodies import Bodies, RequestBody
+from tools.serve.images import RefusedError
 from tools.serve.service import Limits
 
 
@@ -64,25 +69,54 @@ def test_narrow_and_transparent_images_are_answered(port, images):
 
 
 def test_an_image_that_fails_inside_does_not_spoil_the_others(checkpoint, monkeypatch, caplog):
-    crop = CentreCrop.crop
-
-    def failing(self, image):
-        if image.size == (9, 7):
-            raise MemoryError
-        if image.size == (9, 8):
-            raise RuntimeError("secret of the inside")
-        return crop(self, image)
-
-    monkeypatch.setattr(CentreCrop, "crop", failing)
-    files = [("a", png(9, 9)), ("greedy", png(9, 7)), ("bug", png(9, 8))]
+    monkeypatch.setattr(serve_images, "decoded", failing_decoder.decoded)
+    sizes = [(9, 9), failing_decoder.GREEDY, failing_decoder.FAILS]
+    files = [(str(size), png(*size)) for size in sizes]
     with running(checkpoint) as (_, port):
         status, _, content = predict(port, form(files), "", "multipart/form-data; boundary=cut")
         good, greedy, bug = content["images"]
         assert status == 200 and "predictions" in good
-        assert (greedy["file"], greedy["status"]) == ("greedy", 422)
-        assert (bug["file"], bug["status"]) == ("bug", 500) and "secret" not in bug["error"]
-        assert predict(port, png(9, 7))[0] == 422 and predict(port, png(9, 8))[0] == 500
-    assert "secret of the inside" in caplog.text
+        assert (greedy["file"], greedy["status"]) == (str(sizes[1]), 422)
+        assert (bug["file"], bug["status"]) == (str(sizes[2]), 500) and "secret" not in bug["error"]
+        sizes += [failing_decoder.CRASHES, (9, 9)]
+        assert [predict(port, png(*size))[0] for size in sizes] == [200, 422, 500, 422, 200]
+        assert metrics(port)["serve_decoders_lost_total", "crash"] == 2  # tried again once
+    assert "secret of the inside" in caplog.text and "exit code -11" in caplog.text
+
+
+def test_images_that_hang_cost_their_own_answer_alone(checkpoint, monkeypatch):
+    """Three of them, with one decoder: the first makes room for the second, the second for …"""
+    monkeypatch.setattr(serve_images, "decoded", failing_decoder.decoded)
+    monkeypatch.setattr(decoders, "SLOW", 0.1)
+    monkeypatch.setattr(decoders, "CROWDED", 0.2)
+    statuses = queue.SimpleQueue()
+
+    def hang():
+        statuses.put(predict(port, png(*failing_decoder.HANGS))[0])
+
+    with running(checkpoint, Limits(seconds=8.0)) as (service, port):
+        hanging = [threading.Thread(target=hang) for _ in range(3)]
+        for thread in hanging:
+            thread.start()
+        while not (service.pending == 3 or statuses.qsize()):
+            time.sleep(0.01)
+        assert predict(port, png(9, 9))[0] == 200
+        for thread in hanging:
+            thread.join()
+        told = [statuses.get() for _ in hanging]
+        assert 503 in told and set(told) <= {503, 504}
+        assert predict(port, png(9, 9))[0] == 200
+        assert service.decoders.waiting() == service.pending == 0
+
+
+def test_large_images_that_wait_for_each_other_are_all_answered(checkpoint, monkeypatch):
+    """One decoder, and images that each take longer than one that makes room for the next."""
+    monkeypatch.setattr(serve_images, "decoded", failing_decoder.decoded)
+    monkeypatch.setattr(decoders, "SLOW", 0.1)
+    with running(checkpoint, Limits(seconds=30.0)) as (_, port), ThreadPoolExecutor(5) as clients:
+        files = [png(*failing_decoder.NAPS)] * 5
+        assert [answer[0] for answer in clients.map(partial(predict, port), files)] == [200] * 5
+        assert not [name for name in metrics(port) if name[0] == "serve_decoders_lost_total"]
 
 
 def test_explanation_is_an_image_of_the_class_asked_about(port, images):
@@ -160,23 +194,30 @@ def test_a_body_is_not_kept_beyond_the_limit():
         return next(taken)
 
     async def read():
-        body = RequestBody({"headers": [(b"transfer-encoding", b"chunked")]}, receive, 100)
+        scope = {"headers": [(b"transfer-encoding", b"chunked")]}
+        body = RequestBody(scope, receive, 100, Bodies(1000))
         await body.receive()
-        with pytest.raises(HTTPException) as caught:
+        with pytest.raises(RefusedError) as caught:
             await body.receive()
-        return caught.value.status_code, body.received
+        return caught.value.status, body.received
 
     assert asyncio.run(read()) == (413, 120)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_pixels_are_counted_before_decoding(port, monkeypatch):
-    decoded = []
-    monkeypatch.setattr("inference.decode", lambda image, background: decoded.append(image))
+def test_pixels_are_counted_before_decoding(port):
     for content in (png(317, 317), bomb(30_000, 30_000), bomb(10_000, 10_000)):
         status, _, answer = predict(port, content)
         assert status == 413 and "pixels" in answer["error"]
-    assert not decoded
+
+
+def test_a_format_that_takes_more_memory_has_fewer_pixels_and_the_answer_says_so(port):
+    buffer = io.BytesIO()
+    Image.new("RGB", (250, 250)).save(buffer, "WEBP")  # 62,500 pixels of 100,000
+    status, _, answer = predict(port, buffer.getvalue())
+    assert status == 413 and answer["error"] == (
+        "a WebP image of 250×250 pixels, each of which takes the memory of 2.1: "
+        "more than the limit of 100,000 pixels"
+    )
 
 
 def test_an_image_at_the_pixel_limit_is_answered(port):
@@ -212,7 +253,7 @@ def test_other_paths_and_methods(port):
 
 
 def test_a_slow_body_and_a_slow_answer(checkpoint, monkeypatch):
-    quick = Limits(seconds=0.3)
+    quick = Limits(seconds=1.5)
     with running(checkpoint, quick) as (service, port):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
@@ -233,11 +274,11 @@ def test_a_client_that_goes_away_is_no_failure_of_the_service(checkpoint, caplog
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
             until = time.monotonic() + 5
-            while not service.pending and time.monotonic() < until:
+            while not service.bodies.held and time.monotonic() < until:
                 time.sleep(0.01)
-        while service.pending and time.monotonic() < until:
+        while service.bodies.held and time.monotonic() < until:
             time.sleep(0.01)
-        assert service.pending == 0
+        assert service.bodies.held == 0
         assert metrics(port)["serve_requests_total", "/predict", "400"] == 1
     assert "Traceback" not in caplog.text
 

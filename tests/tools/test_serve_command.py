@@ -12,21 +12,20 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
 from runs import PATIENCE
-from serving import (
-    ROOT,
-    metrics,
-    png,
-    wait_for,
-)
+from serving import ROOT, metrics, png, predict, request, wait_for
 from tiny_images import COLOURS
 
+from distributed.liveness import process_runs
 from tools.serve import __main__ as serve
-from tools.serve import load
+from tools.serve import load, server
+from tools.serve.service import Limits
+from tools.torture import clients
 
 
 def blocks(kind):
@@ -113,7 +112,7 @@ def test_sigterm_answers_what_is_in_hand(checkpoint):
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         # In hand for as long as its last bytes are to come.
         client.sendall(f"{head}Content-Type: image/png\r\n\r\n".encode() + content[:-9])
-        while not metrics(port)["serve_pending",]:
+        while not metrics(port)["serve_body_bytes",]:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         while listens(port):
@@ -125,6 +124,48 @@ def test_sigterm_answers_what_is_in_hand(checkpoint):
     assert "Traceback" not in process.stderr.read()
 
 
+def test_a_model_that_is_stuck_is_told_of_and_ends_all_the_same(checkpoint, tmp_path):
+    plugin = tmp_path / "stuck.py"
+    plugin.write_text(
+        "import time\nfrom tools.common import trained\n"
+        "trained.probabilities = lambda model, images: time.sleep(1e6)\n"
+    )
+    line = [sys.executable, "-m", "tools.serve", str(checkpoint), "--port", "0"]
+    line += ["--device", "cpu", "--threads", "1", "--timeout", "0.5", "--plugin", str(plugin)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    port = int(process.stdout.readline().strip().strip("/").rpartition(":")[2])
+    wait_for(port)
+    children = clients.Service(port, process, tmp_path).tree()[1:]
+    assert len(children) >= 3  # the one that forks, and the decoders
+    assert predict(port, png(9, 9))[0] == 504
+    until = time.monotonic() + PATIENCE
+    while request(port, "GET", "/health")[0] == 200 and time.monotonic() < until:
+        time.sleep(0.05)
+    for path in ("/health", "/live"):
+        status, _, told = request(port, "GET", path)
+        assert status == 503 and "the model has been at one batch for" in told["error"]
+    process.terminate()
+    assert process.wait(PATIENCE) == 1
+    assert "left behind" in process.stderr.read()
+    while any(process_runs(pid) for pid in children) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(process_runs(pid) for pid in children)
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    service = mock.Mock(limits=Limits())
+    stopping = server.Server(None, service)
+    stopping.handle_exit(signal.SIGTERM, None)
+    assert stopping.should_exit and not codes
+    stopping.handle_exit(signal.SIGTERM, None)
+    assert codes == [143]
+
+
 def test_load_counts_failures_and_refusals(port, tmp_path, capsys):
     for number in range(2):
         (tmp_path / f"{number}.jpg").write_bytes(png(20 + number, 20))
@@ -132,7 +173,8 @@ def test_load_counts_failures_and_refusals(port, tmp_path, capsys):
     assert load.main([*argv, "--malformed-every", "4"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["answered"] > 10 and not figures["failed"]
-    assert set(figures["refused"]) == {"400", "415", "422"}
+    # On a machine that is busy not each kind has had its turn.
+    assert {"422"} <= set(figures["refused"]) <= {"400", "415", "422"}
     share = sum(figures["refused"].values()) / (
         figures["answered"] + sum(figures["refused"].values())
     )
@@ -144,9 +186,10 @@ def test_load_counts_failures_and_refusals(port, tmp_path, capsys):
     [
         (["--timeout", "0"], "--timeout: is not above zero"),
         (["--max-wait-ms", "-1"], "--max-wait-ms: is below zero"),
+        (["--max-bodies-mib", "8"], "--max-bodies-mib: is below the 16 of --max-body-mib"),
         (["--max-images", "300"], "--max-images: a request of 300 never fits"),
         (["--port", "70000"], "--port: 127.0.0.1:70000 can't be listened on"),
-        (["--reference", "nowhere.json"], "--reference: nowhere.json can't be read"),
+        (["--reference", "nowhere.json"], "--reference: nowhere.json: No such file"),
     ],
 )
 def test_options_that_cannot_be(checkpoint, options, said, capsys):

@@ -88,7 +88,7 @@ def test_drift_is_warned_of_in_log_and_metrics(checkpoint, images, tmp_path, cap
 
 def test_a_reference_of_another_model_is_named(tmp_path):
     path = tmp_path / "report.json"
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match=r"report\.json: No such file"):
         drift.Reference.read(path, ["a"])
     path.write_text("[]")
     with pytest.raises(UserError, match="no report.json"):
@@ -96,4 +96,13 @@ def test_a_reference_of_another_model_is_named(tmp_path):
     rows = [{"class": "b", "predicted": 1}]
     path.write_text(json.dumps({"per_class": rows, "calibration": {"bins": {"count": [1]}}}))
     with pytest.raises(UserError, match="other classes"):
+        drift.Reference.read(path, ["a"])
+
+
+@pytest.mark.parametrize("count", ["[-1]", "[NaN]", "[]", "3", "[1e999]", f"[1{'0' * 400}]"])
+def test_counts_that_can_be_none_are_no_reference(tmp_path, count):
+    path = tmp_path / "report.json"
+    rows = '"per_class": [{"class": "a", "predicted": 1}]'
+    path.write_text(f'{{{rows}, "calibration": {{"bins": {{"count": {count}}}}}}}')
+    with pytest.raises(UserError, match="no report.json"):
         drift.Reference.read(path, ["a"])

@@ -19,6 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tools.common import trained
 from tools.serve import app
+from tools.serve.server import Server
 from tools.serve.service import Batching, Limits, Service
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -78,14 +79,12 @@ def crop(photo, region, rng):
 
 @pytest.fixture(scope="module")
 def address(checkpoint):
-    import uvicorn
-
     given = argparse.Namespace(model=str(checkpoint), ema=False, device="cpu", plugin=[])
     model = trained.open_model(given)
     # Folders can't have such names; class lists of CSV files can.
     model.classifier.class_names[:] = NAMES
     service = Service(model, "parts", limits=Limits(), batching=Batching())
-    server = uvicorn.Server(uvicorn.Config(app.build_app(service), log_config=None))
+    server = Server(app.build_app(service), service)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from tools import doctor, lr_find, overfit
 from tools.tune import __main__ as tune
 from tools.tune import processes
 from tools.tune import search as search_loop
-from tools.tune.space import read_space
+from tools.tune.space import grid_points, read_space
 from tools.tune.study import STUDY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +138,10 @@ def test_a_space_holds_values_of_the_options_types(tmp_path):
     assert batch.grid() == [16, 32, 48, 64] and decay.grid() == pytest.approx([0, 0.05, 0.1])
     with pytest.raises(UserError, match="lr: --sampler grid needs choices, or a step"):
         lr.grid()
+    with pytest.raises(UserError, match="a grid of 100001 values, 100,000 at most"):
+        replace(decay, step=1e-6).grid()
+    with pytest.raises(UserError, match="a grid of 502,002,501 points, 100,000 at most"):
+        next(grid_points([replace(decay, step=1e-4 / n) for n in (0.5, 1, 1)]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The files of --class-map, --valid-labels and --real-labels, against timm's readers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,34 @@ def test_bad_real_labels_are_named_with_their_entry(tmp_path, content, message):
     with pytest.raises(OptionError) as caught:
         read_real_labels(file, 4)
     assert str(caught.value).startswith(f"--real-labels: {file}") and message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[[1" + "0" * 5000 + "]]"])
+def test_json_that_no_reader_takes_is_named(tmp_path, text):
+    with pytest.raises(OptionError, match=r"--real-labels: .*not JSON that can be read"):
+        read_real_labels(written(tmp_path, text, "real.json"), 4)
+    with pytest.raises(OptionError, match=r"--class-map: .*not JSON that can be read"):
+        read_class_map(written(tmp_path, text, "map.json"), find)
+
+
+def test_messages_of_long_values_are_short(tmp_path):
+    with pytest.raises(OptionError) as caught:
+        read_real_labels(written(tmp_path, [[["x" * 10**5] * 9] * 9], "real.json"), 4)
+    assert len(str(caught.value)) < 600
+    with pytest.raises(OptionError) as caught:
+        read_class_map(written(tmp_path, f"a {'9' * 17}\n"), find)
+    assert len(str(caught.value)) < 600
+    # A line is looked at once, not with the square of its length.
+    spaces = written(tmp_path, f"tench 0\na{' ' * 10**6}b\n")
+    with pytest.raises(OptionError, match="line 2: .* has no index") as caught:
+        read_class_map(spaces, find)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_file_of_labels_is_a_regular_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "long", "wb") as file:
+        file.truncate(1 << 40)
+    for name, message in (("pipe", "a named pipe"), ("long", "no more than 64 MiB is read")):
+        with pytest.raises(OptionError, match=message):
+            read_valid_labels(str(tmp_path / name), find)

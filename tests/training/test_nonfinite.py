@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import PLAIN, logged, newest, train
+from runs import PLAIN, STOPPED, assert_same_state, logged, newest, stopped_after, train
 from torch import nn
 
 from checkpointing.folder import checkpoints_in
@@ -46,6 +46,20 @@ class Overflowing(nn.Module):
         return self.head(x.flatten(1)) * 1e5 / 1e5
 
 
+class Faltering(nn.Module):
+    """A linear classifier whose 11th update gives NaN, unless it is made in full precision."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 8 * 8, num_classes)
+        self.register_buffer("updates", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.updates += self.training
+        bad = self.training and self.updates == 11 and torch.is_autocast_enabled("cpu")
+        return self.head(x.flatten(1)) * (float("nan") if bad else 1.0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def models() -> None:
     """The models of this file are in timm's registry."""
@@ -63,6 +77,10 @@ def models() -> None:
     @timm.models.register_model
     def overflowing(pretrained: bool = False, num_classes: int = 1000, **kwargs) -> nn.Module:
         return Overflowing(num_classes)
+
+    @timm.models.register_model
+    def faltering(pretrained: bool = False, num_classes: int = 1000, **kwargs) -> nn.Module:
+        return Faltering(num_classes)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +149,29 @@ def test_rollback_halves_the_rate_and_gives_up_in_the_end(white_image, tmp_path,
     factors = re.findall(r"rate times ([\d.]+)", shown.out)
     assert [float(f) for f in factors] == [0.5**k for k in range(1, HALVINGS + 1)]
     assert "not finite" in shown.err
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("stops", [(8,), (7, 2), (10,), (13,)], ids=str)
+def test_a_stop_leaves_a_later_rollback_where_it_was(images, tmp_path, faltering, stops, keep):
+    """What a signal asked for is neither gone back to nor counted among those that are kept."""
+    options, whole = (*faltering[0], "--keep", str(keep)), faltering[1]
+    for updates in stops:  # of the session
+        with stopped_after(updates):
+            assert train(images, tmp_path / "parts", *options, "--resume", "auto") == STOPPED
+    assert train(images, tmp_path / "parts", *options, "--resume", "auto") == 0
+    assert_same_state(newest(whole), newest(tmp_path / "parts"))
+    assert logged(whole) == logged(tmp_path / "parts")
+    left = [path.name for path in checkpoints_in(tmp_path / "parts")]
+    assert left == [path.name for path in checkpoints_in(whole)][:keep]
+
+
+@pytest.fixture(scope="module")
+def faltering(images, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
+    """The options and the folder of a whole run that goes back from update 11 to 6."""
+    options = (*PLAIN, "--model", "faltering", "--amp", "bf16", "--on-nonfinite", "rollback")
+    options += ("--rollback-fp32-steps", "100")
+    folder = tmp_path_factory.mktemp("faltering")
+    assert train(images, folder, *options) == 0
+    assert newest(folder)["progress"]["rollbacks"] == 1
+    return options, folder

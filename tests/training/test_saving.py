@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from runs import (
     CLASSES,
+    STOPPED,
     assert_same_state,
     at_update,
     logged,
@@ -18,9 +20,10 @@ from runs import (
 )
 
 import main
-from checkpointing.files import save_checkpoint
-from checkpointing.folder import checkpoints_in, set_best
+from checkpointing.files import load_checkpoint, save_checkpoint
+from checkpointing.folder import ON_SIGNAL, checkpoints_in, set_best
 from inference import load_for_inference
+from loggers import RunLogger
 
 
 def test_checkpoints_within_an_epoch(images, tmp_path):
@@ -40,6 +43,31 @@ def test_checkpoints_within_an_epoch(images, tmp_path):
         assert train(images, folder, "--resume", "auto", "--save-every-steps", "2") == 0
         assert_same_state(newest(tmp_path / "whole"), newest(folder))
         assert logged(tmp_path / "whole") == logged(folder)
+
+
+def test_a_checkpoint_of_a_signal_stays_where_it_is_written_again(images, tmp_path, monkeypatch):
+    """By a run that goes on from it with another option and is stopped before its first update.
+
+    It goes with the next one still; one of an epoch's end stays what it is.
+    """
+
+    def signal_at_once(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    with at_update(2, lambda: signal.raise_signal(signal.SIGTERM)):
+        assert train(images, folder) == STOPPED
+    [path] = checkpoints_in(folder)
+    monkeypatch.chdir(folder)
+    for lr, on_signal in ((0.02, True), (0.03, False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(RunLogger, "start_epoch", signal_at_once)
+            assert train(images, folder, "--resume", path.name, "--lr", str(lr)) == STOPPED
+        assert checkpoints_in(folder) == [path]
+        content = load_checkpoint(path)
+        assert (content["config"]["lr"], content[ON_SIGNAL]) == (lr, on_signal)
+        assert train(images, folder, "--resume", "auto", "--stop-at-epoch", "1") == 0
+        [path] = checkpoints_in(folder)
 
 
 def test_saving_by_the_clock(images, tmp_path):

@@ -1,6 +1,7 @@
 """A run obeys signals at any moment: while storage hangs, while it reads, evaluates and saves.
 
-Storage that hangs is a pipe that nobody writes to: whoever opens it waits for ever.
+Storage that hangs is a pipe that nobody writes to: with the plug-in of ``hanging`` whoever opens it
+waits for ever.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import hanging
 import holding
 import pytest
 from runs import (
@@ -59,6 +61,16 @@ def processes_of(pid: int) -> Iterator[int]:
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
             yield from processes_of(int(child))
+
+
+def start_hanging(argv: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """A run that a pipe in the place of an image holds."""
+    if "--plugin" in argv:
+        at = argv.index("--plugin") + 1
+        argv = [*argv[:at], hanging.__file__, *argv[at:]]
+    else:
+        argv = [*argv, *hanging.OPTIONS]
+    return start_process(argv, launcher, **hanging.ENVIRONMENT)
 
 
 def impatient(folder: Path) -> tuple[str, str]:
@@ -112,7 +124,7 @@ def test_a_signal_is_obeyed_while_storage_holds_an_image(own_images, tmp_path, n
     path = own_images / "train" / "blue" / "3.png"
     content = replace_by_pipe(path)
     argv = arguments(own_images, folder, *options, "--num-workers", str(workers))
-    code, output = obeys(start_process(argv), number)
+    code, output = obeys(start_hanging(argv), number)
     assert code == 128 + number, output
     assert f"stopped by signal {number}; saved" in output and "Traceback" not in output
     assert not (folder / "run.lock").exists()
@@ -150,7 +162,7 @@ def test_what_was_done_of_an_update_is_done_again(own_images, tmp_path):
 def test_a_signal_is_obeyed_while_images_are_cached(own_images, tmp_path):
     replace_by_pipe(own_images / "train" / "blue" / "3.png")
     folder = tmp_path / "run"
-    process = start_process(arguments(own_images, folder, "--cache", "ram"))
+    process = start_hanging(arguments(own_images, folder, "--cache", "ram"))
     code, output = obeys(process, signal.SIGTERM)
     assert code == 143, output
     assert "stopped by signal 15; there was nothing to save" in output
@@ -167,7 +179,7 @@ def test_a_signal_is_obeyed_in_an_evaluation(own_images, tmp_path, workers):
     path = own_images / "val" / "blue" / "1.png"
     content = replace_by_pipe(path)
     argv = arguments(own_images, folder, *options, "--num-workers", str(workers))
-    code, output = obeys(start_process(argv), signal.SIGTERM)
+    code, output = obeys(start_hanging(argv), signal.SIGTERM)
     assert code == 143, output
     progress = newest(folder)["progress"]
     assert (progress["epoch"], progress["update"], progress["step"]) == (0, 6, 6)
@@ -182,7 +194,7 @@ def test_an_evaluation_of_a_checkpoint_obeys(own_images, tmp_path):
     assert train(own_images, tmp_path, "--epochs", "1", "--warmup-epochs", "0") == 0
     replace_by_pipe(own_images / "val" / "blue" / "1.png")
     argv = ["--eval", "--resume", str(tmp_path / "best.pth"), "--cache", "none"]
-    process = start_process([*argv, "--num-workers", "1", "--device", "cpu"])
+    process = start_hanging([*argv, "--num-workers", "1", "--device", "cpu"])
     code, output = obeys(process, signal.SIGTERM)
     assert code == 143 and "stopped by signal 15" in output, output
 
@@ -209,7 +221,7 @@ def test_a_closed_terminal_ends_a_run_unless_nohup_has_it_ignored(own_images, tm
     content = replace_by_pipe(path)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
-        process = start_process(
+        process = start_hanging(
             arguments(own_images, tmp_path / "run", *EVERY_IMAGE, "--cache", "none")
         )
     finally:
@@ -233,7 +245,7 @@ def test_workers_end_with_a_run_that_is_killed(own_images, tmp_path):
     argv = arguments(
         own_images, tmp_path / "run", *EVERY_IMAGE, "--cache", "none", "--num-workers", "1"
     )
-    process = start_process(argv)
+    process = start_hanging(argv)
     (worker,) = wait_until_held(process)
     assert worker != process.pid
     process.kill()
@@ -250,7 +262,7 @@ def test_two_processes_obey_while_storage_holds_one(own_images, tmp_path):
     folder = tmp_path / "run"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = (*EVERY_IMAGE, "--cache", "none", *impatient(tmp_path))
-    process = start_process(arguments(own_images, folder, *options), launcher)
+    process = start_hanging(arguments(own_images, folder, *options), launcher)
     wait_until_held(process)
     for pid in processes_of(process.pid):
         if b"main.py" in Path(f"/proc/{pid}/cmdline").read_bytes() and pid != process.pid:

@@ -2,6 +2,7 @@
 packages."""
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 import main
+from config import Config
 from errors import UserError, did_you_mean, os_errors_in_words
-from outputs.console import console
+from outputs.console import console, say
 from outputs.files import reason
 
 Item = TypeVar("Item")
@@ -107,15 +109,26 @@ def run(
     with console(reader_ends=reader_ends):
         try:
             with os_errors_in_words():
-                return command(arguments.parse_args(argv)) or 0
+                parsed = arguments.parse_args(argv)
+                with _asked_only(parsed):
+                    return command(parsed) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", error=True)
             return error.exit_code
         except BrokenPipeError:
             return 0
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+
+
+def _asked_only(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    config = getattr(parsed, "config", None)
+    if not isinstance(config, Config) or not config.run.resume:
+        return contextlib.nullcontext()
+    from training.asked import asked_only
+
+    return asked_only(config)
 
 
 def require(module: str, package: str | None = None) -> ModuleType:

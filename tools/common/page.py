@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from errors import printable
+from outputs.names import any_glyphs
 from tools.common import command
 
 if TYPE_CHECKING:
@@ -36,18 +38,18 @@ class Page:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self._parts = [f"<h1>{html.escape(title)}</h1>"]
+        self._parts = [f"<h1>{_escaped(title)}</h1>"]
 
     def heading(self, text: str) -> None:
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        self._parts.append(f"<h2>{_escaped(text)}</h2>")
 
     def text(self, text: str, *, warning: bool = False) -> None:
         attribute = ' class="warning"' if warning else ""
-        self._parts.append(f"<p{attribute}>{html.escape(text)}</p>")
+        self._parts.append(f"<p{attribute}>{_escaped(text)}</p>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Floats are shown with three decimals, numbers to the right."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        head = "".join(f"<th>{_escaped(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
         self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
 
@@ -63,14 +65,15 @@ class Page:
     def chart(self, figure: "Figure", caption: str = "") -> None:
         """A matplotlib figure (SVG, so that it stays sharp)."""
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight")
+        with any_glyphs():
+            figure.savefig(buffer, format="svg", bbox_inches="tight")
         self._figure(buffer.getvalue(), "image/svg+xml", caption, ' class="chart"')
 
     def _figure(
         self, content: bytes, kind: str, caption: str, attributes: str, style: str = ""
     ) -> None:
         data = base64.b64encode(content).decode()
-        label = html.escape(caption, quote=True)
+        label = _escaped(caption)
         below = f"<figcaption>{label}</figcaption>" if caption else ""
         self._parts.append(
             f'<figure{style}><img{attributes} alt="{label}" src="data:{kind};base64,{data}">'
@@ -82,10 +85,15 @@ class Page:
         text = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(self.title)}</title><style>{STYLE}</style></head>"
+            f"<title>{_escaped(self.title)}</title><style>{STYLE}</style></head>"
             f"<body>{''.join(self._parts)}</body></html>"
         )
         command.write_text(path, text)
+
+
+def _escaped(text: str) -> str:
+    """``text`` as text of a page, an attribute too, however it is made."""
+    return html.escape(printable(text))
 
 
 def _cell(value: object) -> str:
@@ -93,4 +101,4 @@ def _cell(value: object) -> str:
         return f'<td class="number">{value:.3f}</td>'
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="number">{value:,}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
+    return f"<td>{_escaped(str(value))}</td>"

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
 from config import Config
 from errors import UserError, os_error_text
 from pipeline.dataset import ImageDataset, build_dataset
-from pipeline.decoding import BadImageError, open_image
-from pipeline.formats import what_it_is
+from pipeline.formats import open_image
+from pipeline.limits import BadImageError, read_regular
 from pipeline.workers import auto_num_workers
 from tools.common.command import progress
 from training.plugins import import_plugins
@@ -47,7 +46,7 @@ def file_of(image: Any) -> bytes | None:
     """
     try:
         if isinstance(image, str | os.PathLike):
-            return Path(image).read_bytes()
+            return read_regular(image)
         return image.read() if hasattr(image, "read") else None
     except OSError as error:
         raise BadImageError(os_error_text(OSError(*error.args))) from None
@@ -67,8 +66,8 @@ def kind_of(content: bytes) -> tuple[str, str, tuple[int, int]]:
     try:
         with open_image(io.BytesIO(content)) as image:
             return image.format or "?", image.mode, image.size
-    except UnidentifiedImageError:
-        raise BadImageError(what_it_is(content)) from None
+    except BadImageError:
+        raise
     except Exception as error:  # Pillow's plug-ins raise almost anything
         raise BadImageError(str(error) or type(error).__name__) from None
 

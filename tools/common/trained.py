@@ -4,7 +4,6 @@ import argparse
 import copy
 import csv
 import glob
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from pipeline.dataset import ImageDataset, build_dataset
 from pipeline.loader import Loader
 from pipeline.sources.registry import validation_classes
 from pipeline.sources.scan import image_files
+from pipeline.sources.tables import lines_of, opened_text
 from tools.common import command
 from training.data import build_val_loader
 from training.plugins import import_plugins
@@ -203,7 +203,7 @@ def find_images(inputs: Sequence[str]) -> list[str]:
 def _paths_of(given: str) -> list[str]:
     if given == "-":
         return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_dir():
         found = sorted(image_files(path))
         if not found:
@@ -222,10 +222,10 @@ def _paths_of(given: str) -> list[str]:
 def _column_of_paths(path: Path) -> list[str]:
     """The column of a CSV file whose header says path, image or file, else its first column."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with opened_text(path) as file:
+            rows = [row for row in csv.reader(lines_of(path, file)) if any(row)]
+    except csv.Error as error:
         raise UserError(f"{path} can't be read: {error}") from None
-    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(row)]
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     named = [header.index(name) for name in ("path", "image", "file") if name in header]
     if named:

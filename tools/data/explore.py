@@ -23,7 +23,9 @@ import numpy as np
 from PIL import Image
 
 from config import Config
-from errors import UserError, first_names
+from errors import UserError, first_names, shortened
+from outputs.console import say
+from outputs.names import chart_label
 from pipeline.dataset import IMBALANCE, ImageDataset, findings
 from pipeline.decoding import BadImageError, decode, is_transparent, naming_lack_of_memory
 from tools.common import command, reading
@@ -195,7 +197,9 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
                 found.append(f"{name}: {_images(torn)} under more than one class")
         counts = part["classes"]
         if empty := [c for c, count in counts.items() if not count]:
-            found.append(f"{name}: {len(empty)} classes without an image, {empty[0]} for one")
+            found.append(
+                f"{name}: {len(empty)} classes without an image, {shortened(empty[0])} for one"
+            )
         present = [count for count in counts.values() if count]
         if present and max(present) >= IMBALANCE * min(present):
             found.append(
@@ -284,11 +288,12 @@ def _class_chart(report: dict[str, Any]) -> Any:
     for part, color in (("train", "tab:blue"), ("val", "tab:orange")):
         counts = np.array(list(report["parts"][part]["classes"].values()), dtype=float)
         if few:
-            axes.barh(names, counts, left=left, color=color, label=part)
+            axes.barh(range(len(names)), counts, left=left, color=color, label=part)
             left += counts
         else:
             axes.plot(np.sort(counts)[::-1], color=color, label=part)
     if few:
+        axes.set_yticks(range(len(names)), [chart_label(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel("images")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -399,8 +404,8 @@ def _carry_out(arguments: argparse.Namespace) -> None:
             f"{len(part['classes'])} classes"
         )
     for line in report["warnings"]:
-        print(f"warning: {line}")
-    print(f"report: {folder / 'report.html'}")
+        say(f"warning: {line}")
+    say(f"report: {folder / 'report.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

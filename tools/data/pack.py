@@ -26,6 +26,7 @@ from PIL import Image
 
 from config import Config
 from errors import DataError, UserError
+from outputs.console import say
 from pipeline.dataset import ImageDataset, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.formats import EXTENSIONS
@@ -177,7 +178,7 @@ def pack(
     reading.new_folder(folder)
     parts = reading.parts(config)
     for text in findings(*parts.values()):
-        print(f"warning: {text}")
+        say(f"warning: {text}")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True)
@@ -200,7 +201,7 @@ def pack(
             writers.append(ShardWriter(partial, name, shard_size))
             packed = reading.in_threads(work, range(len(dataset)), f"pack {name}")
             for line in write_part(writers[-1], packed, config.data.on_bad_image):
-                print(f"left out: {line}")
+                say(f"left out: {line}")
         info = {
             "splits": {SPLITS[w.part]: w.info() for w in writers},
             "classes": list(parts["train"].classes),
@@ -221,7 +222,7 @@ def pack(
             f"{writer.part}: {sum(writer.lengths)} images in {len(writer.shards)} shards, "
             f"{size / 2**20:.1f} MiB"
         )
-    print(f"next: python main.py --data-set wds/{folder.name} --data-path {folder}")
+    say(f"next: python main.py --data-set wds/{folder.name} --data-path {folder}")
 
 
 def _what_helps(error: OSError, partial: Path, writers: Sequence[ShardWriter]) -> str:

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from config import DataOptions
-from errors import OptionError, UserError
+from errors import OptionError, UserError, printable
+from outputs.console import say
+from outputs.names import csv_cell, csv_path
 from pipeline.dataset import build_dataset, findings
 from pipeline.sources.base import stratified_split
 from tools.common import command
@@ -49,7 +51,7 @@ def read(source: Path, **columns: str) -> list[Row]:
             raise
         raise UserError(f"{source}: {error.message}") from None
     for text in findings(*halves):
-        print(f"warning: {text}")
+        say(f"warning: {text}")
     return sorted(
         (half.source.sample_id(i), half.classes[label])
         for half in halves
@@ -69,15 +71,18 @@ def shares(labels: np.ndarray, val: float, test: float, seed: int) -> dict[str, 
 
 def write(folder: Path, name: str, rows: Sequence[Row]) -> None:
     """``NAME.csv`` of ``rows``, whole or not at all. Images below ``folder`` get relative paths,
-    so that it can be moved with them."""
+    so that it can be moved with them. Nothing in it is a formula for a spreadsheet."""
     here = folder.resolve()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label"))
     for path, label in rows:
         absolute = Path(os.path.abspath(path))
-        inside = absolute.is_relative_to(here)
-        writer.writerow((absolute.relative_to(here) if inside else absolute, label))
+        cell = csv_cell(label)
+        if cell != cell.strip():
+            raise UserError(f"a class's name ends in a space, rename it: {printable(label)!r}")
+        place = absolute.relative_to(here) if absolute.is_relative_to(here) else absolute
+        writer.writerow((csv_path(str(place)), cell))
     try:
         with written_whole(folder / f"{name}.csv") as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
@@ -106,11 +111,11 @@ def split(arguments: argparse.Namespace) -> None:
         raise command.not_written(folder, error) from None
     classes = len(set(names))
     for name, indices in parts.items():
-        print(f"{folder / name}.csv: {len(indices)} images of {len(set(names[indices]))} classes")
+        say(f"{folder / name}.csv: {len(indices)} images of {len(set(names[indices]))} classes")
     for name, indices in parts.items():
         if missing := classes - len(set(names[indices])):
             print(f"warning: {name} has no image of {missing} classes, which have too few")
-    print(f"next: python main.py --data-set CSV --data-path {folder}")
+    say(f"next: python main.py --data-set CSV --data-path {folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The model card of the hub form: what a run's checkpoint tells about it."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import yaml
 import config
 from augmentation.transforms import Preprocessing
 from checkpointing.published import FOLDER
-from errors import first_names
+from errors import first_names, printable
 from loggers import CURVES_FILE
 from tools.common.recipe import is_off_default
 from tools.hub.form import HubForm
@@ -64,34 +65,37 @@ def _front_matter(run: Run) -> str:
 def _text(run: Run, form: HubForm) -> Iterator[str]:
     content = run.content
     options, names = content["config"], content["class_names"]
-    yield f"# {run.title}\n"
+    yield f"# {_plain(run.title)}\n"
     model, data = _without_folders(options["model"]), _data(options)
     yield (
-        f"`{model}`{f' trained on {data}' if data else ''}, {len(names)} classes: "
-        f"{first_names(names, _MANY_CLASSES)}.\n"
+        f"{_code(model)}{f' trained on {data}' if data else ''}, {len(names)} classes: "
+        f"{_plain(first_names(names, _MANY_CLASSES))}.\n"
     )
     if form.needs:
         yield (
             f"timm has no such architecture: `import {form.needs}` of the project that trained it "
             "comes first, also for transformers.\n"
         )
-    yield f"License: {run.license or 'none is stated'}.\n"
+    yield f"License: {_plain(run.license or 'none is stated')}.\n"
     if content.get("metrics"):
         yield "## Results\n"
         if run.ema:
             yield "The weights are the moving average of training: its figures begin with `ema_`.\n"
         yield "| metric | |\n|---|---|"
-        yield from (f"| {k} | {_shown(v)} |" for k, v in content["metrics"].items())
+        yield from (f"| {_plain(k)} | {_plain(_shown(v))} |" for k, v in content["metrics"].items())
         yield ""
     if run.curves:
         yield f"## Training\n\n![curves]({CURVES_FILE})\n"
     recipe = recipe_of(options)
     if len(recipe) > 1:
-        yield "## Recipe\n\nOptions that differ from the defaults:\n\n```yaml"
-        yield yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n"
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        # A fence that no value can end.
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        yield f"## Recipe\n\nOptions that differ from the defaults:\n\n{fence}yaml"
+        yield f"{text}{fence}\n"
     if content.get("versions"):
         versions = ", ".join(f"{name} {v}" for name, v in content["versions"].items())
-        yield f"Trained with {versions}.\n"
+        yield f"Trained with {_plain(versions)}.\n"
 
 
 def _images(images: Preprocessing) -> Iterator[str]:
@@ -166,7 +170,19 @@ def _data(options: Mapping[str, Any]) -> str:
     """The name of the data set, without where it lies. "IMNET" is a kind: any image folder."""
     folder, kind = Path(options.get("data_path") or "").name, options.get("data_set")
     parts = (kind if kind != "IMNET" or not folder else "", folder)
-    return " ".join(f"`{part}`" for part in parts if part)
+    return " ".join(_code(part) for part in parts if part)
+
+
+def _plain(text: str) -> str:
+    """``text`` for Markdown that is nothing but text: no link, image, HTML or heading."""
+    # Within a word an underscore is no emphasis.
+    text = re.sub(r"([\\`*\[\]<>#|~&$!]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+    return re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)", r"\\", text)
+
+
+def _code(text: object) -> str:
+    """``text`` in one piece of code."""
+    return f"`{printable(str(text)).replace('`', chr(39))}`"
 
 
 def _shown(value: object) -> str:

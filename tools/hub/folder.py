@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
 from timm.models import model_entrypoint
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from augmentation.transforms import Preprocessing
+from checkpointing.digest import save_safetensors
 from loggers import CURVES_FILE
+from outputs.console import say
 from tools.common import command
 from tools.hub.card import Run, card
 from tools.hub.form import HubForm, hub_form, timms_own
@@ -33,12 +34,12 @@ def writer(
         weights = {k: v.contiguous().clone() for k, v in form.model.state_dict().items()}
         with written_whole(folder / WEIGHTS) as temporary:
             # transformers reads no file without a format.
-            save_file(weights, temporary, metadata={"format": "pt"})
+            save_safetensors(temporary, weights, {"format": "pt"})
         if run.curves:
             shutil.copyfile(run.curves, folder / CURVES_FILE)
         command.write_text(folder / CARD, card(run, form, preprocessing, repository))
         if form.needs:
-            print(
+            say(
                 f"note: timm has no {form.architecture}: whoever loads {folder} with timm or "
                 f"transformers imports {form.needs} of this project first"
             )

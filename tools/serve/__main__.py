@@ -8,8 +8,6 @@ the metrics mean.
 """
 
 import argparse
-import logging
-import signal
 import socket
 import sys
 import warnings
@@ -20,13 +18,12 @@ import torch
 
 from errors import OptionError
 from tools.common import command, trained
+from tools.serve import logs
 from utils import cores
 
-DRAIN = 30  # seconds that requests in hand get when the service is told to end
 PACKAGES = {
     "fastapi": "fastapi",
     "uvicorn": "uvicorn",
-    "python_multipart": "python-multipart",
     "prometheus_client": "prometheus-client",
 }
 
@@ -43,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--max-wait-ms", type=float, default=5.0, help="an image waits for others, at most"
     )
     batching.add_argument(
-        "--decoders", type=number, help="decoding threads (default: one per core)"
+        "--decoders", type=number, help="images decoded at a time (default: one per core)"
     )
     batching.add_argument(
         "--threads", type=number, help="the model's threads (default: one per core)"
@@ -53,6 +50,8 @@ def get_parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-megapixels", type=float, default=50.0, help="of an image")
     limits.add_argument("--max-images", type=number, default=32, help="in a request")
     limits.add_argument("--max-pending", type=number, default=256, help="images in hand")
+    limits.add_argument("--max-bodies-mib", type=float, default=256.0, help="of all requests")
+    limits.add_argument("--max-connections", type=number, default=512, help="open at a time")
     limits.add_argument("--timeout", type=float, default=10.0, help="seconds for a request")
     drift = parser.add_argument_group("drift")
     drift.add_argument("--reference", type=Path, help="report.json of tools.report")
@@ -64,14 +63,15 @@ def _run(arguments: argparse.Namespace) -> None:
     for module, package in PACKAGES.items():
         command.require(module, package)
     _check(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     # Strangers' images make Pillow warn; what matters is refused.
     warnings.filterwarnings("ignore", module="PIL")
     torch.set_num_threads(arguments.threads or cores())
     # The packages that are optional are there by now.
-    from tools.serve import app, drift
+    from tools.serve import app, decoders, drift, server
     from tools.serve.service import Batching, Limits, Service
 
+    decoders.load_ahead()
     model = trained.open_model(arguments)
     monitor = None
     if arguments.reference:
@@ -87,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> None:
             images=arguments.max_images,
             pending=arguments.max_pending,
             seconds=arguments.timeout,
+            bodies=int(arguments.max_bodies_mib * 2**20),
+            connections=arguments.max_connections,
         ),
         batching=Batching(
             max_batch=arguments.max_batch,
@@ -95,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
         ),
         drift=monitor,
     )
-    _serve(app.build_app(service), listener)
+    server.serve(app.build_app(service), service, listener)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -104,6 +106,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise OptionError(name, "is not above zero")
     if not arguments.max_wait_ms >= 0:
         raise OptionError("max_wait_ms", "is below zero")
+    if arguments.max_bodies_mib < arguments.max_body_mib:
+        raise OptionError(
+            "max_bodies_mib", f"is below the {arguments.max_body_mib:g} of --max-body-mib"
+        )
     if arguments.max_images > arguments.max_pending:
         raise OptionError(
             "max_images",
@@ -127,21 +133,6 @@ def _listen(host: str, port: int) -> socket.socket:
             "warning: whoever reaches this port can use the model: docs/serve.md", file=sys.stderr
         )
     return listener
-
-
-def _serve(app: object, listener: socket.socket) -> None:
-    import uvicorn
-
-    config = uvicorn.Config(
-        app,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN,
-    )
-    # uvicorn drains, then sends itself the signal again: being told to end is no failure.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    uvicorn.Server(config).run([listener])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """The HTTP side: paths, parameters, status codes, answers as JSON."""
 
 import asyncio
+import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -10,38 +12,41 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive
 
+from errors import printable
 from tools.serve.batcher import Answer
+from tools.serve.decoders import Content
+from tools.serve.forms import files_of
 from tools.serve.images import RefusedError
 from tools.serve.middleware import RequestMiddleware
 from tools.serve.pages import add_pages
-from tools.serve.schema import BODY, RESPONSES
+from tools.serve.schema import BODY, RESPONSES, ErrorResponse
 from tools.serve.service import Limits, Service
 
 log = logging.getLogger(__name__)
 FAILED = "the service failed on this request; its log says why"
 MOST_CLASSES = 1000  # in one answer
-MOST_FIELDS = 16  # of a form, beside its files; they are ignored
+
+
+class Answers(JSONResponse):
+    """JSON in ASCII: names of classes may hold what UTF-8 can't say."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def build_app(service: Service) -> ASGIApp:
-    """The service as an ASGI application. It closes the service when the server ends."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.get_running_loop().run_in_executor(None, service.close)
-
+    """The service as an ASGI application."""
     app = FastAPI(
         title="Image classifier",
         description=f"Answers of {service.name}, {len(service.classifier.class_names)} classes.",
         docs_url=None,  # FastAPI's page fetches its scripts from another host
         redoc_url=None,
-        lifespan=lifespan,
+        redirect_slashes=False,
+        default_response_class=Answers,
     )
     _add_errors(app)
     add_pages(app)
@@ -58,11 +63,7 @@ def build_app(service: Service) -> ASGIApp:
         """Classify an image, or several."""
         return await _predict(service, request, topk, explain, about)
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Whether the service runs, and which model it asks."""
-        names = service.classifier.class_names
-        return {"status": "ok", "model": service.name, "classes": len(names)}
+    _add_health(app, service)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -73,53 +74,79 @@ def build_app(service: Service) -> ASGIApp:
     return RequestMiddleware(app, service)
 
 
+def _add_health(app: FastAPI, service: Service) -> None:
+    unwell = {503: {"model": ErrorResponse, "description": "What is stuck, or that it ends"}}
+
+    @app.get("/health", responses=unwell)
+    async def health() -> dict[str, Any]:
+        """Whether images are answered, and by which model."""
+        reason = service.stuck() or ("the service is ending" if service.ending else None)
+        if reason:
+            raise RefusedError(503, reason)
+        names = service.classifier.class_names
+        return {"status": "ok", "model": service.name, "classes": len(names)}
+
+    @app.get("/live", responses=unwell)
+    async def live() -> dict[str, str]:
+        """Whether the service need not be restarted: nothing is stuck, though it may be ending."""
+        if reason := service.stuck():
+            raise RefusedError(503, reason)
+        return {"status": "ok"}
+
+
 async def _predict(
     service: Service, request: Request, topk: int, explains: bool, about: str | None
 ) -> JSONResponse:
     names, limits = service.classifier.class_names, service.limits
     if about is not None and about not in names:
         raise RefusedError(422, "about: the model knows no such class")
-    until = asyncio.get_running_loop().time() + limits.seconds
-    with service.reserve(1):
-        async with _deadline(until, 408, "the body did not come in time"):
-            files = await _files(request, limits)
-        if explains and len(files) > 1:
-            raise RefusedError(422, "explain: send one image at a time")
-        with service.reserve(len(files) - 1):
-            async with _deadline(until, 504, "the answer did not come in time"):
-                answers = await asyncio.gather(
-                    *(service.answer(content) for _, content in files), return_exceptions=True
-                )
-                failed = [a for a in answers if isinstance(a, BaseException)]
-                if len(failed) == len(answers) and not isinstance(failed[0], RefusedError):
-                    raise failed[0]
-                entries = [
-                    _entry(name, answer, names, topk)
-                    for (name, _), answer in zip(files, answers, strict=True)
-                ]
-                if explains and isinstance(answers[0], Answer):
-                    index = None if about is None else names.index(about)
-                    entries[0]["explanation"] = await service.explain(answers[0], index)
+    until = time.monotonic() + limits.seconds
+    service.check_room()
+    async with _deadline(until, 408, "the body did not come in time"):
+        files = await _files(request, limits)
+    if explains and len(files) > 1:
+        raise RefusedError(422, "explain: send one image at a time")
+    with service.reserve(len(files)):
+        answer_due = _deadline(until, 504, "the answer did not come in time", request.receive)
+        async with answer_due:
+            answers = await asyncio.gather(
+                *(service.answer(content, until) for _, content in files), return_exceptions=True
+            )
+            failed = [a for a in answers if isinstance(a, BaseException)]
+            if len(failed) == len(answers) and not isinstance(failed[0], RefusedError):
+                raise failed[0]
+            entries = [
+                _entry(name, answer, names, topk)
+                for (name, _), answer in zip(files, answers, strict=True)
+            ]
+            if explains and isinstance(answers[0], Answer):
+                index = None if about is None else names.index(about)
+                entries[0]["explanation"] = await service.explain(answers[0], index)
     if all("error" in entry for entry in entries):
         content = {"error": entries[0]["error"], "images": entries}
-        return JSONResponse(content, entries[0]["status"])
-    return JSONResponse({"images": entries})
+        return Answers(content, entries[0]["status"])
+    return Answers({"images": entries})
 
 
-async def _files(request: Request, limits: Limits) -> list[tuple[str | None, bytes]]:
-    """(name, content) of each image in the body. Raises RefusedError and HTTPException."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        async with request.form(max_files=limits.images, max_fields=MOST_FIELDS) as form:
-            parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-            found = [(part.filename, await part.read()) for part in parts]
-    elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
-        found = [(None, await request.body())]
-    else:
+async def _files(request: Request, limits: Limits) -> list[tuple[str | None, Content]]:
+    """(name, content) of each image in the body. Raises RefusedError."""
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    is_form = kind == "multipart/form-data"
+    is_image = kind in ("", "application/octet-stream") or kind.startswith("image/")
+    if not is_form and not is_image:
         raise RefusedError(
-            415, f"{kind} is none of multipart/form-data, image/* and application/octet-stream"
+            415,
+            f"{printable(kind[:100])} is none of multipart/form-data, image/* and "
+            "application/octet-stream",
         )
-    if not found or found == [(None, b"")]:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+    found: list[tuple[str | None, Content]] = [(None, body)] if body else []
+    if is_form:
+        found = [*files_of(body, given, limits.images)]
+    if not found:
         raise RefusedError(400, "the body holds no image")
     return found
 
@@ -131,7 +158,7 @@ def _entry(
     if isinstance(answer, RefusedError):
         return {"file": file, "error": answer.message, "status": answer.status}
     if isinstance(answer, BaseException):
-        log.error("no answer to %s", file or "an image", exc_info=answer)
+        log.error("no answer to an image", exc_info=answer)
         return {"file": file, "error": FAILED, "status": 500}
     order = (-answer.probabilities).argsort(kind="stable")[:topk]
     likely = [{"class": names[i], "confidence": float(answer.probabilities[i])} for i in order]
@@ -139,17 +166,34 @@ def _entry(
 
 
 @asynccontextmanager
-async def _deadline(until: float, status: int, message: str) -> AsyncIterator[None]:
+async def _deadline(
+    until: float, status: int, message: str, receive: Receive | None = None
+) -> AsyncIterator[None]:
+    """Raise RefusedError at ``until``, by ``time.monotonic``; with ``receive``, that of a request
+    whose body has come, ClientDisconnect once the client has gone."""
+    watcher: asyncio.Task[None] | None = None
     try:
-        async with asyncio.timeout_at(until):
+        async with asyncio.timeout(until - time.monotonic()) as due:
+            if receive is not None:
+                watcher = asyncio.create_task(_end_with_client(receive, due))
             yield
     except TimeoutError:
+        if watcher is not None and watcher.done():
+            raise ClientDisconnect from None
         raise RefusedError(status, message) from None
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+
+
+async def _end_with_client(receive: Receive, due: asyncio.Timeout) -> None:
+    await receive()  # after the body nothing comes, but that the client has gone
+    due.reschedule(0)
 
 
 def _error(status: int, message: str) -> JSONResponse:
     headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse({"error": message}, status, headers)
+    return Answers({"error": message}, status, headers)
 
 
 def _add_errors(app: FastAPI) -> None:

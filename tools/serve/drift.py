@@ -4,7 +4,6 @@ Two figures over the last answers: the population stability index of the class m
 Kolmogorov-Smirnov distance of the confidences.
 """
 
-import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from errors import UserError
+import bounded
+from errors import UserError, os_error_text
 
+MOST_BYTES = 64 << 20  # of report.json
 PSI_LIMIT = 0.2  # by custom "a large shift"
 KS_LIMIT = 0.1
 CHANCE = 0.001  # of a warning although nothing has changed, in one check
@@ -33,19 +34,27 @@ class Reference:
     def read(cls, path: Path, class_names: list[str]) -> "Reference":
         """From the ``report.json`` of ``tools.report``. Raises UserError."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = bounded.read_json(path, MOST_BYTES)
             names = [row["class"] for row in content["per_class"]]
-            classes = np.array([row["predicted"] for row in content["per_class"]], dtype=float)
-            confidences = np.array(content["calibration"]["bins"]["count"], dtype=float)
+            classes = _counts([row["predicted"] for row in content["per_class"]])
+            confidences = _counts(content["calibration"]["bins"]["count"])
         except OSError as error:
-            raise UserError(f"--reference: {path} can't be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--reference: {os_error_text(error, path)}") from None
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise UserError(
                 f"--reference: {path} is no report.json: python -m tools.report MODEL writes one"
             ) from None
         if names != class_names:
             raise UserError(f"--reference: {path} is of a model with other classes")
         return cls(classes, confidences)
+
+
+def _counts(numbers: list[float]) -> np.ndarray:
+    """(N,) float64. Raises ValueError where there is none, or one below zero or not finite."""
+    counts = np.array(numbers, dtype=float)
+    if counts.ndim != 1 or not counts.size or not np.isfinite(counts).all() or counts.min() < 0:
+        raise ValueError
+    return counts
 
 
 def stability_index(reference: np.ndarray, observed: np.ndarray) -> float:

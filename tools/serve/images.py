@@ -2,19 +2,11 @@
 
 import io
 
-from PIL import Image
 from torch import Tensor
 
 from inference import ImageTransform
-from pipeline.decoding import BadImageError, most_pixels, open_image
-
-Image.init()
-# Of these the header tells the size that is decoded. AVIF came late to Pillow.
-FORMATS = [
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-    if name in Image.OPEN
-]
+from pipeline.formats import SERVED, open_image
+from pipeline.limits import BadImageError, TooLargeError, limit_pixels
 
 
 class RefusedError(Exception):
@@ -28,23 +20,31 @@ class RefusedError(Exception):
 def decoded(content: bytes, transform: ImageTransform, max_pixels: int) -> Tensor:
     """An image file as the model takes it, (3, H, W).
 
-    Raises RefusedError: 413 for more than ``max_pixels``, 422 for what is no whole image.
+    Raises RefusedError: 413 for more than ``max_pixels``, 422 for what is no whole image. No image
+    of more pixels is read in this process any more, whatever it is asked.
     """
-    check(content, max_pixels)
+    limit_pixels(max_pixels)
     try:
+        check(content, max_pixels)
         return transform(content)
+    except TooLargeError as error:
+        # What comes after is for those who may set options.
+        raise RefusedError(413, str(error).partition(", save it")[0]) from None
     except BadImageError as error:
         raise RefusedError(422, f"the image can't be read: {error}") from None
 
 
 def check(content: bytes, max_pixels: int) -> None:
-    """Look at the header alone. Raises RefusedError."""
+    """Look at the header alone. Raises RefusedError, TooLargeError."""
     try:
-        with open_image(io.BytesIO(content), FORMATS) as image:
+        with open_image(io.BytesIO(content), SERVED) as image:
             width, height = image.size
-    except Image.DecompressionBombError:
-        most = min(max_pixels, int(most_pixels()))
-        raise RefusedError(413, f"the image has more than {most:,} pixels") from None
+    except TooLargeError:
+        raise
+    except BadImageError as error:
+        raise RefusedError(
+            422, f"not an image that is read: {error} (send JPEG, PNG, WebP, GIF, BMP or TIFF)"
+        ) from None
     except Exception:  # Pillow's plug-ins raise almost anything on a damaged header
         raise RefusedError(422, "not an image: send JPEG, PNG, WebP, GIF, BMP or TIFF") from None
     if width * height > max_pixels:

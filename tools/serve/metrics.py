@@ -44,6 +44,17 @@ class Metrics:
             registry=registry,
         )
         self.pending = Gauge("serve_pending", "Images in hand", registry=registry)
+        self.waiting = Gauge(
+            "serve_waiting_images", "Images that wait to be decoded", registry=registry
+        )
+        self.bodies = Gauge("serve_body_bytes", "Bytes of bodies in hand", registry=registry)
+        self.connections = Gauge("serve_connections", "Open connections", registry=registry)
+        self.refused_connections = Counter(
+            "serve_connections_refused", "Connections too many", ("how",), registry=registry
+        )
+        self.lost_decoders = Counter(
+            "serve_decoders_lost", "Decoding processes lost", ("reason",), registry=registry
+        )
         self.batch = Histogram(
             "serve_batch_images", "Images in a batch", buckets=IMAGES, registry=registry
         )
@@ -67,6 +78,10 @@ class Metrics:
             )
             for kind in self._drifting:
                 self.warned.labels(kind).set(0)
+
+    def count_lost_decoder(self, reason: str) -> None:
+        """Take note of a decoding process that was killed or crashed."""
+        self.lost_decoders.labels(reason).inc()
 
     def count_batch(self, size: int, seconds: float) -> None:
         """Take note of a batch."""

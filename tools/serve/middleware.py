@@ -1,16 +1,21 @@
 """What every request passes before the application: its body is counted, its time is taken."""
 
-import asyncio
 import time
-from contextlib import suppress
 
-from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tools.serve.bodies import RequestBody
 from tools.serve.service import Service
 
-PATHS = ("/", "/predict", "/health", "/metrics", "/docs", "/openapi.json")
-LINGER = 1.0  # seconds in which the rest of a refused body is read and dropped
+PATHS = ("/", "/predict", "/health", "/live", "/metrics", "/docs", "/openapi.json")
+CLOSE = (b"connection", b"close")
+MOST_DIGITS = 20  # of a length
+BADLY_FRAMED = JSONResponse(
+    {"error": "one Content-Length, or a Transfer-Encoding, must tell where the body ends"},
+    400,
+    {"connection": "close"},
+)
 
 
 class RequestMiddleware:
@@ -23,52 +28,46 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _plain(scope)
+        app = self.app if _framed_well(scope) else BADLY_FRAMED
         path = scope["path"] if scope["path"] in PATHS else "other"
-        body = RequestBody(scope, receive, self.service.limits.body)
+        bodies = self.service.bodies
+        body = RequestBody(scope, receive, self.service.limits.body, bodies)
         status, start = 500, time.perf_counter()
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                await body.drop_rest()
+                if not body.ended:  # the rest of it is no next request
+                    message = {**message, "headers": [*message.get("headers", ()), CLOSE]}
             await send(message)
 
         try:
-            await self.app(scope, body.receive, send_and_note)
+            await app(scope, body.receive, send_and_note)
         finally:
+            bodies.release(body)
             metrics = self.service.metrics
             metrics.requests.labels(path, status).inc()
             metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
 
-class RequestBody:
-    """A request's body, counted as it comes."""
+def _plain(scope: Scope) -> Scope:
+    """``scope`` with the path of a URL that came in its place; HEAD as GET, the server leaves out
+    the answer's body."""
+    path = scope["path"]
+    if path.lower().startswith(("http://", "https://")):  # RFC 9112, section 3.2.2
+        path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "method": method}
 
-    def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
-        headers = dict(scope["headers"])
-        self.limit, self.received = limit, 0
-        self.announced = int(headers.get(b"content-length", 0))
-        self.ended = not self.announced and b"transfer-encoding" not in headers
-        self._receive = receive
 
-    async def receive(self) -> Message:
-        """As ASGI's. Raises HTTPException (413) for a body that is too large."""
-        message = await self._next()
-        # What is announced is refused at once; what isn't, when it has come.
-        if max(self.announced, self.received) > self.limit:
-            raise HTTPException(413, f"the body is larger than {self.limit:,} bytes")
-        return message
+def _framed_well(scope: Scope) -> bool:
+    """Whether all readers see the request's end at the same place.
 
-    async def drop_rest(self) -> None:
-        """Read what is left, for a moment: a client that is still sending hears no answer."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
-                while not self.ended:
-                    await self._next()
-
-    async def _next(self) -> Message:
-        message = await self._receive()
-        self.received += len(message.get("body", b""))
-        self.ended = not message.get("more_body", False)
-        return message
+    Whoever sends a length and a transfer coding may be smuggling a request (RFC 9112, section 6.1).
+    """
+    values = {name: value for name, value in scope["headers"]}
+    length = values.get(b"content-length", b"0")
+    both = b"transfer-encoding" in values and b"content-length" in values
+    return not both and length.isdigit() and len(length) <= MOST_DIGITS

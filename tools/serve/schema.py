@@ -54,12 +54,12 @@ ANSWERS = {
 }
 ERRORS = {
     400: "Broken multipart, no image, or more images than a request may hold",
-    408: "The body did not come in time",
+    408: "The body did not come in time, or came too slowly",
     413: "The body has too many bytes, or the image too many pixels",
     415: "The body's type is neither multipart/form-data nor an image",
     422: "Not an image, a damaged one, or a parameter out of its range",
     500: "The model failed; the service's log says why",
-    503: "Too much is waiting; Retry-After says when to come again",
+    503: "Too much is waiting or coming; Retry-After says when to come again",
     504: "The answer did not come in time",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -3,24 +3,30 @@
 import asyncio
 import base64
 import io
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
 
 from errors import UserError
+from pipeline.limits import BYTES_PER_PIXEL
 from tools import explain
 from tools.common import trained
 from tools.serve import images
 from tools.serve.batcher import Answer, Batcher
+from tools.serve.bodies import Bodies
+from tools.serve.decoders import Decoders
 from tools.serve.drift import DriftMonitor
 from tools.serve.images import RefusedError
 from tools.serve.metrics import Metrics
 
 SHOWN_SIDE = 224  # pixels that an explanation has at least
+DECODER_BYTES = 128 * 2**20  # of a decoding process, beside the file and its pixels
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,15 @@ class Limits:
     """Images in hand, of all requests together."""
     seconds: float = 10.0
     """From a request's first byte to its answer."""
+    bodies: int = 256 * 2**20
+    """Bytes of the bodies of all requests together."""
+    connections: int = 512
+    """Open at a time."""
+
+
+def decoder_bytes(limits: Limits) -> int:
+    """Bytes of memory that a decoding process may take beyond what it begins with."""
+    return BYTES_PER_PIXEL * limits.pixels + 2 * limits.body + DECODER_BYTES
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,11 @@ class Batching:
     max_wait: float = 0.005
     """Seconds that an image waits for others, at most."""
     decoders: int = 1
-    """Decoding threads."""
+    """Images decoded at a time."""
 
 
 class Service:
-    """A model that answers requests: threads, limits, metrics."""
+    """A model that answers requests: processes, threads, limits, metrics."""
 
     def __init__(
         self,
@@ -67,38 +82,66 @@ class Service:
         self.classifier = model.classifier
         self.metrics = Metrics(self.classifier.class_names, drift)
         self.pending = 0
+        self.ending = False
+        self.bodies = Bodies(limits.bodies)
+        self.decoders = Decoders(
+            partial(images.decoded, transform=self.classifier.transform, max_pixels=limits.pixels),
+            batching.decoders,
+            memory=decoder_bytes(limits),
+            on_loss=self.metrics.count_lost_decoder,
+        )
         self.batcher = Batcher(
-            lambda content: images.decoded(content, self.classifier.transform, limits.pixels),
+            self.decoders.submit,
             self._predict,
             max_batch=batching.max_batch,
             max_wait=batching.max_wait,
-            decoders=batching.decoders,
             on_batch=self.metrics.count_batch,
         )
+        self.metrics.waiting.set_function(self.decoders.waiting)
+        self.metrics.bodies.set_function(lambda: self.bodies.held)
         # An explanation costs several answers: one at a time.
         self.explainer = ThreadPoolExecutor(1, "explain")
         self.explaining = asyncio.Semaphore(1)
 
-    def close(self) -> None:
-        """Answer what is in hand, then end the threads."""
-        self.batcher.close()
-        self.explainer.shutdown()
+    def close(self, seconds: float = 60.0) -> bool:
+        """Answer what is in hand, then end processes and threads; False where that takes longer
+        than ``seconds``."""
+        until = time.monotonic() + seconds
+        ended = self.decoders.close(seconds)
+        ended &= self.batcher.close(until - time.monotonic())
+        self.explainer.shutdown(wait=ended and not self.explaining.locked(), cancel_futures=True)
+        return ended and not self.explaining.locked()
+
+    def stuck(self) -> str | None:
+        """What has made no progress for longer than a request may take; None: nothing."""
+        for what, seconds in (
+            ("the model has been at one batch", self.batcher.stalled()),
+            ("images wait and none was decoded", self.decoders.stalled()),
+        ):
+            if seconds > self.limits.seconds:
+                return f"{what} for {seconds:.0f} s"
+        return None
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
         """Count ``count`` images as pending meanwhile. Raises RefusedError (503) for too many."""
-        if self.pending + count > self.limits.pending:
-            raise RefusedError(503, "too many requests are waiting: try again in a second")
+        self.check_room(count)
         self._add_pending(count)
         try:
             yield
         finally:
             self._add_pending(-count)
 
-    async def answer(self, content: bytes) -> Answer:
-        """The model's answer to an image file. Raises RefusedError."""
+    def check_room(self, count: int = 1) -> None:
+        """Raises RefusedError (503) where ``count`` more images would be too many."""
+        if self.pending + count > self.limits.pending:
+            raise RefusedError(503, "too many requests are waiting: try again in a second")
+
+    async def answer(self, content: bytes | bytearray | memoryview, until: float) -> Answer:
+        """The model's answer to an image file, which is given up at ``until``, by
+        ``time.monotonic``. Raises RefusedError."""
         try:
-            answer = await asyncio.wrap_future(self.batcher.ask(content))
+            answer = await asyncio.wrap_future(self.batcher.ask(content, until))
         except RefusedError as error:
             self.metrics.refused.labels(error.status).inc()
             raise

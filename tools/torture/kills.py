@@ -1,58 +1,74 @@
 """Kill training with SIGKILL at random moments, resume it, compare with a run left alone.
 
-    python -m tools.torture kills --number 50
+    python -m tools.torture kills --number 500
 
 Each configuration is trained once without disturbance. Then it is started with ``--resume auto``,
-killed, and started again until it is done: half of the kills come at a random moment, half while a
-checkpoint is being written. After each kill the newest checkpoint must be readable; in the end
-weights, average, optimiser, schedule, counters and log must be bitwise those of the first run.
+disturbed, and started again until it is done. What is killed is all of it, one of its processes, or
+a loader worker, idle or at work, over which the run has to go on by itself; some sessions get
+SIGTERM or SIGINT instead. The moment is a random one, or one while a checkpoint is being written,
+before there is any, or when the log or TensorBoard's files are ahead of the newest checkpoint.
+After each the newest checkpoint must be readable. In the end weights, average, optimiser, schedule,
+counters, ``log.txt`` and TensorBoard's records must be bitwise those of the first run, each record
+once, in the files and as TensorBoard shows them.
 """
 
 import argparse
-import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+import loggers
+import outputs.events
+import training.run
 from checkpointing.files import load_checkpoint
-from checkpointing.folder import checkpoints_in, load_newest
+from checkpointing.folder import checkpoints_in
 from errors import CheckpointError
 from tools.common import command
-from tools.torture.processes import kill, start, wait
+from tools.torture.comparing import differences
+from tools.torture.processes import kill, kill_one, loaders_of, start, wait
 
+# Imported here, so that not each session has to.
+PRELOADED = (outputs.events, training.run)
+PATIENCE = 120.0  # seconds in which a session must be at its end that is to end by itself
 BASE = (
     *("--model", "deit_nano_patch4_32", "--input-size", "8", "--device", "cpu", "--epochs", "3"),
-    *("--warmup-epochs", "1", "--lr", "0.01", "--save-every-steps", "1", "--no-tensorboard"),
+    *("--warmup-epochs", "1", "--lr", "0.01", "--log-interval", "2"),
 )
+EVERY = ("--save-every-steps", "1")
+LOADERS = ("--num-workers", "2", "--cache", "none", "--on-bad-image", "skip")
 CONFIGURATIONS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "DeiT recipe, no workers": (1, ("--batch-size", "4", "--num-workers", "0")),
-    "DeiT recipe, two workers": (1, ("--batch-size", "4", "--num-workers", "2")),
+    "DeiT recipe, no workers": (1, (*EVERY, "--batch-size", "4", "--num-workers", "0")),
+    "DeiT recipe, a checkpoint per epoch": (
+        1,
+        ("--batch-size", "4", "--num-workers", "0", "--tb-histograms"),
+    ),
+    "DeiT recipe, two workers": (1, (*LOADERS, "--batch-size", "4", "--save-every-steps", "4")),
     "accumulation, bf16, dropout, one-cycle": (
         1,
         (
-            *("--batch-size", "2", "--num-workers", "0", "--accum-steps", "3", "--amp", "bf16"),
-            *("--drop", "0.1", "--sched", "onecycle"),
+            *(*EVERY, "--batch-size", "2", "--num-workers", "0", "--accum-steps", "3"),
+            *("--amp", "bf16", "--drop", "0.1", "--sched", "onecycle"),
         ),
     ),
     "fp16 scaler, SGD, plateau": (
         1,
         (
-            *("--batch-size", "4", "--num-workers", "0", "--amp", "fp16", "--opt", "sgd"),
+            *(*EVERY, "--batch-size", "4", "--num-workers", "0", "--amp", "fp16", "--opt", "sgd"),
             *("--sched", "plateau", "--patience-epochs", "0", "--ThreeAugment"),
         ),
     ),
-    "two processes": (2, ("--batch-size", "2", "--num-workers", "0")),
-    "two processes, FSDP2": (2, ("--batch-size", "2", "--num-workers", "0", "--fsdp")),
+    "two processes": (2, (*EVERY, "--batch-size", "2", "--num-workers", "0")),
+    "two processes, two workers each": (2, (*LOADERS, "--batch-size", "2")),
+    "two processes, FSDP2": (2, (*EVERY, "--batch-size", "2", "--num-workers", "0", "--fsdp")),
 }
 
 
@@ -61,22 +77,32 @@ class Result:
     """What came of one configuration."""
 
     name: str
-    kills: int = 0
-    kills_in_save: int = 0
     sessions: int = 0
+    whole: int = 0
+    ranks: int = 0
+    loaders: int = 0
+    stops: int = 0
+    in_save: int = 0
     unreadable: int = 0
-    differences: int = 0
+    hung: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        return self.whole + self.ranks + self.loaders
 
     def row(self) -> str:
         return (
-            f"| {self.name} | {self.sessions} | {self.kills} | {self.kills_in_save} "
-            f"| {self.unreadable} | {self.differences} |"
+            f"| {self.name} | {self.sessions} | {self.whole} | {self.ranks} | {self.loaders} "
+            f"| {self.stops} | {self.in_save} | {self.unreadable} | {self.hung} "
+            f"| {len(self.differences)} |"
         )
 
 
 HEADER = (
-    "| configuration | sessions | kills | while writing | unreadable checkpoints | differences |\n"
-    "|---|---|---|---|---|---|"
+    "| configuration | sessions | kills of all | of one rank | of a loader | signals "
+    "| while writing | unreadable checkpoints | not at an end | differences |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -92,13 +118,79 @@ def make_images(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
+# --- moments ------------------------------------------------------------------------------------
+
+
 def writing(folder: Path) -> bool:
     """Whether a checkpoint is being written."""
     return any(folder.glob(".checkpoint-*.tmp*"))
 
 
+def _changed(*paths: Path) -> int:
+    """When one of the files was last written; 0 without any."""
+    times = [0]
+    for path in paths:
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except OSError:  # removed since
+            continue
+    return max(times)
+
+
+def before_any(folder: Path) -> bool:
+    """Whether there is something to log and no checkpoint yet."""
+    return bool(_changed(*folder.glob("tensorboard/*"))) and not checkpoints_in(folder)
+
+
+def events_ahead(folder: Path) -> bool:
+    """Whether TensorBoard's files are newer than the newest checkpoint."""
+    return _changed(*folder.glob("tensorboard/*")) > (_changed(*checkpoints_in(folder)) or 1 << 63)
+
+
+def log_ahead(folder: Path) -> bool:
+    """Whether ``log.txt`` is: an epoch was evaluated and isn't saved yet."""
+    return _changed(folder / "log.txt") > (_changed(*checkpoints_in(folder)) or 1 << 63)
+
+
+def at_any_time(folder: Path) -> bool:
+    return True
+
+
+MOMENTS = (at_any_time, at_any_time, writing, writing, before_any, events_ahead, log_ahead)
+
+
+# --- sessions -----------------------------------------------------------------------------------
+
+
+def disturb(pids: list[int], result: Result, folder: Path, rng: random.Random) -> bool:
+    """Kill or stop something of a session; whether it goes on."""
+    loaders = [loader for pid in pids for loader in loaders_of(pid)]
+    kinds = ["whole", "whole", "stop"]
+    kinds += ["loader"] * 4 * bool(loaders) + ["rank"] * 2 * (len(pids) > 1)
+    kind = rng.choice(kinds)
+    result.in_save += kind != "stop" and writing(folder)
+    if kind == "loader":
+        result.loaders += kill_one(rng.choice(loaders))
+        return True
+    if kind == "whole":
+        result.whole += 1
+        kill(pids)
+        return False
+    if kind == "rank":
+        # The others notice.
+        result.ranks += kill_one(rng.choice(pids))
+    else:
+        result.stops += 1
+        for pid in pids:
+            os.kill(pid, rng.choice((signal.SIGTERM, signal.SIGINT)))
+    if wait(pids, time.monotonic() + PATIENCE) is None:
+        result.hung += 1
+        kill(pids)
+    return False
+
+
 def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Random) -> Result:
-    """Kill one configuration ``kills`` times (fewer if it is done before) and compare."""
+    """Disturb one configuration ``kills`` times (fewer if it is done before) and compare."""
     world, options = CONFIGURATIONS[name]
     base = [*BASE, "--data-path", str(images), *options]
     whole, parts = folder / "whole", folder / "parts"
@@ -109,58 +201,38 @@ def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Rando
     seconds = time.monotonic() - began
     result = Result(name)
     argv = [*base, "--output-dir", str(parts), "--resume", "auto"]
-    while True:
+    codes = None
+    while codes is None:
         result.sessions += 1
         pids = start(argv, world, folder / "parts.txt")
-        in_save = rng.random() < 0.5
-        delay = rng.uniform(0, seconds * (0.2 if in_save else 0.5))
-        deadline = time.monotonic() + delay if result.kills < kills else 1e18
-        codes = wait(pids, deadline, partial(writing, parts) if in_save else lambda: True)
-        if codes is not None:
-            if any(codes):
-                raise SystemExit(f"{name}: a session failed, see {folder / 'parts.txt'}")
-            break
-        result.kills_in_save += writing(parts)
-        kill(pids)
-        result.kills += 1
-        found = checkpoints_in(parts)
+        goes_on = True
+        while goes_on:
+            moment: Callable[[Path], bool] = rng.choice(MOMENTS)
+            delay = rng.uniform(0, seconds * (0.6 if moment is at_any_time else 0.3))
+            deadline = time.monotonic() + delay if result.kills < kills else 1e18
+            codes = wait(pids, deadline, lambda moment=moment: moment(parts))
+            goes_on = codes is None and disturb(pids, result, parts, rng)
         try:
-            if found:
-                load_checkpoint(found[0])
+            for path in checkpoints_in(parts)[:1]:
+                load_checkpoint(path)
         except CheckpointError:
             result.unreadable += 1
-    result.differences = differences(whole, parts)
+    if any(codes):
+        result.differences = [f"a session ended with {codes}", *_end_of(folder / "parts.txt")]
+    else:
+        result.differences = differences(whole, parts)
     return result
 
 
-def differences(left: Path, right: Path) -> int:
-    """Values that differ between the last checkpoints and logs of two runs."""
-    contents = [load_newest(folder)[1] for folder in (left, right)]
-    for content in contents:
-        for name in ("rng", "metrics", "versions"):  # metrics hold times; the log is compared
-            del content[name]
-    lines = [(folder / "log.txt").read_text().splitlines() for folder in (left, right)]
-    logs = [[_untimed(line) for line in each] for each in lines]
-    return count_differences(*contents) + count_differences(*logs)
-
-
-def _untimed(line: str) -> dict[str, Any]:
-    return {k: v for k, v in json.loads(line).items() if k != "epoch_seconds"}
-
-
-def count_differences(left: Any, right: Any) -> int:
-    if isinstance(left, torch.Tensor):
-        return int(not torch.equal(left, right))
-    if isinstance(left, dict):
-        return sum(count_differences(left.get(k), right.get(k)) for k in left.keys() | right.keys())
-    if isinstance(left, list | tuple):
-        return abs(len(left) - len(right)) + sum(map(count_differences, left, right))
-    return int(left != right)
+def _end_of(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-3:]
 
 
 def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
     """Torture the named configurations, ``kills`` times in all, spread evenly."""
     rng = random.Random(seed)
+    # It takes half of the time of so small a run.
+    loggers.draw_curves = lambda records, path: None
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         images = Path(temporary) / "images"
@@ -170,14 +242,23 @@ def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
             folder.mkdir()
             left = kills - sum(r.kills for r in results)
             share = -(-left // (len(names) - number))
+            total = Result(name)
             # A configuration that was done before its share is taken again.
-            while share > 0:
-                attempt = folder / str(len(results))
+            while total.kills < share:
+                attempt = folder / str(total.sessions)
                 attempt.mkdir()
-                results.append(torture(name, images, attempt, share, rng))
-                print(results[-1].row(), flush=True)
-                share -= results[-1].kills
+                _add(total, torture(name, images, attempt, share - total.kills, rng))
+            results.append(total)
+            print(total.row(), flush=True)
+            for line in total.differences[:20]:
+                print(f"  {line}", flush=True)
     return results
+
+
+def _add(total: Result, more: Result) -> None:
+    for key, value in vars(more).items():
+        if key != "name":
+            setattr(total, key, getattr(total, key) + value)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -185,14 +266,20 @@ def get_parser() -> argparse.ArgumentParser:
     number = command.positive
     parser.add_argument("--number", type=number, default=50, help="kills in all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--only", default="", help="configurations whose name holds this text")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    names = [name for name in CONFIGURATIONS if arguments.only in name]
     print(HEADER, flush=True)
-    outcome = run(arguments.number, list(CONFIGURATIONS), arguments.seed)
-    bad = sum(r.differences + r.unreadable for r in outcome)
-    print(f"\n{sum(r.kills for r in outcome)} kills, {bad} differences or unreadable checkpoints")
+    outcome = run(arguments.number, names, arguments.seed)
+    bad = sum(len(r.differences) + r.unreadable + r.hung for r in outcome)
+    print(
+        f"\n{sum(r.kills for r in outcome)} kills and {sum(r.stops for r in outcome)} signals in "
+        f"{sum(r.sessions for r in outcome)} sessions: {bad} differences, unreadable checkpoints "
+        "or sessions that did not end"
+    )
     return int(bool(bad))
 
 

@@ -1,5 +1,6 @@
 """Training processes that are started to be killed."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -72,11 +73,31 @@ def wait(
 
 
 def kill(pids: Sequence[int]) -> None:
-    """SIGKILL the processes and their loaders."""
+    """SIGKILL the processes, those of them that are left, and their loaders."""
     for pid in pids:
         try:
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
-            os.kill(pid, signal.SIGKILL)  # not the leader of its group yet
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # not the leader of its group yet
     for pid in pids:
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def loaders_of(pid: int) -> list[int]:
+    """The loader workers of a training process of this machine; Linux."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return sorted(found)
+
+
+def kill_one(pid: int) -> bool:
+    """SIGKILL one process; whether it was there."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True

@@ -21,6 +21,7 @@ from typing import Any
 
 from config import Config
 from errors import UserError
+from outputs.console import say
 from tools.common import command
 from tools.tune.search import search
 from tools.tune.space import check_ends, read_space
@@ -92,8 +93,8 @@ def _print_results(study: Study) -> None:
     for name, value in study.values_of(best).items():
         print(f"  {name}: {format_value(value)}")
     plots = [folder / f"{name}.png" for name in ("history", "importance")]
-    print("plots:", ", ".join(str(path) for path in plots if path.exists()))
-    print(f"next: python main.py --config {folder / 'best.yaml'}")
+    say(f"plots: {', '.join(str(path) for path in plots if path.exists())}")
+    say(f"next: python main.py --config {folder / 'best.yaml'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

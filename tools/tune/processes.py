@@ -14,7 +14,7 @@ from typing import Any
 
 from config import Config, to_yaml
 from errors import OptionError
-from training.lock import LOCK_FILE, RunLock
+from training.lock import RunLock, holder_of
 
 MAIN = Path(__file__).resolve().parent.parent.parent / "main.py"
 PATIENCE = 120.0  # seconds in which a training must end after SIGTERM
@@ -98,7 +98,7 @@ def end_orphan(folder: Path) -> None:
     try:
         RunLock(folder).release()
     except OptionError:
-        holder = json.loads((folder / LOCK_FILE).read_text())
-        if holder["host"] == socket.gethostname():
+        holder = holder_of(folder)
+        if holder and holder["host"] == socket.gethostname():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(holder["pid"], signal.SIGTERM)

@@ -10,7 +10,9 @@ from typing import Any
 
 import config
 from config import Config
-from errors import UserError, did_you_mean
+from errors import UserError, did_you_mean, shown
+
+MOST_POINTS = 100_000  # of a grid
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Axis:
             raise UserError(f"{self.name}: --sampler grid needs choices, or a step")
         step = self.step or 1
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        if count > MOST_POINTS:
+            raise UserError(
+                f"{self.name}: a grid of {shown(count)} values, {MOST_POINTS:,} at most: raise its "
+                "step"
+            )
         return [self.low + i * step for i in range(count)]
 
 
@@ -79,7 +86,7 @@ def _axis(name: str, values: Any) -> Axis:
     if not config.is_option(name):
         known = [opt.name for opt in config.all_options()]
         hint = did_you_mean(name, known, otherwise="docs/options.md lists them")
-        raise UserError(f"unknown option {name!r}; {hint}")
+        raise UserError(f"unknown option {shown(name)}; {hint}")
     opt = config.by_name(name)
     if opt.transient or opt.name in ("plugin", "device"):
         raise UserError(f"{opt.name} is no part of a recipe and can't be searched")
@@ -116,7 +123,7 @@ def _range(opt: config.Option, values: Mapping[str, Any]) -> Axis:
     try:
         step = float(values["step"]) if "step" in values else None
     except (TypeError, ValueError):
-        raise UserError(f"{opt.name}: step must be a number, got {values['step']!r}") from None
+        raise UserError(f"{opt.name}: step must be a number, got {shown(values['step'])}") from None
     if not low < high or (step is not None and not 0 < step <= high - low):
         raise UserError(f"{opt.name}: low must be below high, and a step fit in between")
     if log and (low <= 0 or step is not None):
@@ -125,8 +132,11 @@ def _range(opt: config.Option, values: Mapping[str, Any]) -> Axis:
 
 
 def grid_points(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
-    """Every combination of the axes' values, the last axis changing first."""
-    for values in itertools.product(*(axis.grid() for axis in axes)):
+    """Every combination of the axes' values, the last axis changing first. Raises UserError."""
+    grids = [axis.grid() for axis in axes]
+    if (count := math.prod(map(len, grids))) > MOST_POINTS:
+        raise UserError(f"a grid of {count:,} points, {MOST_POINTS:,} at most: raise the steps")
+    for values in itertools.product(*grids):
         yield {axis.name: value for axis, value in zip(axes, values, strict=True)}
 
 

@@ -1,0 +1,91 @@
+"""What a run goes on from: odd states are refused before the weights change."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from config import resolve
+from errors import CheckpointError
+from optimization.optimizer import build_optimizer
+from optimization.schedule import build_schedule
+from optimization.state import Progress, TrainState
+
+
+def state(seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    options, model = resolve({}), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    schedule = build_schedule(options.schedule, lr=0.1, epochs=3, updates_per_epoch=5)
+    optimizer = build_optimizer(model, options.optim, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    return TrainState(model, optimizer, schedule, scaler, None, lambda module: module)
+
+
+def update(given: TrainState) -> None:
+    loss = given.model(torch.ones(2, 4)).square().mean()
+    given.scaler.scale(loss).backward()
+    given.scaler.step(given.optimizer)
+    given.scaler.update()
+
+
+@pytest.fixture
+def content() -> dict:
+    given = state(1)
+    update(given)
+    return copy.deepcopy(given.state_dict())
+
+
+def test_a_state_goes_on_as_it_was(content):
+    again, whole = state(2), state(1)
+    update(whole)
+    again.load_state_dict(content)
+    for each in (again, whole):
+        each.optimizer.zero_grad()
+        update(each)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+ODD = {
+    "its progress has an odd best": ("progress", "best", "high"),
+    "its progress has an odd epoch": ("progress", "epoch", 1.5),
+    "its progress has an odd step": ("progress", "step", True),
+    "its progress has an odd update": ("progress", "update", 2**63),
+    "its progress has an odd sampels": ("progress", "sampels", 1),
+    "its scaler has an odd scale": ("scaler", "scale", float("nan")),
+    "its scaler has an odd growth_interval": ("scaler", "growth_interval", True),
+    "its exp_avg of parameter 0 is odd": ("optimizer", "state", 0, "exp_avg", torch.zeros(7)),
+    "its state of parameter 1 is incomplete": ("optimizer", "state", 1, "exp_avg", "x"),
+    "its step of parameter 0 is odd": ("optimizer", "state", 0, "step", "x"),
+    "state of a parameter 9": ("optimizer", "state", 9, {}),
+    "its amsgrad is a str": ("optimizer", "param_groups", 0, "amsgrad", "x"),
+    "its lr is a list": ("optimizer", "param_groups", 0, "lr", [1]),
+    "0.weight is torch.int8": ("model", "0.weight", torch.zeros(3, 4, dtype=torch.int8)),
+}
+
+
+@pytest.mark.parametrize("words", ODD)
+def test_odd_states_are_refused_before_the_weights_change(content, words):
+    *path, name, value = ODD[words]
+    place = content
+    for key in path:
+        place = place[key]
+    place[name] = value
+    given = state(2)
+    before = copy.deepcopy(given.model.state_dict())
+    with pytest.raises(CheckpointError, match=words) as caught:
+        given.load_state_dict(content)
+    assert "\n" not in str(caught.value)
+    for key, weights in given.model.state_dict().items():
+        assert torch.equal(weights, before[key])
+
+
+def test_an_optimiser_without_its_moments(content):
+    del content["optimizer"]["state"][1]["exp_avg_sq"]
+    with pytest.raises(CheckpointError, match="its state of parameter 1 is incomplete"):
+        state(2).load_state_dict(content)
+
+
+def test_progress_of_older_checkpoints_lacks_what_is_newer():
+    assert Progress.of({"epoch": 3, "best": 50}) == Progress(epoch=3, best=50)
