@@ -31,6 +31,7 @@ POLL = 0.5  # seconds between two looks
 GRACE = 3.0  # seconds that a process has to notice by itself that another one is gone
 WARN = 60.0  # seconds of silence that are worth a warning
 _FEWEST = 6  # looks: a busy machine lets a process wait for so long
+_GONE = 8  # looks without a sign of life of a process that isn't there any more
 WATCHED = 8  # processes whose signs of life one process looks for
 FAILED = "watch/failed"
 _SHOWN = 4  # processes in a message
@@ -252,7 +253,11 @@ class Watch:
                 return
             looks = {**self._silent, self._home: silent} if silent else self._silent
             self._warn_of(looks)
-            lost = [who for who, count in looks.items() if count >= self._limit]
+            lost = [
+                who
+                for who, count in looks.items()
+                if count >= self._limit or (count >= _GONE and self._is_gone(who))
+            ]
             if not lost:
                 continue
             failure = self._silence(lost[0])
@@ -272,9 +277,21 @@ class Watch:
 
     def _silence(self, who: int | str) -> dict[str, Any]:
         """The failure that a process, or where the store is, gives no sign of life."""
+        if self._is_gone(who):
+            line = f"lost contact: {self._name(who)} is gone; killed, or out of memory?"
+            return {"line": f"{line} {_GO_ON}", "code": 1}
         why = self._why(who) or "frozen, or its machine?"
         line = f"{self._name(who)} has given no sign of life for {self.timeout:g} s"
         return {"line": f"{line} (--dist-timeout): {why} {_GO_ON}", "code": 1}
+
+    def _is_gone(self, who: int | str) -> bool:
+        """Whether ``who`` is a process of this machine that has ended.
+
+        Of one that still gives signs of life, from a container with numbers of its own, it says
+        nothing.
+        """
+        peer = None if isinstance(who, str) else self.peers[who]
+        return peer is not None and peer.here and not process_runs(peer.pid)
 
     def _warn_of(self, looks: Mapping[int | str, int]) -> None:
         """Say once of whom there has been no sign for a while; of many who wait, one says it."""

@@ -18,7 +18,7 @@ from tools.torture.processes import wait
 SECONDS = 3  # of silence
 
 
-def watching(log: Path, world: int = 2) -> list[int]:
+def watching(log: Path, world: int = 2, seconds: float = SECONDS) -> list[int]:
     """Forked processes that watch each other through a store in the first one, and do nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def watching(log: Path, world: int = 2) -> list[int]:
         store.set(f"pid/{rank}", str(os.getpid()))
         known = [int(store.get(f"pid/{r}")) for r in range(world)]
         peers = [Peer(r, socket.gethostname(), pid) for r, pid in enumerate(known)]
-        Watch(Meeting(store, peers, 0), Processes(rank, world), SECONDS)
+        Watch(Meeting(store, peers, 0), Processes(rank, world), seconds)
         log.with_name(f"{log.name}.{rank}").touch()
         time.sleep(300)
         os._exit(0)
@@ -68,3 +68,18 @@ def test_who_freezes_is_named_and_who_all_freeze_go_on(tmp_path):
         for pid in (groups[0][0], groups[1][1], *together):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def test_who_is_killed_before_any_exchange_is_noticed(tmp_path):
+    """No exchange breaks then; whoever waits for the dead one must not wait for the time limit."""
+    left, killed = watching(tmp_path / "log", seconds=600)
+    try:
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        assert wait([left], time.monotonic() + 60) == [1]
+        text = (tmp_path / "log").read_text()
+        name = rf"process 1 \(host .*, pid {killed}\)"
+        assert re.search(rf"error: lost contact: {name} is gone; .*--resume auto", text), text
+    except BaseException:
+        os.kill(left, signal.SIGKILL)
+        raise
