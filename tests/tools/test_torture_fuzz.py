@@ -41,7 +41,7 @@ def harm(given, folder):
     if given == 4:
         time.sleep(60)
     if given == 5:
-        b"." * (40 << 20)
+        b"." * (100 << 20)
     if given == 6:
         raise SystemExit(0)
 

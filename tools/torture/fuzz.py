@@ -9,6 +9,7 @@ bound. Each kind of failure is kept with its smallest input below ``--out``.
 
 import argparse
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -213,6 +214,8 @@ def run(
 ) -> list[Result]:
     """Attack the targets with ``number`` inputs in all, in several ``processes`` at once."""
     results = {target.name: Result(target.name) for target in targets}
+    # What is freed in a forked process would hide as much that it takes.
+    gc.collect()
     with tempfile.TemporaryDirectory() as temporary:
         waiting = _jobs(targets, number, seed, Path(temporary), out)
         at_work: list[_Job] = []
