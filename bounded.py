@@ -20,7 +20,8 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 _HANDED = re.compile(r"/(dev|proc/self)/(stdin|fd/\d+)")
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows translates line ends without it
+# A pipe that nobody writes to would hold whoever opens it. Windows translates line ends in text.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def size_text(count: int) -> str:
@@ -39,11 +40,16 @@ def opened(path: Path | str, most: int) -> Iterator[IO[bytes]]:
     it is read.
     """
     check(path, most)
-    # Non-blocking: what lies there may have become a pipe in the meantime.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    # What lies there may have become a pipe in the meantime.
+    descriptor = open_at_once(path)
     with open(descriptor, "rb") as file:
         _check(os.fstat(descriptor), most, path)
         yield file
+
+
+def open_at_once(path: str | os.PathLike[str]) -> int:
+    """A descriptor for reading what lies at ``path``, which isn't waited for. Raises OSError."""
+    return os.open(path, _FLAGS)
 
 
 def check(path: Path | str, most: int) -> None:

@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from bounded import open_at_once
+
 MOST_FILE_BYTES = 1 << 30
 BYTES_PER_PIXEL = 12  # of memory that decoding takes at most, for each pixel of the limit
 MOST_SLOW_BYTES = 16 << 20  # of what Pillow reads byte by byte, at a second or more per MB
@@ -74,10 +76,8 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         BadImageError: it is a pipe, a device, or anything but a file of at most MOST_FILE_BYTES.
         OSError: it can't be opened.
     """
-    # A pipe that nobody writes to would hold whoever opens it.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        handle = os.open(path, flags)
+        handle = open_at_once(path)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise BadImageError("a socket or device, not an image file") from None

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import main
 from checkpointing.folder import load_newest
-from tools.torture import processes
+from tools.torture import comparing, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("amber", "blue", "crimson")
@@ -47,15 +47,13 @@ def train(images: Path, folder: Path, *more: str) -> int:
     return main.main(arguments(images, folder, *more))
 
 
+# The records of a log.txt, without what differs between two runs of the same options.
+logged = comparing.log_of
+
+
 def newest(folder: Path) -> dict[str, Any]:
     """The newest checkpoint of ``folder``."""
     return load_newest(folder)[1]
-
-
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """The records of log.txt, without what differs between two runs of the same options."""
-    lines = (folder / "log.txt").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "epoch_seconds"} for line in lines]
 
 
 # --- interfering with a run ---------------------------------------------------------------------

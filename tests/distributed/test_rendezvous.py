@@ -18,6 +18,8 @@ from runs import (
     train_together,
 )
 
+from tools.torture.processes import free_port
+
 
 def run(images: Path, folder: Path, *options: str, world: int = 2, **variables: str) -> tuple:
     """Exit codes of ``world`` processes, and what they printed."""
@@ -27,12 +29,6 @@ def run(images: Path, folder: Path, *options: str, world: int = 2, **variables: 
         world,
         **variables,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -13,16 +13,14 @@ import torch.distributed as dist
 
 from distributed.processes import Processes
 from distributed.watch import Meeting, Peer, Watch, first_beat
-from tools.torture.processes import wait
+from tools.torture.processes import free_port, wait
 
 SECONDS = 3  # of silence
 
 
 def watching(log: Path, world: int = 2, seconds: float = SECONDS) -> list[int]:
     """Forked processes that watch each other through a store in the first one, and do nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(world):
         if pid := os.fork():

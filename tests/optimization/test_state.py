@@ -6,27 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from config import resolve
 from errors import CheckpointError
-from optimization.optimizer import build_optimizer
-from optimization.schedule import build_schedule
 from optimization.state import Progress, TrainState
+from tools.torture.targets.checkpoints import state_of, update
 
 
 def state(seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
-    options, model = resolve({}), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    schedule = build_schedule(options.schedule, lr=0.1, epochs=3, updates_per_epoch=5)
-    optimizer = build_optimizer(model, options.optim, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    return TrainState(model, optimizer, schedule, scaler, None, lambda module: module)
-
-
-def update(given: TrainState) -> None:
-    loss = given.model(torch.ones(2, 4)).square().mean()
-    given.scaler.scale(loss).backward()
-    given.scaler.step(given.optimizer)
-    given.scaler.update()
+    return state_of(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Runs of several processes: the same as one process of as many images, whoever starts them."""
 
 import re
-import socket
 
 import pytest
 from runs import (
@@ -17,6 +16,7 @@ from runs import (
 )
 
 import main
+from tools.torture.processes import free_port
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SGD = (*PLAIN, "--epochs", "2", "--opt", "sgd", "--no-model-ema")
@@ -59,9 +59,7 @@ def slurm_variables(rank: int, **more: str) -> dict[str, str]:
 
 
 def test_two_tasks_of_slurm_meet_by_its_variables(images, alone, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     argv = arguments(images, tmp_path, *SGD)
     tasks = [
         start_process(argv, **slurm_variables(rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))

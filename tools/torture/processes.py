@@ -15,6 +15,13 @@ import torch
 import main
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start(
     argv: Sequence[str], world: int, log: Path, environment: Mapping[str, str] | None = None
 ) -> list[int]:
@@ -23,9 +30,7 @@ def start(
     Forking spares each session the seconds that importing torch takes. ``environment`` is added to
     that of the processes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(world):
         pid = os.fork()

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import training.run
 from tools.common import command
 from tools.torture.kills import make_images
-from tools.torture.processes import kill, start, wait
+from tools.torture.processes import free_port, kill, start, wait
 
 PRELOADED = training.run  # imported here, so that not each process has to
 LIMIT = 5.0  # seconds for a disagreement
@@ -255,9 +254,7 @@ class Ground:
         environment: Callable[[int], Mapping[str, str]] = lambda rank: {},
     ) -> list[int]:
         """Start ``world`` processes; each writes to a log of its own."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         pids = []
         for rank in range(world):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}

@@ -53,8 +53,8 @@ def _config() -> config.Config:
     return config.resolve({"model": _MODEL, "input_size": _SIZE, "amp": "fp16"})
 
 
-def _state(model: nn.Module) -> TrainState:
-    """As a run has it."""
+def state_of(model: nn.Module) -> TrainState:
+    """As a run has it, with a loss scaler."""
     options = _config()
     schedule = build_schedule(options.schedule, lr=0.1, epochs=3, updates_per_epoch=_UPDATES)
     optimizer = build_optimizer(model, options.optim, lr=0.1)
@@ -62,7 +62,8 @@ def _state(model: nn.Module) -> TrainState:
     return TrainState(model, optimizer, schedule, scaler, None, lambda module: module)
 
 
-def _update(state: TrainState) -> None:
+def update(state: TrainState) -> None:
+    """One step on a batch of ones, (2, 4)."""
     loss = state.model(torch.ones(2, 4)).square().mean()
     state.scaler.scale(loss).backward()
     state.scaler.step(state.optimizer)
@@ -75,8 +76,8 @@ def _content(kind: str) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Linear(4, 3)
-        state = _state(model)
-        _update(state)
+        state = state_of(model)
+        update(state)
         if kind != "state":
             model = models.build_model(_MODEL, len(_NAMES), input_size=_SIZE)
         return state.state_dict() | {
@@ -150,7 +151,7 @@ def _resume(content: dict[str, Any], folder: Path) -> None:
         torch.save(content, folder / f"checkpoint-000{number}.pth")
     options = _config().replace("--resume", resume="auto")
     start = find_start(options, folder)
-    state = _state(nn.Linear(4, 3))
+    state = state_of(nn.Linear(4, 3))
     data = SimpleNamespace(
         class_names=_NAMES,
         split={"seed": 0, "held_out": None, "train": 40},
@@ -169,7 +170,7 @@ def _resume(content: dict[str, Any], folder: Path) -> None:
         raise
     state.schedule.rate(state.progress.update)
     name_of(state.state_dict())
-    _update(state)
+    update(state)
 
 
 # --- files ----------------------------------------------------------------------------------------
