@@ -75,8 +75,12 @@ class _Lingering:
             return
         self.lingers = True
         self._on_close()
-        if self._transport.can_write_eof():
-            self._transport.write_eof()  # once all is written
+        try:
+            if self._transport.can_write_eof():
+                self._transport.write_eof()  # once all is written
+        except OSError:  # the client has reset the connection, which asyncio is yet to see
+            self._transport.abort()
+            return
         self._transport.resume_reading()
 
     def is_closing(self) -> bool:
