@@ -28,7 +28,7 @@ lint: .venv/test
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: requirements-test.txt .venv/core
+.venv/test: $(wildcard requirements-*.txt) .venv/core
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

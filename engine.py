@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from augmentation.batch import Plan
 from distributed.processes import in_step, world_size
-from distributed.wrapping import flag_like, is_sharded, no_sync
+from distributed.wrapping import is_sharded, no_sync
 from optimization.clipping import clip_gradients
 from optimization.counts import Counts, Evaluation, RealCounts
 from optimization.freezing import set_mode
 from optimization.groups import classifier_parameters
+from optimization.guard import Guard
 from optimization.meter import Meter
-from optimization.optimizer import optimizer_supports_found_inf
 from optimization.state import TrainState
 from pipeline.clock import Clock
 from pipeline.dataset import Batch
@@ -208,7 +208,7 @@ def train_one_epoch(
             step += 1
             if not completes:
                 continue
-            _update(state, reporter.meter, settings, start, statistics)
+            _update(state, reporter.meter, reporter.guard, settings, start, statistics)
             reporter.after_update(step)
             request = hooks.request()
             if request is StepRequest.SAVE:
@@ -236,6 +236,12 @@ class _Reporter:
         self.steps = steps
         self.copies = copies
         self.meter = Meter(settings.device)
+        self.guard = Guard(
+            state.optimizer,
+            state.scaler,
+            sticky=settings.on_nonfinite != "skip",
+            waits=settings.device.type != "cuda",
+        )
         self.clock = Clock(warm_up=not state.warm)
         self.world = world_size()
         self._read_at = self.progress.update
@@ -266,6 +272,7 @@ class _Reporter:
             return
         self._read_at = self.progress.update
         bad, bad_step, bad_update = self.meter.read_into(self.progress)
+        self.guard.settle()
         if bad and self.settings.on_nonfinite != "skip":
             raise NonFinite(bad_step, bad_update)
         if bad:
@@ -340,15 +347,16 @@ def _begin_window(
 def _update(
     state: TrainState,
     meter: Meter,
+    guard: Guard,
     settings: StepSettings,
     step: int,
     statistics: list[tuple[Tensor, Tensor]],
 ) -> None:
     """Clip, check, step the optimiser and the moving average."""
-    optimizer, scaler, progress = state.optimizer, state.scaler, state.progress
-    state.schedule.apply(optimizer, progress.update)
-    if scaler:
-        scaler.unscale_(optimizer)
+    progress = state.progress
+    state.schedule.apply(state.optimizer, progress.update)
+    if state.scaler:
+        state.scaler.unscale_(state.optimizer)
     norm = clip_gradients(
         state.model.parameters(),
         settings.clip_grad,
@@ -356,35 +364,14 @@ def _update(
         spared=classifier_parameters(state.model) if settings.clip_mode == "agc" else (),
     )
     sticky = settings.on_nonfinite != "skip"
-    bad = meter.check(norm, step, progress.update, sticky=sticky, scaled=scaler is not None)
-    _step_optimizer(optimizer, scaler, bad)
+    bad = meter.check(norm, step, progress.update, sticky=sticky, scaled=state.scaler is not None)
+    guard.step(bad)
     if not sticky:
         for buffer, before in statistics:
             buffer.copy_(torch.where(bad, before, buffer))
     if state.ema:
         state.ema.step(progress.update)
     progress.update += 1
-
-
-def _step_optimizer(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, bad: Tensor
-) -> None:
-    """Update the weights, unless ``bad`` (a bool on the device) says to leave that out."""
-    if scaler:
-        # The scaler waits for the device anyway, and must not adapt to a loss that is not finite.
-        if not bool(bad):
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            scaler.update(scaler.get_scale())
-    elif optimizer_supports_found_inf(optimizer):
-        # The fused kernels look at this flag on the device, so the host needn't wait for it.
-        first = optimizer.param_groups[0]["params"][0]
-        optimizer.found_inf = flag_like(bad.to(torch.float32), first)
-        optimizer.step()
-        del optimizer.found_inf
-    elif not bool(bad):
-        optimizer.step()
 
 
 # --- evaluation -----------------------------------------------------------------------------------

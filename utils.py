@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ except ImportError:  # not a Unix
     resource = None
 
 
+@lru_cache(maxsize=64, typed=True)  # the same for many images in a row
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on all ``parts`` and on nothing else.
 

@@ -8,6 +8,7 @@ What is drawn is a function of (seed, epoch, position) alone, as everywhere, but
 that gives a whole batch its numbers at once; the distributions are timm's.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from augmentation.draws import Draws, between
 from augmentation.erasing import draws_per_image, erase, noise_table, random_boxes
 from augmentation.pixel_ops import GEOMETRY, LEVELS
 from augmentation.policy import KINDS, ON_DEVICE, Policy
-from augmentation.protocol import Plan, StoreTransform, Transform
+from augmentation.protocol import Parts, Plan, StoreTransform, Transform
 from augmentation.transforms import (
     SMALL,
     Preprocessing,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 CROP, FLIP, POLICY, JITTER, ERASE = range(5)
 KERNEL = 12
 
+# Levels that a CPU works on at a time, so that its caches hold them: two images of 224 pixels.
+CHUNK = 2 * 3 * 224**2
+
 # Operations and arguments of one layer, (B,) each.
 Layer = tuple[np.ndarray, np.ndarray]
 
@@ -66,7 +70,7 @@ class Normalise:
         """One of the tensors that don't change, on ``device``."""
         value = self._constants[name]
         if value.device != device:
-            value = self._constants[name] = value.to(device)
+            value = self._constants[name] = value.to(device, non_blocking=True)
         return value
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,9 +80,12 @@ class Normalise:
 
     def __call__(self, images: Tensor, plan: Plan | None = None) -> Tensor:
         """``plan`` is for those that augment too."""
-        values = images.to(torch.float32).div_(255)
-        values.sub_(self.constant("mean", images.device))
-        return values.div_(self.constant("std", images.device))
+        mean, std = (self.constant(name, images.device) for name in ("mean", "std"))
+        values = torch.empty_like(images, dtype=torch.float32)
+        at_once = _at_once(images)
+        for part, result in zip(images.split(at_once), values.split(at_once), strict=True):
+            result.copy_(part).div_(255).sub_(mean).div_(std)
+        return values
 
 
 class BatchAugment(Normalise, StoreTransform):
@@ -88,6 +95,7 @@ class BatchAugment(Normalise, StoreTransform):
     """
 
     decode_as = "tensor"
+    takes_parts = True
     by_batch = True
 
     def __init__(self, preprocessing: Preprocessing, options: "AugmentOptions", seed: int) -> None:
@@ -96,6 +104,7 @@ class BatchAugment(Normalise, StoreTransform):
         self.seed = seed
         self.background = preprocessing.background
         self.size = preprocessing.input_size
+        self.least = self.size if options.jpeg_scaling == "on" else None
         self.pads = self.size <= SMALL or options.src
         self.margin = margin(self.size)
         self.policy = None
@@ -116,30 +125,26 @@ class BatchAugment(Normalise, StoreTransform):
 
     # --- on the host, per image ------------------------------------------------------------------
 
-    def apply(self, image: Tensor, epoch: int, position: int) -> Tensor:
+    def apply(self, image: Tensor | Parts, epoch: int, position: int) -> Tensor:
         """The crop: uint8 (3, H, W) to uint8 (3, S, S)."""
+        image = image if isinstance(image, Parts) else Parts(image)
         draws = self._draws(CROP, epoch, np.array([position]), 2 * ATTEMPTS + 3)
         options, size = self.options, self.size
         interpolation = options.train_interpolation
         if interpolation == "random":
             interpolation = "bilinear" if draws.uniform()[0] < 0.5 else "bicubic"
         if self.pads:
-            if self._grows_huge(image):
-                return self._window(image, interpolation, draws)
-            image = self.padded(resize_short_side(image, size, interpolation))
+            if self._grows_huge(image.size):
+                return self._window(image.whole().pixels, interpolation, draws)
+            image = self.padded(resize_short_side(image, size, interpolation, self.least))
             top, left = random_offsets(draws, image.shape[1] - size, image.shape[2] - size)
             return image[:, top[0] : top[0] + size, left[0] : left[0] + size]
-        top, left, height, width = random_rectangle(
-            draws, *image.shape[1:], options.scale, options.ratio
-        )
-        return resize(
-            image[:, top : top + height, left : left + width], (size, size), interpolation
-        )
+        box = random_rectangle(draws, *image.size, options.scale, options.ratio)
+        return resize(image.part(box, self.least), (size, size), interpolation)
 
-    def _grows_huge(self, image: Tensor) -> bool:
-        """Whether uint8 (3, H, W) is too narrow to be resized as a whole."""
-        size = image.shape[2], image.shape[1]
-        return not is_made_whole(size, short_side(size, self.size))
+    def _grows_huge(self, size: Sequence[int]) -> bool:
+        """Whether an image of this height and width is too narrow to be resized as a whole."""
+        return not is_made_whole(size[::-1], short_side(size[::-1], self.size))
 
     def _window(self, image: Tensor, interpolation: str, draws: Draws) -> Tensor:
         """The crop of an image that grows huge, with Pillow's filters."""
@@ -164,10 +169,12 @@ class BatchAugment(Normalise, StoreTransform):
         alike = self.options.train_interpolation != "random"
         return self if self.pads and alike else None
 
-    def keep(self, image: Tensor) -> Tensor:
-        if self._grows_huge(image):
-            return image
-        return resize_short_side(image, self.size, self.options.train_interpolation)
+    def keep(self, image: Tensor | Parts) -> Tensor:
+        image = image if isinstance(image, Parts) else Parts(image)
+        if self._grows_huge(image.size):
+            return image.whole().pixels
+        interpolation = self.options.train_interpolation
+        return resize_short_side(image, self.size, interpolation, self.least)
 
     def padded(self, images: Tensor) -> Tensor:
         """(…, 3, H, W) with its margin: black around small images, mirrored in ``src``."""
@@ -249,7 +256,9 @@ class BatchAugment(Normalise, StoreTransform):
 
     @torch.no_grad()
     def alter(self, images: Tensor, plan: Plan) -> Tensor:
-        """Flips and the policy: uint8 to new uint8 images."""
+        """Flips and the policy: uint8 to uint8 images, new ones if there is anything to do."""
+        if not (plan.flips.any() or plan.kinds.any()):
+            return images
         images = flipped(images, plan.flips)
         arguments = torch.from_numpy(plan.arguments).to(images.device, non_blocking=True)
         for layer in range(plan.kinds.shape[1]):
@@ -265,35 +274,49 @@ class BatchAugment(Normalise, StoreTransform):
     ) -> None:
         """Do ``kind`` to the images ``which``, (B,) bool, in place."""
         if kind in LEVELS:
-            index = _index(which, images.device)
-            images[index] = LEVELS[kind](images[index], arguments[index])
+            _change(images, which, lambda part, index: LEVELS[kind](part, arguments[index]))
             return
-        fill = self.constant("fill", images.device)
+        operation, fill = GEOMETRY[kind], self.constant("fill", images.device)
         for smooth in (False, True):
-            chosen = which & (cubic == smooth)
-            if chosen.any():
-                index = _index(chosen, images.device)
-                images[index] = GEOMETRY[kind](images[index], arguments[index], smooth, fill)
+            _change(
+                images,
+                which & (cubic == smooth),
+                lambda part, index, smooth=smooth: operation(part, arguments[index], smooth, fill),
+            )
 
 
 def flipped(images: Tensor, flips: np.ndarray) -> Tensor:
     """Images flipped left to right and upside down, (B, 2) bool; always new ones."""
     images = images.clone()
     for axis, flip in zip((3, 2), flips.T, strict=True):
-        if not flip.any():
-            continue
-        if images.device.type == "cpu":
-            pixels = images.numpy()
-            pixels[flip] = np.flip(pixels[flip], axis)
-        else:
-            index = _index(flip, images.device)
-            images[index] = images[index].flip(axis)
+        _change(images, flip, lambda part, _, axis=axis: part.flip(axis))
     return images
 
 
-def _index(mask: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers of the images in ``mask``; the device isn't waited for."""
-    return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
+def _change(
+    images: Tensor, which: np.ndarray, operation: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Put what ``operation`` makes of the images ``which``, (B,) bool, in their place.
+
+    It takes images and their numbers, both on the images' device, which isn't waited for.
+    """
+    chosen = np.flatnonzero(which)
+    if images.device.type != "cpu":
+        if len(chosen):
+            index = torch.from_numpy(chosen).to(images.device, non_blocking=True)
+            images[index] = operation(images[index], index)
+        return
+    # NumPy copies an image whole, where torch's index goes from level to level.
+    pixels, at_once = images.numpy(), _at_once(images)
+    for start in range(0, len(chosen), at_once):
+        part = chosen[start : start + at_once]
+        pixels[part] = operation(torch.from_numpy(pixels[part]), torch.from_numpy(part)).numpy()
+
+
+def _at_once(images: Tensor) -> int:
+    """How many of the images to work on at a time."""
+    size = images[0].numel() if len(images) and images.device.type == "cpu" else 0
+    return max(1, CHUNK // size if size else len(images))
 
 
 def supports(options: "AugmentOptions") -> bool:

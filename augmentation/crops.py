@@ -4,21 +4,26 @@ Randomness comes in as ``Draws``, the places of the crops go out: what is drawn 
 with it stay apart.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from augmentation.draws import Draws, between
+from augmentation.protocol import Box, Cut, Parts
+from augmentation.windows import short_side
 
 ATTEMPTS = 10  # tries at a rectangle that fits, as in timm and torchvision
 
 
 def random_rectangle(
     draws: Draws, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
-) -> tuple[int, int, int, int]:
+) -> Box:
     """Top, left, height and width of the random resized crop of one image (arXiv:1409.4842).
 
     Args:
@@ -27,15 +32,17 @@ def random_rectangle(
         scale: least and greatest share of the image's area.
         ratio: least and greatest width of the crop over its height.
     """
-    area = height * width * between(draws.uniform(ATTEMPTS)[0], *scale)
-    aspect = np.exp(between(draws.uniform(ATTEMPTS)[0], *np.log(ratio)))
-    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = np.flatnonzero((widths <= width) & (heights <= height) & (widths > 0) & (heights > 0))
-    place = draws.uniform(2)[0]
-    if len(fits):
-        crop_h, crop_w = int(heights[fits[0]]), int(widths[fits[0]])
-        top, left = int(place[0] * (height - crop_h + 1)), int(place[1] * (width - crop_w + 1))
-        return top, left, crop_h, crop_w
+    numbers = draws.uniform(2 * ATTEMPTS + 2)[0].tolist()
+    flattest, steepest = map(math.log, ratio)
+    down, right = numbers[2 * ATTEMPTS :]
+    # Mostly the first one fits: plain numbers take less time than arrays of so few.
+    for share, slope in zip(numbers[:ATTEMPTS], numbers[ATTEMPTS : 2 * ATTEMPTS], strict=True):
+        area = height * width * between(share, *scale)
+        aspect = math.exp(between(slope, flattest, steepest))
+        crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < crop_h <= height and 0 < crop_w <= width:
+            top, left = int(down * (height - crop_h + 1)), int(right * (width - crop_w + 1))
+            return top, left, crop_h, crop_w
     # The middle, as near to the allowed ratios as it can be.
     least, most = ratio
     crop_h = height if width / height >= least else round(width / least)
@@ -84,15 +91,30 @@ def _take_on_host(
     return torch.from_numpy(result)
 
 
-def resize(image: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
-    """uint8 (3, H, W) to (3, *size), antialiased; interpolation "bilinear" or "bicubic"."""
+def resize(cut: Cut, size: Sequence[int], interpolation: str) -> Tensor:
+    """To uint8 (3, *size), antialiased; interpolation "bilinear" or "bicubic"."""
+    if cut.inner is not None:
+        return pil_to_tensor(resize_by_pillow(cut, size, Image.Resampling[interpolation.upper()]))
+    image = cut.pixels
     if tuple(image.shape[1:]) == tuple(size):
         return image
     return F.interpolate(image[None], size=tuple(size), mode=interpolation, antialias=True)[0]
 
 
-def resize_short_side(image: Tensor, size: int, interpolation: str) -> Tensor:
-    """uint8 (3, H, W) with a short side of ``size`` pixels; the long one as torchvision's."""
-    height, width = image.shape[1:]
-    long = int(size * max(height, width) / min(height, width))
-    return resize(image, (size, long) if height <= width else (long, size), interpolation)
+def resize_by_pillow(cut: Cut, size: Sequence[int], resample: Image.Resampling) -> Image.Image:
+    """An RGB image of ``size`` (height, width), from places between pixels too."""
+    image = Image.fromarray(np.ascontiguousarray(cut.pixels.permute(1, 2, 0).numpy()))
+    if image.size == tuple(size[::-1]) and cut.inner is None:
+        return image
+    return image.resize(tuple(size[::-1]), resample, cut.inner)
+
+
+def resize_short_side(
+    image: Parts, size: int, interpolation: str, least: int | None = None
+) -> Tensor:
+    """uint8 (3, H, W) with a short side of ``size`` pixels; the long one as torchvision's.
+
+    ``least``: the image may be decoded at a part of its size, as of ``Parts``.
+    """
+    width, height = short_side(image.size[::-1], size)
+    return resize(image.whole(least), (height, width), interpolation)

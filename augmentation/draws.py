@@ -1,9 +1,13 @@
 """Random numbers of a batch: a function of (seed, epoch, position) and what they are for."""
 
+import math
+from typing import TypeVar
+
 import numpy as np
 
 from utils import derive_seed
 
+Share = TypeVar("Share", float, np.ndarray)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -23,7 +27,7 @@ def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
     return (_mix(start[:, None] + places) >> np.uint64(11)) * 2.0**-53
 
 
-def between(share: np.ndarray, low: float, high: float) -> np.ndarray:
+def between(share: Share, low: float, high: float) -> Share:
     """``share`` (0 to 1) of the way from ``low`` to ``high``."""
     return low + (high - low) * share
 
@@ -46,7 +50,7 @@ class Draws:
 
     def uniform(self, *shape: int) -> np.ndarray:
         """(B, *shape), in [0, 1)."""
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         taken = self.values[:, self.used : self.used + count]
         if taken.shape[1] < count:
             raise ValueError(f"more than {self.values.shape[1]} numbers were drawn")

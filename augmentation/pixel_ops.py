@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from augmentation import host
+
 RED, GREEN, BLUE = 0.299, 0.587, 0.114  # ITU-R 601-2, as Pillow's mode L
 BLUR_REACH = 6  # pixels: three std of the widest blur, 2 pixels
 
@@ -21,9 +23,19 @@ def _each(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether NumPy does what torch is slow at (``host``)."""
+    return x.device.type == "cpu"
+
+
+def _to_bytes(x: Tensor) -> Tensor:
+    """Floats from 0 to 255, cut off."""
+    return host.to_bytes(x) if on_host(x) else x.to(torch.uint8)
+
+
 def _to_levels(x: Tensor) -> Tensor:
     """Floats as Pillow stores them: limited, then cut off."""
-    return x.clamp_(0, 255).to(torch.uint8)
+    return _to_bytes(x.clamp_(0, 255))
 
 
 def _blend(other: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
@@ -49,16 +61,18 @@ def posterize(x: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:
     """Invert the levels from ``threshold`` (0 to 256) on."""
-    return torch.where(x < _each(threshold.to(torch.int16)), x, 255 - x)
+    limit = _each(threshold.to(torch.int16))
+    return host.inverted_from(x, limit) if on_host(x) else torch.where(x < limit, x, 255 - x)
 
 
 def solarize_add(x: Tensor, add: Tensor) -> Tensor:
     """Add ``add`` (at most 128) to the levels below 128."""
-    return x + _each(add.to(torch.uint8)) * (x < 128)
+    # Without a comparison: the highest bit of a level says whether it is below 128.
+    return x + _each(add.to(torch.uint8)) * (1 - (x >> 7))
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return _to_levels(x * _each(factor))
+    return _to_levels(x.float().mul_(_each(factor)))
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
@@ -72,44 +86,43 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with a smoothed image; the border stays as it is."""
-    values = x.float()
-    rows = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
-    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    smooth = values.clone()
-    inner = smooth[..., 1:-1, 1:-1]
+    values = x.to(torch.int16)
+    rows = (values[..., :-2, :] + values[..., 1:-1, :]).add_(values[..., 2:, :])
+    around = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
+    inner = values[..., 1:-1, 1:-1]
     # Pillow's SMOOTH filter: a 3×3 of ones with a 5 in the middle, over 13.
-    inner.mul_(4).add_(around).div_(13).add_(0.5).floor_()
-    return _blend(smooth, values, factor)
+    smooth = around.add_(inner, alpha=4).float().div_(13).add_(0.5).floor_()
+    result = x.clone()
+    result[..., 1:-1, 1:-1] = _blend(smooth, inner, factor)
+    return result
 
 
 def autocontrast(x: Tensor, _: Tensor) -> Tensor:
-    """Stretch the levels of each channel to the whole range."""
-    values = x.float()
-    low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
-    scale = 255 / (high - low).clamp(min=1)
+    """Stretch the levels of each channel to the whole range; a flat one stays as it is."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)  # (n, 3, 1, 1)
+    flat = high == low
+    scale = 255 / (high - low).masked_fill_(flat, 255)
     # The small number makes up for products that fall just below a whole number.
-    stretched = _to_levels(values.sub_(low).mul_(scale).add_(1e-3))
-    return torch.where(high > low, stretched, x)
+    return _to_levels(x.float().sub_(low.masked_fill(flat, 0)).mul_(scale).add_(1e-3))
 
 
 def _histograms(levels: Tensor) -> Tensor:
-    """(n, 3, P) int64 levels to (n, 3, 256) counts."""
-    n, channels, _ = levels.shape
-    if levels.device.type == "cpu":
-        # One count for all: each channel of each image has 256 bins of its own.
-        bins = 256 * n * channels
-        first = torch.arange(0, bins, 256).view(n, channels, 1)  # (n, 3, 1)
-        counts = torch.bincount((levels + first).flatten(), minlength=bins)
-        return counts.view(n, channels, 256)
-    # To count bins, a device would be waited for.
-    counts = torch.zeros(n, channels, 256, dtype=torch.int64, device=levels.device)
-    return counts.scatter_add_(2, levels, torch.ones_like(levels))
+    """Levels, (n, 3, P) uint8, to (n, 3, 256) counts; the device isn't waited for."""
+    if on_host(levels):
+        return host.histograms(levels)
+    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int64, device=levels.device)
+    return counts.scatter_add_(2, levels.long(), torch.ones_like(levels, dtype=torch.int64))
+
+
+def _look_up(table: Tensor, levels: Tensor) -> Tensor:
+    """The value in ``table``, (n, 3, 256) uint8, of each level, (n, 3, P) uint8."""
+    return host.look_up(table, levels) if on_host(levels) else table.gather(2, levels.long())
 
 
 def equalize(x: Tensor, _: Tensor) -> Tensor:
     """Make the histogram of each channel as flat as whole levels allow."""
     height, width = x.shape[2:]
-    levels = x.flatten(2).long()  # (n, 3, H·W)
+    levels = x.flatten(2)  # (n, 3, H·W)
     counts = _histograms(levels)
     # The last level that occurs doesn't count for the step.
     last = (counts > 0).long().mul_(torch.arange(256, device=x.device)).amax(2, keepdim=True)
@@ -117,11 +130,11 @@ def equalize(x: Tensor, _: Tensor) -> Tensor:
     before = counts.cumsum(2) - counts
     table = ((step // 2 + before) // step.clamp(min=1)).clamp_(max=255)
     table = torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8)
-    return table.gather(2, levels).view_as(x)  # (n, 3, H·W) to (n, 3, H, W)
+    return _look_up(table, levels).view_as(x)  # (n, 3, H·W) to (n, 3, H, W)
 
 
 def grey(x: Tensor, _: Tensor) -> Tensor:
-    return _luma(x).to(torch.uint8).expand_as(x)
+    return _to_bytes(_luma(x)).expand_as(x)
 
 
 def blur(x: Tensor, std: Tensor) -> Tensor:
@@ -148,26 +161,21 @@ def blur(x: Tensor, std: Tensor) -> Tensor:
 Geometry = Callable[[Tensor, Tensor, bool, Tensor], Tensor]
 
 
-def _taps(part: Tensor, cubic: bool) -> tuple[Tensor, ...]:
-    """Weights of the pixels −1, 0, 1, 2 around a place ``part`` (0 to 1) after pixel 0."""
-    if not cubic:
-        return torch.zeros_like(part), 1 - part, part, torch.zeros_like(part)
-    square, cube = part * part, part * part * part
-    # Pillow's cubic kernel has a = −1.
-    return 2 * square - part - cube, 1 - 2 * square + cube, part + square - cube, cube - square
-
-
 def _shift_rows(x: Tensor, shift: Tensor, cubic: bool, fill: Tensor) -> Tensor:
     """Each row from ``shift`` (n, H) pixels further right."""
+    if on_host(x):
+        return host.shift_rows(x, shift, cubic, fill)
     n, channels, height, width = x.shape
     whole = shift.floor()
-    weights = [w[:, None, :, None] for w in _taps(shift - whole, cubic)]  # (n, 1, H, 1)
-    window = torch.arange(-1, width + 2, device=x.device)
-    index = (whole.long()[..., None] + window).clamp_(0, width - 1)  # (n, H, W + 3)
-    source = x.gather(3, index[:, None].expand(n, channels, height, width + 3)).float()
-    values = source[..., :width] * weights[0]
-    for tap in (1, 2, 3):
-        values.addcmul_(source[..., tap : tap + width], weights[tap])
+    weights = host.taps(shift - whole, cubic)
+    first, last = min(weights), max(weights)
+    window = torch.arange(first, width + last, device=x.device)
+    index = (whole.long()[..., None] + window).clamp_(0, width - 1)[:, None]  # (n, 1, H, W + …)
+    source = x.gather(3, index.expand(n, channels, height, len(window))).float()
+    values = None
+    for tap, weight in weights.items():
+        part, weight = source[..., tap - first :][..., :width], weight[:, None, :, None]
+        values = part * weight if values is None else values.addcmul_(part, weight)
     place = torch.arange(width, device=x.device) + 0.5 + shift[..., None]  # (n, H, W)
     inside = ((place >= 0) & (place < width))[:, None]
     # Cut off like Pillow's, which doesn't see the 1e-3 that single precision may be off by.
@@ -175,6 +183,8 @@ def _shift_rows(x: Tensor, shift: Tensor, cubic: bool, fill: Tensor) -> Tensor:
 
 
 def _shift_columns(x: Tensor, shift: Tensor, cubic: bool, fill: Tensor) -> Tensor:
+    if on_host(x):
+        return host.shift_columns(x, shift, cubic, fill)
     moved = _shift_rows(x.transpose(2, 3), shift, cubic, fill)
     return moved.transpose(2, 3).contiguous()
 
@@ -201,6 +211,8 @@ def translate_y(x: Tensor, pixels: Tensor, cubic: bool, fill: Tensor) -> Tensor:
 
 def rotate(x: Tensor, degrees: Tensor, cubic: bool, fill: Tensor) -> Tensor:
     """Counter-clockwise around the middle."""
+    if on_host(x):
+        return host.rotate(x, degrees, cubic, fill)
     _, _, height, width = x.shape
     angle = degrees * (-math.pi / 180)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]

@@ -2,7 +2,8 @@
 
 An image is made in four steps: the loader decodes it as ``decode_as`` says, ``apply`` makes a
 tensor of it, ``plan`` draws what is left to do with a batch of them, and the device does that
-(``BatchAugment`` and ``Normalise`` are called with images and plan).
+(``BatchAugment`` and ``Normalise`` are called with images and plan). Where the device is the CPU,
+whoever makes the batch does the greater part of it (``alter``).
 
 What is drawn is a function of (seed, epoch, position) alone, so a batch is the same for every
 number of workers and after a resume.
@@ -40,11 +41,51 @@ class Plan(NamedTuple):
         return self._replace(flips=none, kinds=self.kinds[:, :0])
 
 
+Box = tuple[int, int, int, int]
+"""Top, left, height and width of a part of an image, in pixels."""
+
+
+class Cut(NamedTuple):
+    """A part of an image."""
+
+    pixels: Tensor
+    """uint8 (3, H, W)."""
+    inner: tuple[float, float, float, float] | None = None
+    """Where in ``pixels`` it lies, left, top, right and bottom, if it was decoded at a part of its
+    size; None: it is all of them."""
+
+
+class Parts:
+    """An image of which parts are asked for; here one that is decoded, uint8 (3, H, W)."""
+
+    size: tuple[int, int]
+    """Height and width in pixels, of the upright image."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+        self.size = pixels.shape[1], pixels.shape[2]
+
+    def part(self, box: Box, least: int | None = None) -> Cut:
+        """A part of the upright image.
+
+        ``least``: it may be decoded at a part of its size, as long as both sides keep so many
+        pixels; None: as it is.
+        """
+        top, left, height, width = box
+        return Cut(self.pixels[:, top : top + height, left : left + width])
+
+    def whole(self, least: int | None = None) -> Cut:
+        """All of the image, as of :meth:`part`."""
+        return self.part((0, 0, *self.size), least)
+
+
 class Transform:
     """How the images of a data set become tensors."""
 
     decode_as: Literal["PIL", "tensor"] = "PIL"
     """What ``apply`` takes: an RGB Pillow image, or uint8 (3, H, W)."""
+    takes_parts: bool = False
+    """Whether ``apply`` takes ``Parts`` too, and asks for what it needs of an image alone."""
     background: str = "white"
     """What transparent images are decoded on, as of ``pipeline.decoding.decode``."""
     by_batch: bool = False
@@ -68,6 +109,10 @@ class Transform:
         None where each image has to be made by itself.
         """
         return None
+
+    def alter(self, images: Tensor, plan: Plan) -> Tensor:
+        """Do all of ``plan`` that leaves images uint8; ``plan.altered()`` is the rest."""
+        return images
 
 
 class StoreTransform(Transform):
@@ -98,7 +143,3 @@ class StoreTransform(Transform):
             positions: (B,), the places of the epoch that they take.
         """
         raise NotImplementedError
-
-    def alter(self, images: Tensor, plan: Plan) -> Tensor:
-        """Do all of ``plan`` that leaves images uint8; ``plan.altered()`` is the rest."""
-        return images

@@ -18,11 +18,16 @@ from timm.data.auto_augment import (
 )
 from timm.data.config import resolve_data_config
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from timm.data.transforms import (
+    RandomResizedCropAndInterpolation,
+    interp_mode_to_str,
+    str_to_pil_interp,
+)
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from augmentation.protocol import StoreTransform, Transform
+from augmentation.crops import resize_by_pillow
+from augmentation.protocol import Parts, StoreTransform, Transform
 from augmentation.windows import Size, centre, long_side, short_side, window
 from config import DROP, background_colour
 from errors import CheckpointError, OptionError
@@ -176,19 +181,49 @@ class PaddedRandomCrop:
     Draws and pixels are those of torchvision's ``Resize`` and ``RandomCrop``.
     """
 
-    def __init__(self, size: int, interpolation: str, *, mirror: bool) -> None:
+    def __init__(
+        self, size: int, interpolation: str, *, mirror: bool, least: int | None = None
+    ) -> None:
         names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
-        self.size, self.margin = size, margin(size)
+        self.size, self.margin, self.least = size, margin(size), least
         self.filters = [pillow_filter(name) for name in names]
         self.fill = None if mirror else (0, 0, 0)
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image | Parts) -> Image.Image:
         resample = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
-        resized = short_side(image.size, self.size)
+        parts = image if isinstance(image, Parts) else None
+        resized = short_side(parts.size[::-1] if parts else image.size, self.size)
+        if parts:
+            cut = parts.whole(self.least)
+            as_it_is = cut.pixels.shape[1:] if cut.inner is None else resized[::-1]
+            image = resize_by_pillow(cut, as_it_is, resample)
         room = [length + 2 * self.margin - self.size + 1 for length in resized]
         top, left = (int(torch.randint(0, room[axis], (1,))) for axis in (1, 0))
         corner = left - self.margin, top - self.margin
         return window(image, resized, corner, self.size, resample, self.fill)
+
+
+class RandomResizedCrop:
+    """timm's random resized crop of an image that may not be decoded yet: its draws and pixels.
+
+    ``least``: the crop may be decoded at a part of its size, as of ``Parts``.
+    """
+
+    def __init__(self, size: int, options: "AugmentOptions", least: int | None) -> None:
+        self.crop = RandomResizedCropAndInterpolation(
+            size, options.scale, options.ratio, options.train_interpolation
+        )
+        self.least = least
+
+    def __call__(self, image: Image.Image | Parts) -> Image.Image:
+        if not isinstance(image, Parts):
+            return self.crop(image)
+        sized = torch.empty(3, *image.size, device="meta")  # timm asks for nothing but the size
+        box = self.crop.get_params(sized, self.crop.scale, self.crop.ratio)
+        filters = self.crop.interpolation
+        chosen = random.choice(filters) if isinstance(filters, tuple | list) else filters
+        resample = Image.Resampling[interp_mode_to_str(chosen).upper()]
+        return resize_by_pillow(image.part(box, self.least), self.crop.size, resample)
 
 
 def margin(size: int) -> int:
@@ -236,6 +271,8 @@ class TrainTransform(Transform):
     policy (``aa``) takes its place, except for the policy "3a".
     """
 
+    takes_parts = True
+
     def __init__(
         self, preprocessing: Preprocessing, options: "AugmentOptions", seed: int = 0
     ) -> None:
@@ -264,11 +301,11 @@ class TrainTransform(Transform):
         )
         self.resplit = options.resplit
 
-    def __call__(self, image: Image.Image, erase: bool = True) -> torch.Tensor:
+    def __call__(self, image: Image.Image | Parts, erase: bool = True) -> torch.Tensor:
         tensor = self.augment(image)
         return self.erasing(tensor) if erase and self.erasing.probability > 0 else tensor
 
-    def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
+    def apply(self, image: Image.Image | Parts, epoch: int, position: int) -> torch.Tensor:
         erase = not (self.resplit and position % NUM_REPEATS == 0)
         with _host_generators(derive_seed(self.seed, "sample", epoch, position)):
             return self(image, erase=erase)
@@ -288,19 +325,17 @@ def _host_generators(seed: int) -> Iterator[None]:
 
 
 def _crop(size: int, options: "AugmentOptions") -> list[Callable]:
+    least = size if options.jpeg_scaling == "on" else None
+    interpolation = options.train_interpolation
     if size <= SMALL:
         logger.info(
             "input of %d pixels: padded random crop in place of the random resized crop", size
         )
-        return [PaddedRandomCrop(size, options.train_interpolation, mirror=False)]
+        return [PaddedRandomCrop(size, interpolation, mirror=False, least=least)]
     if options.src:
         # DeiT III, "simple random crop"
-        return [PaddedRandomCrop(size, options.train_interpolation, mirror=True)]
-    return [
-        RandomResizedCropAndInterpolation(
-            size, options.scale, options.ratio, options.train_interpolation
-        )
-    ]
+        return [PaddedRandomCrop(size, interpolation, mirror=True, least=least)]
+    return [RandomResizedCrop(size, options, least)]
 
 
 def _to_tensor(preprocessing: Preprocessing) -> Callable:
@@ -315,6 +350,7 @@ class CentreCrop(StoreTransform):
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
         self.background = preprocessing.background
         self.size = preprocessing.input_size
         self.side = preprocessing.resized_side

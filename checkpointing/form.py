@@ -231,13 +231,20 @@ def check_options(source: object, options: Mapping[str, Any]) -> None:
                 ) from None
 
 
-def _is_plain(value: Any, kinds: tuple[type, ...] = _PLAIN) -> bool:
-    """Whether a value is of these types, or lists and tables of such."""
+def _is_plain(value: Any, kinds: tuple[type, ...] = _PLAIN, seen: set[int] | None = None) -> bool:
+    """Whether a value is of these types, or lists and tables of such.
+
+    ``seen`` are lists and tables that were looked at: a short file may have lists of the same ones.
+    """
+    if not isinstance(value, Mapping | list | tuple):
+        return isinstance(value, kinds)
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return True  # or this has ended already
+    seen.add(id(value))
     if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v, kinds) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v, kinds) for v in value)
-    return isinstance(value, kinds)
+        return all(isinstance(k, str) and _is_plain(v, kinds, seen) for k, v in value.items())
+    return all(_is_plain(v, kinds, seen) for v in value)
 
 
 def _is_count(value: Any) -> bool:

@@ -163,8 +163,8 @@ class DataOptions:
     data_set: str = option(
         "IMNET",
         "IMNET (folders train/ and val/, one subfolder per class), CIFAR10, CIFAR100 (or CIFAR), "
-        "MNIST, FMNIST, INAT, INAT19, CSV, DIGITS (bundled), or one of timm's readers: "
-        "wds/NAME, hfds/NAME, tfds/NAME",
+        "MNIST, FMNIST, INAT, INAT19, CSV, DIGITS (bundled), raw/NAME (pixels of tools.data pack), "
+        "or one of timm's readers: wds/NAME, hfds/NAME, tfds/NAME",
     )
     image_root: str = option(
         "", "CSV: folder that its paths are relative to (default: where the file is)"
@@ -256,10 +256,28 @@ class DataOptions:
         "space for copies of remote shards, 10⁹ bytes; the least recently used are removed",
         above=0,
     )
-    cache: Literal["auto", "none", "ram", "device"] = option(
+    cache: Literal["auto", "none", "ram", "device", "disk"] = option(
         "auto",
-        "keep decoded images in host memory or on the device (auto: small images of one size); "
-        "the pixels are the same",
+        "keep decoded images in host memory, on the device (auto: small images of one size; the "
+        "pixels are the same) or in a file on disk, where training images are smaller: see "
+        "--cache-side",
+    )
+    cache_side: int | Literal["auto"] = option(
+        "auto",
+        "--cache disk: short side in pixels that training images are kept with, if theirs is "
+        "longer; 0: as they are (auto: 8/7 of the input's, 256 for 224)",
+        low=0,
+    )
+    cache_dir: str = option(
+        "",
+        "--cache disk: folder of the files, on a local disk (default: decoded-images in ~/.cache)",
+        transient=True,
+    )
+    cache_gb: float = option(
+        100,
+        "--cache disk: space for the files in that folder, 10⁹ bytes; the least recently used are "
+        "removed, what doesn't fit is read from the image files",
+        above=0,
     )
 
     # Order and preprocessing.
@@ -315,6 +333,11 @@ class AugmentOptions:
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = option(
         "bicubic", "interpolation when training images are resized"
+    )
+    jpeg_scaling: Literal["on", "off"] = option(
+        "on",
+        "decode training images from JPEG files at 1/2, 1/4 or 1/8 where the crop keeps at least "
+        "the input's size",
     )
     augment_on: Literal["auto", "cpu", "device"] = option(
         "auto",

@@ -162,11 +162,18 @@ ON_RESUME = (
     OnResume(
         "taken anew",
         (
-            *("color_jitter", "aa", "train_interpolation", "augment_on", "ThreeAugment"),
-            *("src", "scale", "ratio", "hflip", "vflip", "reprob", "remode", "recount", "resplit"),
+            *("color_jitter", "aa", "train_interpolation", "jpeg_scaling", "augment_on"),
+            *("ThreeAugment", "src", "scale", "ratio", "hflip", "vflip"),
+            *("reprob", "remode", "recount", "resplit"),
             *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
         ),
         "from here on",
+    ),
+    OnResume(
+        "taken anew",
+        ("cache", "cache_side"),
+        "of the session, but for `disk`: with it, training images come from smaller ones from here "
+        "on",
     ),
     OnResume(
         "taken anew",
@@ -188,7 +195,8 @@ ON_RESUME = (
             *("config", "print_config", "output_dir", "resume", "eval", "device", "plugin"),
             *("deterministic", "grad_checkpointing", "channels_last", "compile", "compile_mode"),
             *("talking_heads", "on_bad_image", "eval_batch_size", "num_workers"),
-            *("loader_timeout", "pin_mem", "shard_cache", "shard_cache_gb", "cache"),
+            *("loader_timeout", "pin_mem", "shard_cache", "shard_cache_gb"),
+            *("cache_dir", "cache_gb"),
             *("class_map", "valid_labels", "real_labels", "max_image_pixels"),
             *("print_epoch", "log_interval", "tensorboard", "tb_histograms", "tb_graph"),
             *("distributed", "dist_url", "dist_eval", "dist_timeout", "dist_start_timeout"),

@@ -202,14 +202,18 @@ def _check_same_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, Any]) -
     own = scaler.state_dict()
     for name in own:
         value = saved.get(name)
-        if not (type(value) is type(own[name]) and math.isfinite(value)) or value < 0:
+        # The scaler keeps them as float32 and int32.
+        most = 2**31 - 1 if isinstance(own[name], int) else torch.finfo(torch.float32).max
+        if type(value) is not type(own[name]) or not 0 <= value <= most:
             raise CheckpointError(f"its scaler has an odd {name}")
 
 
 def _is_like(value: Any, own: Any) -> bool:
     """Whether a value may stand in the place of another one: both numbers, or of one type."""
     numbers = [_is_number(x) or (isinstance(x, Tensor) and x.numel() == 1) for x in (value, own)]
-    return all(numbers) or None in (value, own) or type(value) is type(own)
+    if own is None:
+        return value is None or isinstance(value, bool) or numbers[0]
+    return all(numbers) or value is None or type(value) is type(own)
 
 
 def _is_number(value: Any, kind: Any = float) -> bool:

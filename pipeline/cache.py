@@ -3,7 +3,8 @@
 Images of one size whose crop moves whole pixels (CIFAR's kind, ``--src``) are kept as one uint8
 tensor, in host memory or on the device, and leave it by the batch, without workers
 (``CachedLoader``). Others are kept as they are (``MemorySource``) and take the usual way. In both
-cases the model sees the pixels it would have seen without a cache.
+cases the model sees the pixels it would have seen without a cache, but for crops of large JPEG
+files that would have been decoded at a part of their size (``--jpeg-scaling``).
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ import torch
 
 from augmentation.protocol import Plan, StoreTransform
 from errors import OptionError
-from pipeline.dataset import Batch
-from pipeline.decoding import DECODERS, decode_tensor
+from pipeline.dataset import Batch, opened
+from pipeline.decoding import decode_tensor
 from pipeline.loader import Loader
 from pipeline.memory import MemorySource, Store, check_memory, is_small, read_all
 
@@ -53,8 +54,7 @@ def apply_cache(
     if transform is None:
         decoded = read_all(dataset, lambda image: decode_tensor(image, background), visible)
     else:
-        read = DECODERS[transform.decode_as]
-        decoded = read_all(dataset, lambda image: transform.keep(read(image, background)), visible)
+        decoded = read_all(dataset, lambda image: transform.keep(opened(image, transform)), visible)
     if transform is not None and decoded.in_one_size(transform.size):
         there = device if where == "device" else torch.device("cpu")
         images = transform.padded(decoded.stacked().to(there))

@@ -9,7 +9,12 @@ import torch
 
 from augmentation.protocol import Plan, Transform
 from errors import DataError, first_names, printable
-from pipeline.decoding import DECODERS, lacks_file_handles, naming_lack_of_memory
+from pipeline.decoding import (
+    DECODERS,
+    lacks_file_handles,
+    naming_lack_of_memory,
+    open_parts,
+)
 from pipeline.limits import BadImageError, limit_pixels, most_pixels
 from pipeline.sources.base import Drawn, Source, Subset, image_numbers
 from pipeline.sources.registry import open_source
@@ -144,7 +149,7 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
             self.progress.begin(index)
             try:
                 encoded, target = self.source.read(index)
-                image = DECODERS[self.transform.decode_as](encoded, self.transform.background)
+                image = opened(encoded, self.transform)
                 with naming_lack_of_memory():
                     tensor = self.transform.apply(image, key.epoch, key.position)
             except (BadImageError, OSError) as error:
@@ -160,6 +165,16 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
     def plan(self, epoch: int, positions: np.ndarray) -> Plan | None:
         """What is left to do with the images at these positions; None: at most to normalise."""
         return self.transform.plan(epoch, positions)
+
+
+def opened(encoded: Any, transform: Transform) -> Any:
+    """What a source has read of an image, as ``transform.apply`` takes it.
+
+    Raises BadImageError, and OSError as ``pipeline.decoding.decode`` does.
+    """
+    if transform.takes_parts:
+        return open_parts(encoded, transform.background, transform.decode_as)
+    return DECODERS[transform.decode_as](encoded, transform.background)
 
 
 def build_dataset(
@@ -192,6 +207,23 @@ def build_dataset(
     source = open_source(is_train, data, seed=seed, classes=classes)
     if held_out is not None and isinstance(source, Drawn):
         source = source.as_held_out(held_out.numpy())
+    return _dataset(source, is_train, data)
+
+
+def build_parts(
+    data: "DataOptions", *, seed: int, held_out: torch.Tensor | None = None
+) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the validation part, as :func:`build_dataset` gives each.
+
+    A set of which a share is held out is read once for both.
+    """
+    train = build_dataset(True, data, seed=seed, held_out=held_out)
+    if isinstance(train.source, Drawn):
+        return train, _dataset(train.source.other_part(), False, data)
+    return train, build_dataset(False, data, seed=seed, held_out=held_out)
+
+
+def _dataset(source: Source, is_train: bool, data: "DataOptions") -> ImageDataset:
     if not len(source):
         raise DataError(
             f"{data.data_set}: the {'training' if is_train else 'validation'} part is empty"

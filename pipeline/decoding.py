@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,13 +16,20 @@ from PIL.ExifTags import Base as Tag
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.MpoImagePlugin import MpoImageFile
-from torchvision.io import ImageReadMode, decode_jpeg
 
+from augmentation.protocol import Box, Cut, Parts
 from config import DROP, background_colour
 from errors import lacks_host_memory, os_error_text
+from pipeline import jpeg
 from pipeline.formats import FORMATS, open_image
-from pipeline.headers import JPEG, check_exif, check_jpeg
-from pipeline.limits import BadImageError, most_pixels, open_regular, too_many_pixels
+from pipeline.headers import JPEG, Frame, check_exif, check_jpeg
+from pipeline.limits import (
+    BadImageError,
+    check_regular,
+    most_pixels,
+    open_regular,
+    too_many_pixels,
+)
 
 # By the number that EXIF has for how the camera was held.
 _TURNS = {
@@ -158,55 +166,99 @@ def _keep_within_limit(image: Image.Image) -> None:
         raise too_many_pixels(f"a JPEG of {width:,}×{height:,} pixels")
 
 
-def decode_tensor(image: Any, background: str = "white") -> torch.Tensor:
+def decode_tensor(
+    image: Any, background: str = "white", short_side: int | None = None
+) -> torch.Tensor:
     """As ``decode``, to uint8 (3, H, W); JPEG files take a shorter way to the same pixels.
+
+    Args:
+        image, background: as of ``decode``.
+        short_side: at least so many pixels of the short side are needed: a JPEG file may come at
+            a half, a quarter or an eighth of its sides (rounded up), which takes less time.
 
     Raises BadImageError, and OSError as ``decode`` does.
     """
+    opened = open_parts(image, background)
     with naming_lack_of_memory():
-        if isinstance(image, str | os.PathLike):
-            try:
+        return opened.whole(short_side).pixels if isinstance(opened, Parts) else opened
+
+
+def open_parts(image: Any, background: str = "white", form: str = "tensor") -> Any:
+    """An image of which parts can be had: ``JpegParts``, or one that is decoded already.
+
+    Args:
+        image, background: as of ``decode``.
+        form: of ``DECODERS``, how images that are no ordinary JPEG files are decoded.
+
+    Raises BadImageError, and OSError as ``decode`` does.
+    """
+    if form == "tensor" and _is_rgb_array(image):
+        return torch.from_numpy(image).permute(2, 0, 1)
+    with naming_lack_of_memory():
+        try:
+            if isinstance(image, str | os.PathLike):
                 with open_regular(image) as file:
-                    return _tensor_of(file, background)
-            except OSError as error:
-                raise _bad_image(error) from None
-        if isinstance(image, io.BytesIO):
-            return _tensor_of(image, background)
-        return _channels_first(decode(image, background))
+                    return _parts_of(file, background, form)
+            if isinstance(image, io.BufferedReader):  # as the package of Hugging Face opens files
+                check_regular(os.fstat(image.fileno()))
+            if isinstance(image, io.BufferedReader | io.BytesIO):
+                return _parts_of(image, background, form)
+        except OSError as error:
+            raise _bad_image(error) from None
+        return _in_form(decode(image, background), form)
 
 
-def _tensor_of(file: BinaryIO, background: str) -> torch.Tensor:
-    """``decode_tensor`` of a file."""
+def _is_rgb_array(image: Any) -> bool:
+    """Whether it is an array that torch takes as it is."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        return False
+    return image.ndim == 3 and image.shape[2] == 3 and image.flags.writeable
+
+
+def _parts_of(file: BinaryIO, background: str, form: str) -> Any:
+    """``open_parts`` of a file."""
     file.seek(0)
     if file.read(len(JPEG)) == JPEG:
         file.seek(0)
         content = file.read()
-        tensor = _decode_jpeg(content)
-        if tensor is not None:
-            return tensor
+        frame = check_jpeg(content)
+        if frame is not None and 0 < frame.width * frame.height <= most_pixels():
+            return JpegParts(content, frame, background)
         file = io.BytesIO(content)
-    return _channels_first(decode(file, background))
+    return _in_form(decode(file, background), form)
 
 
-def _decode_jpeg(content: bytes) -> torch.Tensor | None:
-    """uint8 (3, H, W), or None where Pillow had better look at it (damaged, odd, CMYK, huge).
+def _in_form(image: Image.Image, form: str) -> Any:
+    return image if form == "PIL" else _channels_first(image)
 
-    Raises BadImageError as ``headers.check_jpeg``.
-    """
-    frame = check_jpeg(content)
-    if frame is None or not 0 < frame.width * frame.height <= most_pixels():
-        return None
-    with warnings.catch_warnings():
-        # That it will move to another package, and that bytes can't be written to.
-        warnings.simplefilter("ignore")
-        encoded = torch.frombuffer(content, dtype=torch.uint8)
-        try:
-            image = decode_jpeg(encoded, ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-        except RuntimeError:
-            return None
-    if image.shape[0] == 1:
-        return image.expand(3, -1, -1)
-    return image if image.shape[0] == 3 else None
+
+class JpegParts(Parts):
+    """Parts of a JPEG file with an ordinary header; nothing is decoded before one is asked for."""
+
+    def __init__(self, content: bytes, frame: Frame, background: str) -> None:
+        self.content = content
+        self.frame = frame
+        self.background = background
+        sides = (frame.height, frame.width)
+        self.size = sides[::-1] if frame.turn >= 5 else sides
+
+    def part(self, box: Box, least: int | None = None) -> Cut:
+        """See ``Parts``. Raises BadImageError."""
+        turn = self.frame.turn
+        factor = 1 if least is None else jpeg.factor_for(*box[2:], least)
+        top, left, height, width = (x / factor for x in jpeg.as_stored(box, *self.size, turn))
+        rows = slice(int(top), math.ceil(top + height))
+        columns = slice(int(left), math.ceil(left + width))
+        pixels = jpeg.decode(self.content, self.frame, factor, rows.stop)
+        if pixels is None:
+            return Parts(_channels_first(decode(self.content, self.background))).part(box)
+        cut = np.ascontiguousarray(jpeg.upright(pixels[rows, columns], turn))
+        inner = None
+        if factor > 1:
+            place = top - rows.start, left - columns.start, height, width
+            top, left, height, width = jpeg.as_upright(place, *cut.shape[:2], turn)
+            inner = left, top, left + width, top + height
+        return Cut(torch.from_numpy(cut).permute(2, 0, 1), inner)
 
 
 def _channels_first(image: Image.Image) -> torch.Tensor:

@@ -55,6 +55,12 @@ class Frame(NamedTuple):
     components: int
     at_once: bool
     """One scan holds all there is, so that decoding needs the memory of a few rows."""
+    height_at: int = 0
+    """Where the two bytes of the height are."""
+    scan_at: int = 0
+    """Where the first scan begins."""
+    turn: int = 0
+    """EXIF's orientation, 1 to 8; 0 for none."""
 
 
 def check_jpeg(content: bytes) -> Frame | None:
@@ -93,12 +99,10 @@ def check_jpeg(content: bytes) -> Frame | None:
             break
         if marker in _SOF:
             certain = certain and frame is None and length >= 8
-            frame = _frame(content[place + 4 : place + 10], marker)
+            frame = _frame(content[place + 4 : place + 10], marker, place + 5)
         elif marker == 0xE1 and content.startswith(_EXIF, place + 4):
             exif.append(content[place + 10 : place + 2 + length])
         elif marker == 0xE1:  # XMP, where Pillow looks for the orientation as well
-            # Torchvision takes any such segment for EXIF data, whatever it begins with.
-            certain = certain and content[place + 12 : place + 14] not in (b"*\0", b"\0*")
             xmp = xmp or content.find(b"Orientation", place, place + 2 + length) >= 0
         place += 2 + length
     else:
@@ -107,6 +111,7 @@ def check_jpeg(content: bytes) -> Frame | None:
     certain = certain and len(exif) <= 1 and turn is not None and not (xmp and turn == 0)
     if frame is None:
         return None
+    frame = frame._replace(scan_at=place, turn=turn or 0)
     in_scan = content[place + 4] if place + 4 < len(content) else 0
     if not frame.at_once or in_scan < frame.components:
         frame = frame._replace(at_once=False)
@@ -114,11 +119,11 @@ def check_jpeg(content: bytes) -> Frame | None:
     return frame if certain else None
 
 
-def _frame(header: bytes, marker: int) -> Frame | None:
+def _frame(header: bytes, marker: int, height_at: int) -> Frame | None:
     if len(header) < 6:
         return None
     height, width, components = struct.unpack(">xHHB", header)
-    return Frame(width, height, components, at_once=marker not in _PROGRESSIVE)
+    return Frame(width, height, components, marker not in _PROGRESSIVE, height_at)
 
 
 def _check_scans(content: bytes, place: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import BatchSampler, Sampler
 
 from errors import DataError, OptionError, Stopped, first_line, os_error_text
+from pipeline import jpeg
 from pipeline.dataset import Batch, ImageDataset, collate
 from pipeline.pool import NoBatchError, WorkerLostError, WorkerPool
 from pipeline.workers import WorkerProgress
@@ -39,6 +40,9 @@ class LoaderSettings:
     """Of the global generators of the workers, which a plug-in's data set may draw from."""
     timeout: float = 0
     """Seconds to wait for a batch of the workers; 0 waits for ever."""
+    alter: bool = False
+    """Whether whoever makes a batch also does all of its plan that leaves images uint8: where the
+    model is on the CPU, that is work for the workers."""
 
 
 class TooFewImagesError(OptionError):
@@ -111,9 +115,11 @@ class Loader:
 
     def introduction(self) -> str:
         """Where images come from, for the log."""
-        kept = self.dataset.source.bytes_in_memory
-        memory = f", {kept / 2**20:.1f} MiB of images in ram" if kept else ""
-        return f"{self.num_workers} workers{memory}"
+        source = self.dataset.source
+        parts = [f"{self.num_workers} workers", source.kept()]
+        if not (source.decoded or jpeg.is_fast()):
+            parts.append(f"JPEG files decoded by Pillow ({jpeg.HINT})")
+        return ", ".join(filter(None, parts))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -156,7 +162,8 @@ class Loader:
     def _start(self, done: int) -> Iterator[Batch]:
         """The batches of this pass after the first ``done``."""
         keys = itertools.islice(iter(self._batches), done, None)
-        make = _BatchMaker(self.dataset.watched_by(self._progress), self.settings.seed)
+        dataset = self.dataset.watched_by(self._progress)
+        make = _BatchMaker(dataset, self.settings.seed, self.settings.alter)
         if not self.num_workers:
             batches = map(make, keys)
             return map(_pinned, batches) if self._pins else batches
@@ -226,12 +233,17 @@ class _BatchMaker(NamedTuple):
 
     dataset: ImageDataset
     seed: int
+    alter: bool
 
     def __call__(self, keys: list[SampleKey], worker: int | None = None) -> Batch:
         self.dataset.progress.of_worker(worker)
         if worker is not None:
             seed_host(derive_seed(self.seed, "batch", keys[0].epoch, keys[0].position))
-        return collate([self.dataset[key] for key in keys], self.dataset.plan)
+        batch = collate([self.dataset[key] for key in keys], self.dataset.plan)
+        if not self.alter or batch.plan is None:
+            return batch
+        images = self.dataset.transform.alter(batch.images, batch.plan)
+        return batch._replace(images=images, plan=batch.plan.altered())
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -1,5 +1,6 @@
 """Decoded images in memory: as they are, or ready in one tensor; and whether they fit."""
 
+import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from errors import DataError, OptionError
 from pipeline.dataset import ImageDataset
@@ -45,6 +47,8 @@ class MemorySource(Source):
         targets: (N,) int64.
     """
 
+    decoded = True
+
     def __init__(
         self, source: Source, images: Sequence[torch.Tensor | None], targets: np.ndarray
     ) -> None:
@@ -74,6 +78,9 @@ class MemorySource(Source):
 
     def sample_id(self, index: int) -> str:
         return self.source.sample_id(index)
+
+    def kept(self) -> str:
+        return f"{self.bytes_in_memory / 2**20:.1f} MiB of images in ram"
 
 
 @dataclass
@@ -142,7 +149,7 @@ def read_all(
     return decoded
 
 
-def _probes(source: Source) -> np.ndarray:
+def probes(source: Source) -> np.ndarray:
     """Numbers of a few images from all over the source."""
     return np.linspace(0, len(source) - 1, min(PROBES, len(source))).astype(int)
 
@@ -153,17 +160,23 @@ def is_small(source: Source) -> bool:
     if isinstance(inner, ArraySource):
         side, sizes = max(inner.images.shape[1:3]), {inner.images.shape[1:3]}
     elif isinstance(inner, FileSource):
-        sizes = {_size_of(source.open(number)) for number in _probes(source)}
+        sizes = {size_of(source.open(number)) for number in probes(source)}
         side = max(max(size) for size in sizes)
     else:
         return False
     return len(sizes) == 1 and 0 < side <= SMALL_SIDE and len(source) * 3 * side**2 <= SMALL_SET
 
 
-def _size_of(path: str) -> tuple[int, int]:
+def size_of(image: Any) -> tuple[int, int]:
+    """Width and height of what ``Source.open`` gives, by its header; zeros where it has none."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    if isinstance(image, Image.Image):
+        return image.size
     try:
-        with open_image(path) as image:
-            return image.size
+        file = io.BytesIO(image) if isinstance(image, bytes) else image
+        with open_image(file) as opened:
+            return opened.size
     except Exception:  # Pillow raises almost anything; whoever reads the image says it
         return 0, 0
 
@@ -171,7 +184,7 @@ def _size_of(path: str) -> tuple[int, int]:
 def check_memory(source: Source) -> None:
     """Raise OptionError if a few images show that all of them won't fit."""
     sizes = []
-    for number in _probes(source):
+    for number in probes(source):
         try:
             sizes.append(decode_tensor(source.read(number)[0]).numel())
         except (BadImageError, OSError):

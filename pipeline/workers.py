@@ -17,6 +17,8 @@ from utils import cores
 
 BATCHES_AHEAD = 2  # batches that a worker makes ahead
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT, _LARGE = 256 << 20, 32 << 20  # bytes; glibc takes no larger _LARGE
 
 
 class _Row(NamedTuple):
@@ -40,8 +42,7 @@ class WorkerProgress:
     def begin(self, index: int) -> None:
         """This worker begins with the image ``index``."""
         if self._worker is not None:
-            row = (os.getpid(), index, time.monotonic())
-            self._table[self._worker] = torch.tensor(row, dtype=torch.float64)
+            self._table.numpy()[self._worker] = os.getpid(), index, time.monotonic()
 
     def end(self) -> None:
         """This worker is done with its image."""
@@ -68,6 +69,7 @@ class WorkerProgress:
 def init_worker(worker: int) -> None:
     """Set up a worker: one thread, and signals that only the main process acts on."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     die_with_parent()
     # Ctrl-C and SLURM's warnings go to every process; the main one decides what they mean.
     ignored = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -87,6 +89,16 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to take the memory of one image for the next, without the system in between.
+
+    By itself it soon gives memory back, and the system zeroes each page that is asked for anew.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def _exit_on_parents_sigterm() -> None:

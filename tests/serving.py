@@ -18,6 +18,7 @@ from runs import PATIENCE
 
 from tools.common import trained
 from tools.serve import app
+from tools.serve.nursery import Nursery
 from tools.serve.server import Server
 from tools.serve.service import Batching, Limits, Service
 
@@ -34,7 +35,12 @@ def opened(checkpoint) -> trained.Trained:
 def running(checkpoint, limits=LIMITS, monitor=None, **batching):
     """(service, port) of a server in a thread of this process."""
     service = Service(
-        opened(checkpoint), "pets", limits=limits, batching=Batching(**batching), drift=monitor
+        opened(checkpoint),
+        "pets",
+        Nursery(),
+        limits=limits,
+        batching=Batching(**batching),
+        drift=monitor,
     )
     server = Server(app.build_app(service), service)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -30,10 +30,12 @@ from distributed.processes import Processes
 from errors import UserError
 from loggers import duration
 from outputs.console import say
-from pipeline.dataset import build_dataset, findings
+from pipeline import jpeg
+from pipeline.dataset import build_parts, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.loader import TooFewImagesError
 from pipeline.workers import free_shared_memory, shared_memory_needed
+from samplers import SampleKey
 from tools.common import command
 from tools.common.stage import Trial, single_process
 from tools.common.timing import (
@@ -46,7 +48,7 @@ from tools.common.timing import (
 from training.batch_size import out_of_memory_advice, probe, train_with_largest_batch
 from training.build import total_epochs
 from training.data import loader_settings, worker_batch_bytes
-from training.outlook import few_images
+from training.outlook import few_images, large_images
 from training.plugins import import_plugins
 from training.resume import make_writable, output_folder, refuse_other_run
 from training.run import assemble
@@ -55,6 +57,8 @@ from training.trainer import DATA_WAIT
 from utils import cores
 
 SAMPLED = 32  # images of each part that are read, evenly spread
+MANY = 10_000  # images from which on it is said how fast they are found
+MOST_DECODING = 3.0  # seconds of a core
 LONG = 600  # seconds of a run from which on it is said what makes it shorter
 GIB = 2**30
 
@@ -104,6 +108,8 @@ def check_environment(run: PlannedRun) -> Iterator[str]:
         yield f"cuda:{number} {gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
     if run.config.run.device == "auto" and run.device.type == "cpu":
         yield "note: no GPU was found, training runs on the CPU"
+    if not jpeg.is_fast():
+        yield f"note: JPEG files are decoded by Pillow ({jpeg.HINT})"
 
 
 def check_shared_memory(run: PlannedRun) -> Iterator[str]:
@@ -146,10 +152,11 @@ def _temporarily(folder: Path) -> Iterator[None]:
 def check_data(run: PlannedRun) -> Iterator[str]:
     """Both parts are found, and images from all over them can be read."""
     import_plugins(run.config.run.plugin)
-    parts, bad, seconds = [], [], []
-    for name in ("train", "val"):
-        part = build_dataset(name == "train", run.config.data, seed=run.config.run.seed)
-        parts.append(part)
+    bad, seconds = [], []
+    began = time.monotonic()
+    parts = build_parts(run.config.data, seed=run.config.run.seed)
+    listed, images = time.monotonic() - began, sum(map(len, parts))
+    for name, part in zip(("train", "val"), parts, strict=True):
         yield f"{name}: {len(part)} images, {len(part.classes)} classes"
         count = min(SAMPLED, len(part))
         for index in np.linspace(0, len(part) - 1, count).round().astype(int).tolist():
@@ -159,6 +166,9 @@ def check_data(run: PlannedRun) -> Iterator[str]:
             except (BadImageError, OSError) as error:
                 bad.append(f"{part.sample_id(index)}: {error}")
             seconds.append(time.monotonic() - began)
+    if images >= MANY:
+        rate = images / listed
+        yield f"found in {listed:.2g} s, {rate:,.0f} images/s; once on each machine"
     yield f"{len(seconds)} images read, {1000 * np.mean(seconds):.1f} ms each"
     yield from (f"warning: {text}" for text in findings(*parts))
     if bad and run.config.data.on_bad_image == "error":
@@ -179,6 +189,25 @@ def check_model(run: PlannedRun) -> Iterator[str]:
         f"{run.config.model.model}: {summary.parameters / 1e6:.2f} M parameters, "
         f"{summary.macs / 1e9:.2f} GMACs; {trial.data.steps} steps per epoch"
     )
+
+
+def check_decoding(run: PlannedRun) -> Iterator[str]:
+    """What a worker does for an image, on one core, and what would spare it."""
+    data = run.built_trial().data
+    if data.train_loader.cached:
+        yield "not needed: images are kept decoded"
+        return
+    began, done = time.process_time(), 0
+    for index in np.linspace(0, len(data.train) - 1, min(SAMPLED, len(data.train))).astype(int):
+        done += data.train[SampleKey(int(index), 0, int(index))].image is not None
+        if time.process_time() - began > MOST_DECODING:
+            break
+    if not done:
+        raise SkippedCheck("images that can be read")
+    each = (time.process_time() - began) / done
+    yield f"{1000 * each:.2g} ms for each training image, {1 / each:,.0f} images/s per core"
+    if advice := large_images(run.config, data, each):
+        yield f"note: {advice}"
 
 
 def check_training(run: PlannedRun) -> Iterator[str]:
@@ -317,6 +346,7 @@ CHECKS: dict[str, Check] = {
     "output directory": check_folder,
     "data": check_data,
     "model": check_model,
+    "decoding": check_decoding,
     "training": check_training,
     "evaluation": check_evaluation,
     "checkpoint": check_checkpoint,

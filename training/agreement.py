@@ -34,13 +34,13 @@ from training.saving import versions
 log = logging.getLogger(__name__)
 
 # Options that may differ from machine to machine. What is found there is compared.
-PLACES = {"config", "data_path", "image_root", "shard_cache", "output_dir"}
+PLACES = {"config", "data_path", "image_root", "shard_cache", "cache_dir", "output_dir"}
 PLACES |= {"class_map", "valid_labels", "real_labels"}
 # Of these it is compared whether they are given.
 _FILES = {"resume", "finetune", "teacher_path"}
 # How the processes meet, which they have, and what each does for itself.
 _OWN = {"distributed", "world_size", "dist_url", "dist_start_timeout", "num_workers", "pin_mem"}
-_OWN |= {"download", "loader_timeout", "shard_cache_gb"}
+_OWN |= {"download", "loader_timeout", "shard_cache_gb", "cache_gb"}
 
 _CHUNK = 4096  # images whose names and labels make one digest
 _SPOTS = 4096  # images that are looked at where names aren't at hand

@@ -13,7 +13,7 @@ from pipeline.dataset import summarise_classes
 from training.bad_images import BAD_IMAGES_FILE
 from training.build import Parts, effective_batch, total_epochs
 from training.ending import way_on
-from training.outlook import few_images
+from training.outlook import few_images, large_images
 from training.saving import Saver
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def announce_start(parts: Parts, folder: Path) -> None:
         )
     for line in unused(config):
         log.warning("%s", line)
+    if parts.processes.is_main and (advice := large_images(config, data)):
+        log.warning("%s", advice)
     if not parts.state.progress.update:
         advice = few_images(config, data.train, parts.state.model, folder)
         if advice:

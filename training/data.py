@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +15,15 @@ from augmentation.protocol import Transform
 from augmentation.transforms import CentreCrop, Preprocessing
 from checkpointing.files import class_names_of, split_of
 from config import Config
-from distributed.processes import Processes, main_process_first
+from distributed.processes import Processes
+from distributed.sharing import once_per_machine
 from errors import OptionError
+from pipeline import jpeg
 from pipeline.cache import CachedLoader, apply_cache
-from pipeline.dataset import ImageDataset, build_dataset, findings
+from pipeline.dataset import ImageDataset, build_parts, findings
+from pipeline.disk_cache import GB, DiskOptions, disk_cached
 from pipeline.loader import Loader, LoaderSettings, TooFewImagesError
+from pipeline.sources.base import may_be_shared
 from pipeline.workers import auto_num_workers, batch_bytes, free_shared_memory, most_workers
 from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
 from utils import cores
@@ -72,8 +78,17 @@ class Data:
         """Where training images come from and are augmented."""
         source = self.train_loader.introduction()
         if self.train.transform.by_batch:
-            return f"{source}; augmented by the batch on {device}"
+            loader = self.train_loader
+            workers = loader.num_workers and loader.settings.alter
+            where = "in the workers" if workers else f"on {device}"
+            return f"{source}; augmented by the batch {where}"
         return f"{source}; augmented one by one on the host"
+
+    def news(self) -> Iterator[str]:
+        """What there is to say of images kept on disk since the last call, a sentence each."""
+        # Both parts may have filled the same folder, which is said once.
+        said = (text for part in (self.train, self.val) for text in part.source.news())
+        yield from dict.fromkeys(said)
 
     def ways_to_feed_faster(self, config: Config) -> list[str]:
         """What to change where the device waits for images, the easiest first."""
@@ -90,7 +105,10 @@ class Data:
             ways.append("--augment-on device")
         if not self.train_loader.cached:
             ways.append("--cache ram, if the decoded images fit")
-        ways.append("smaller files: python -m tools.data pack --short-side 256")
+        if not (self.train.source.decoded or jpeg.is_fast()):
+            ways.append(f"for JPEG files, {jpeg.HINT}")
+        if not self.train.source.decoded:
+            ways.append("smaller files: python -m tools.data pack --short-side 256")
         return ways
 
 
@@ -104,8 +122,7 @@ def build_sets(
     OptionError or DataError for what is wrong with the options or the files, for options that these
     sets can't fulfil, and for a ``--best-metric`` that this number of classes doesn't have.
     """
-    with main_process_first(processes):
-        train, val = (_part(is_train, config, resumed or {}) for is_train in (True, False))
+    train, val = read_once(config, processes, lambda: _parts(config, resumed or {}))
     seed, _ = split_of(resumed or {}, config.run.seed)
     split = {"seed": seed, "held_out": val.held_out, "train": len(train)}
     for text in findings(train, val):
@@ -133,13 +150,33 @@ def build_sets(
     return Sets(train, val, sampler, settings, steps, split)
 
 
-def _part(is_train: bool, config: Config, resumed: Mapping[str, Any]) -> ImageDataset:
-    """The training or validation part, drawn as in the run that is ``resumed``."""
+def read_once(
+    config: Config, processes: Processes, build: Callable[[], tuple[ImageDataset, ...]]
+) -> tuple[ImageDataset, ...]:
+    """The parts that ``build`` returns; the files are listed once on each machine.
+
+    Not once for all machines: whether theirs are the same is compared, not taken for granted.
+    """
+    try:
+        status = os.stat(os.path.expanduser(config.data.data_path))
+        folder = f"{status.st_dev} {status.st_ino}"
+    except (OSError, ValueError):  # an address, or nothing: building says it
+        folder = ""
+    return once_per_machine(
+        processes,
+        build,
+        (repr(config.data), os.getcwd(), folder),
+        shareable=lambda parts: all(may_be_shared(part.source) for part in parts),
+    )
+
+
+def _parts(config: Config, resumed: Mapping[str, Any]) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the validation part, drawn as in the run that is ``resumed``."""
     seed, before = split_of(resumed, config.run.seed)
-    part = build_dataset(is_train, config.data, seed=seed, held_out=before)
-    if before is None or part.held_out is None or class_names_of(resumed) != list(part.classes):
-        return part
-    gone = len(before) - int(torch.isin(before, part.held_out).sum())
+    train, val = build_parts(config.data, seed=seed, held_out=before)
+    if before is None or val.held_out is None or class_names_of(resumed) != list(val.classes):
+        return train, val
+    gone = len(before) - int(torch.isin(before, val.held_out).sum())
     if gone == len(before):
         raise OptionError(
             "data_path",
@@ -148,7 +185,7 @@ def _part(is_train: bool, config: Config, resumed: Mapping[str, Any]) -> ImageDa
         )
     if gone:
         log.warning("%d of the %d images that this run validates on are gone", gone, len(before))
-    return part
+    return train, val
 
 
 def build_data(
@@ -167,13 +204,18 @@ def build_data(
     if not config.run.overfit_batches:
         transform = build_train_transform(preprocessing, config.augment, config.run.seed)
     train = sets.train.with_transform(transform)
-    train_loader: Loader | CachedLoader = Loader(train, sets.sampler, sets.settings)
+    # A CPU that computes has no time left for what workers can do.
+    settings = replace(sets.settings, alter=device.type == "cpu")
+    train_loader: Loader | CachedLoader = Loader(train, sets.sampler, settings)
     val_loader: Loader | CachedLoader = build_val_loader(config, val, processes)
     cache = config.data.cache
     if config.run.overfit_batches and cache == "auto":
         cache = "none"  # labels or pixels that change from read to read are to show
-    train_loader = apply_cache(cache, train_loader, device=device, visible=processes.is_main)
-    val_loader = apply_cache(cache, val_loader, device=device, visible=processes.is_main)
+    keep = partial(apply_cache, cache, device=device, visible=processes.is_main)
+    if cache == "disk":
+        kept = _disk_options(config, preprocessing)
+        keep = partial(disk_cached, options=kept, visible=processes.is_main)
+    train_loader, val_loader = keep(train_loader), keep(val_loader)
     return Data(
         train=train_loader.dataset,
         val=val_loader.dataset,
@@ -185,6 +227,24 @@ def build_data(
         split=sets.split,
         prepare=transform if transform.by_batch else Normalise(preprocessing),
     )
+
+
+def kept_side(config: Config) -> int:
+    """Short side in pixels that ``--cache disk`` keeps training images with; 0: as they are."""
+    side = config.data.cache_side
+    return math.ceil(config.model.input_size * 8 / 7) if side == "auto" else side
+
+
+def _disk_options(config: Config, preprocessing: Preprocessing) -> DiskOptions:
+    """How ``--cache disk`` keeps images. Raises OptionError."""
+    data, needed = config.data, preprocessing.input_size
+    side = kept_side(config)
+    if 0 < side < needed:
+        raise OptionError(
+            "cache_side", f"{side} is less than the input's {needed} pixels: give more, or 0"
+        )
+    scaled = config.augment.jpeg_scaling == "on"
+    return DiskOptions(data.cache_dir, int(data.cache_gb * GB), side, scaled)
 
 
 def build_sampler(config: Config, train: ImageDataset, processes: Processes) -> EpochSampler:

@@ -25,7 +25,7 @@ from checkpointing.files import (
 )
 from checkpointing.folder import BEST, load_newest
 from config import CHECKPOINT, DEFAULT, Config
-from distributed.processes import Processes, main_process_first, on_main_process
+from distributed.processes import Processes, on_main_process
 from errors import DataError, OptionError
 from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, write_per_class
 from optimization.counts import Evaluation, RealCounts
@@ -35,7 +35,7 @@ from pipeline.progress import ProgressBar
 from pipeline.sources.registry import validation_classes
 from training.agreement import agree_on_data, agree_on_weights
 from training.build import build_model, compiled
-from training.data import build_val_loader
+from training.data import build_val_loader, read_once
 from training.image_options import asked_preprocessing
 from training.label_space import LabelSpace, ModelClasses, label_space, real_labels
 from training.resume import make_writable, output_folder
@@ -122,10 +122,13 @@ def _candidates(config: Config, processes: Processes, device: torch.device) -> _
         # Published weights, of the model that --model names.
         config = config.replace("--resume", finetune=source, resume="")
     known = _known_classes(config, option, source, content)
-    with main_process_first(processes):
+
+    def build() -> tuple[ImageDataset, ...]:
         alone = validation_classes(config.data)
         seed, before = split_of(content, config.run.seed)
-        val = build_dataset(False, config.data, seed=seed, classes=alone, held_out=before)
+        return (build_dataset(False, config.data, seed=seed, classes=alone, held_out=before),)
+
+    (val,) = read_once(config, processes, build)
     for text in findings(val):
         log.warning("%s", text)
     if known is None:  # what the model lacks shows when the weights are loaded

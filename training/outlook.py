@@ -3,7 +3,9 @@
 import logging
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from torch import nn
 
@@ -11,7 +13,12 @@ from architectures.factory import has_published_weights, published_cfg, resolve_
 from config import Config, by_name
 from loggers import duration
 from pipeline.dataset import ImageDataset
+from pipeline.memory import probes, size_of
+from pipeline.remote import is_remote
+from pipeline.sources.base import FileSource, Subset
+from pipeline.sources.shards import ShardSource
 from training.build import Parts, total_epochs
+from training.data import Data, kept_side
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +31,22 @@ SMALL_INPUT = 96
 # The recipes of docs/finetune.md: images per class up to which each is the one.
 _RECIPES = ((20, "frozen"), (200, "gradual"), (float("inf"), "layerwise"))
 _RECIPE_MODEL, _RECIPE_SIZE, _RECIPE_BATCH = "deit_small_patch16_224", 224, 64
+# Of a core, for a pixel of a JPEG file: 12 megapixels take 37 ms where the crop allows an eighth of
+# the sides, 105 ms in full (measured with libjpeg-turbo).
+SECONDS_SCALED, SECONDS_WHOLE = 37e-3 / 12e6, 105e-3 / 12e6
+# Of a core, for an image that is kept: whatever its size, and what is added at a short side of 256
+# pixels. Together they make the 2,500 images per second of BENCHMARKS.md.
+KEPT_EACH, KEPT_PIXELS, KEPT_SIDE = 1e-4, 3e-4, 256
+LARGE = 3  # times as fast
+WORTH_SAYING = 600  # seconds
+_EVERY = 4  # of the images that are probed, one in so many: a JPEG file is read whole
 # Options that say which images, and where and how they are read.
 _OF_THE_IMAGES = (
     *("data_set", "data_path", "inat_category", "val_fraction", "seed", "download"),
     *("image_root", "image_column", "label_column", "split_column", "background"),
     *("on_bad_image", "num_workers", "shard_cache", "device", "plugin"),
 )
+_OF_LOADING = ("num_workers", "device")
 
 
 def few_images(config: Config, train: ImageDataset, model: nn.Module, folder: Path) -> str:
@@ -60,10 +77,7 @@ def finetuning_command(config: Config, train: ImageDataset, model: nn.Module, fo
     recipe = next(name for most, name in _RECIPES if per_class <= most)
     words = ["python", "main.py", "--config", f"configs/finetune_{recipe}.yaml"]
     words += _model_words(config, model, recipe)
-    explicit = config.explicit()
-    for name in _OF_THE_IMAGES:
-        if name in explicit:
-            words += _words(name, getattr(getattr(config, by_name(name).section), name))
+    words += _image_words(config)
     batch = config.data.batch_size
     batch = min(_RECIPE_BATCH, len(train), _RECIPE_BATCH if batch == "auto" else batch)
     if batch < _RECIPE_BATCH:
@@ -94,6 +108,61 @@ def _has_twelve_blocks(model: nn.Module) -> bool:
     """Whether the stages of finetune_gradual.yaml are those of ``model``."""
     modules = dict(model.named_modules())
     return {"norm", "blocks.11"} <= modules.keys() and "blocks.12" not in modules
+
+
+def _image_words(config: Config, *, without: Sequence[str] = ()) -> list[str]:
+    """The options that say which images, as they were given."""
+    explicit = config.explicit() - set(without)
+    words = []
+    for name in _OF_THE_IMAGES:
+        if name in explicit:
+            words += _words(name, getattr(getattr(config, by_name(name).section), name))
+    return words
+
+
+def large_images(config: Config, data: Data, seconds: float | None = None) -> str:
+    """What to say where images are so large that decoding them wastes time; empty elsewhere.
+
+    Said where images that are kept small come LARGE times as fast or more, and all epochs decode
+    for WORTH_SAYING seconds of a core or more. A few headers are read.
+
+    Args:
+        config: of the run.
+        data: its loaders show whether images are kept already.
+        seconds: measured, of a core for one image; None: by the sizes of the images.
+    """
+    train, loader = data.train, data.train_loader
+    inner = train.source
+    while isinstance(inner, Subset):
+        inner = inner.source
+    local = isinstance(inner, FileSource | ShardSource) and not is_remote(config.data.data_path)
+    if not local or loader.cached or config.run.overfit_batches:
+        return ""
+    side = kept_side(config) or config.model.input_size
+    sizes = [size_of(train.source.open(int(n))) for n in probes(train.source)[::_EVERY]]
+    sizes = [size for size in sizes if min(size) > 0]
+    if not sizes:
+        return ""
+    pixels = mean(width * height for width, height in sizes)
+    if seconds is None:
+        scaled = config.augment.jpeg_scaling == "on"
+        seconds = pixels * (SECONDS_SCALED if scaled else SECONDS_WHOLE)
+    kept = 1 / (KEPT_EACH + KEPT_PIXELS * (side / KEPT_SIDE) ** 2)  # images per second
+    whole = len(train) * config.run.epochs * seconds
+    if kept * seconds < LARGE or whole < WORTH_SAYING:
+        return ""
+    areas = [w * h * min(1.0, side / min(w, h)) ** 2 for w, h in sizes]
+    root = Path(config.data.data_path)
+    folder = f"{root if root.name not in ('', '..') else root.resolve()}-packed"
+    pack = ["python", "-m", "tools.data", "pack", *_image_words(config, without=_OF_LOADING)]
+    pack += ["--short-side", str(side), "--output-dir", folder]
+    width, height = (mean(size[i] for size in sizes) for i in range(2))
+    return (
+        f"images are {width:.0f}×{height:.0f} on average, the crop is {config.model.input_size}: "
+        f"decoding takes about {1000 * seconds:.2g} ms each, {1 / seconds:.0f} images/s per core; "
+        f"--cache disk (about {3 * mean(areas) * len(train) / 1e9:.2g} GB) or "
+        f"`{shlex.join(pack)}` brings about {round(kept, -2):,.0f}"
+    )
 
 
 def _words(name: str, value: object) -> list[str]:

@@ -240,6 +240,9 @@ class Trainer(engine.Hooks):
         }
         progress.end_epoch()
         self.logger.epoch(record, epochs=self.total_epochs, best=best)
+        if self.parts.processes.is_main:
+            for text in self.parts.data.news():
+                log.info("%s", text)
         if best or self._over() or progress.epoch % config.save.save_every == 0:
             self.saver.save(record, best=best)
 

@@ -1,9 +1,7 @@
 """What a source of images is, the ready-made ones, and what all kinds share."""
 
 import hashlib
-import itertools
 import os
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +10,13 @@ import numpy as np
 
 import bounded
 from errors import DataError, OptionError, os_error_text, shortened
+from pipeline.sources.names import Names
 
 if TYPE_CHECKING:
     from config import DataOptions
 
 MOST_JSON = 64 << 20  # bytes of a list of shards or classes
+_ODD = 0x9E3779B97F4A7C15  # spreads a number over 64 bits
 VAL_NAMES = ("val", "valid", "validation", "test")  # of the validation part
 
 
@@ -32,8 +32,13 @@ class Source:
     """
     bytes_in_memory: int = 0
     """Of decoded images that are kept, see ``pipeline.memory``."""
+    decoded: bool = False
+    """Whether images come as uint8 arrays without being decoded."""
     findings: Sequence[str] = ()
     """What the user should know of the files, a sentence each."""
+    shareable: bool = False
+    """Whether other processes of the machine may take it over, pickled, in place of making their
+    own. Its arrays are shared then. A class says it for itself (:func:`may_be_shared`)."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -54,47 +59,54 @@ class Source:
         """What stays the image's name when the data set is moved."""
         return self.sample_id(index)
 
+    def stamp(self, index: int) -> int:
+        """A number below 2⁶⁴ that changes when the image's file does; 0 where it has none of its
+        own. Raises OSError."""
+        return 0
 
-class Names(Sequence[bytes]):
-    """Many names in one block: a list would be copied to every worker as its reference counts
-    change, and an array gives each the room of the longest."""
+    def version(self) -> str:
+        """What changes when files that hold many images do; empty where that isn't known."""
+        return ""
 
-    def __init__(self, names: Sequence[bytes]) -> None:
-        self._block = b"".join(names)
-        self._begins = array("q", itertools.accumulate(map(len, names), initial=0))
+    def kept(self) -> str:
+        """Where decoded images are kept, in words; empty: nowhere."""
+        return ""
 
-    def __len__(self) -> int:
-        return len(self._begins) - 1
+    def news(self) -> Iterable[str]:
+        """What has changed there since the last call, a sentence each."""
+        return ()
 
-    def __getitem__(self, index: int) -> bytes:
-        if index < 0:
-            raise IndexError(index)
-        return self._block[self._begins[index] : self._begins[index + 1]]
 
-    def chosen(self, indices: np.ndarray) -> list[bytes]:
-        """The names of ``indices``, faster than one by one."""
-        block, begins = self._block, self._begins
-        return [block[begins[i] : begins[i + 1]] for i in indices.tolist()]
+def may_be_shared(source: Source) -> bool:
+    """Whether the class of a source, not one that it is derived from, says ``shareable``.
 
-    def run(self, start: int, stop: int) -> bytes:
-        """The names from ``start`` up to ``stop`` and their lengths, for a digest."""
-        begins = np.array(self._begins[start : stop + 1], dtype=np.int64)
-        return self._block[begins[0] : begins[-1]] + np.diff(begins).tobytes()
+    A plug-in's may need what its factory leaves in the process.
+    """
+    if not vars(type(source)).get("shareable"):
+        return False
+    return not isinstance(source, Subset) or may_be_shared(source.source)
 
 
 class FileSource(Source):
     """Image files below ``root``."""
 
+    shareable = True
+
     def __init__(
-        self, root: Path, paths: Sequence[str], targets: Sequence[int], classes: list[str]
+        self, root: Path, paths: Sequence[str] | Names, targets: Sequence[int], classes: list[str]
     ) -> None:
         self.root = root
-        self.paths = Names([os.fsencode(p) for p in paths])
+        named = isinstance(paths, Names)
+        self.paths = paths if named else Names([os.fsencode(path) for path in paths])
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = classes
 
     def open(self, index: int) -> str:
         return self.sample_id(index)
+
+    def stamp(self, index: int) -> int:
+        status = os.stat(self.sample_id(index))
+        return (status.st_mtime_ns * _ODD + status.st_size) % 2**64
 
     def sample_id(self, index: int) -> str:
         return os.path.join(self.root, self.identity(index))
@@ -105,6 +117,10 @@ class FileSource(Source):
 
 class ArraySource(Source):
     """Images in memory: uint8 (N, H, W) or (N, H, W, 3)."""
+
+    shareable = True
+
+    decoded = True
 
     def __init__(
         self, images: np.ndarray, targets: Sequence[int], classes: list[str], name: str
@@ -123,6 +139,8 @@ class ArraySource(Source):
 
 class Subset(Source):
     """Some images of another source, in the order of ``indices``."""
+
+    shareable = True
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source = source
@@ -168,9 +186,16 @@ def stratified_split(
 class Drawn(Subset):
     """One part of a source of which a share is held out for validation."""
 
+    shareable = True
+
     def __init__(self, source: Source, indices: Sequence[int], *, is_train: bool) -> None:
         super().__init__(source, indices)
         self.is_train = is_train
+
+    def other_part(self) -> "Drawn":
+        """The images of the source that are not in this part."""
+        rest = np.delete(np.arange(len(self.source)), self.indices)
+        return Drawn(self.source, rest, is_train=not self.is_train)
 
     def as_held_out(self, numbers: np.ndarray) -> "Drawn":
         """This part where the images of these :func:`image_numbers` are what is held out.

@@ -113,7 +113,8 @@ def _source(listed: _Listed, data: "DataOptions", classes: list[str] | None = No
 def _class_names(labels: list[str]) -> list[str]:
     """The labels in the order of their numbers, or of the letters."""
     names = sorted(set(labels))  # 01 and 1 are two names of one number
-    numeric = all(re.fullmatch("-?[0-9]+", name) for name in names)
+    # int() refuses longer ones.
+    numeric = all(re.fullmatch("-?[0-9]{1,4000}", name) for name in names)
     return sorted(names, key=int) if numeric else names
 
 

@@ -92,7 +92,7 @@ def _no_validation_part(layout: Layout) -> str:
 
 def _scan(root: Path, classes: list[str], data: "DataOptions") -> tuple[FileSource, ClassScan]:
     found = ClassScan(root, classes, data.on_bad_image)
-    source = FileSource(root, found.paths, found.targets, classes)
+    source = FileSource(root, found.names, found.targets, classes)
     source.findings = tuple(found.findings)
     if found.not_images:
         kinds = [f"{count} {kind}" for kind, count in found.not_images.items()]

@@ -44,6 +44,11 @@ class HuggingFaceSource(Source):
             self._open_reader()
         return self.reader[int(index)][0]
 
+    def version(self) -> str:
+        if self.reader is None:
+            self._open_reader()
+        return str(getattr(self.reader.dataset, "_fingerprint", ""))
+
     def sample_id(self, index: int) -> str:
         return f"hfds/{self.name} {self.split}#{index}"
 

@@ -25,6 +25,8 @@ class INatDataset(FileSource):
     the order in which the training annotations name them, as DeiT numbers them.
     """
 
+    shareable = True
+
     def __init__(
         self, root: str | Path, train: bool = True, year: int = 2018, category: str = "name"
     ) -> None:

@@ -1,6 +1,5 @@
 """Which folders, files or values of a column stand for training, validation and test."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,9 +115,10 @@ def find_layout(root: Path) -> Layout:
 def class_folders(root: Path, findings: list[str]) -> Listing:
     """What lies in ``root``, without links to folders above and links that lead nowhere."""
     found = listing(root)
-    links = [name for name in found.folders if os.path.islink(root / name)]
-    above = {folder_key(p) for p in (root.resolve(), *root.resolve().parents)} if links else set()
-    circles = [name for name in links if folder_key(root / name) in above]
+    above = (
+        {folder_key(p) for p in (root.resolve(), *root.resolve().parents)} if found.links else ()
+    )
+    circles = [name for name in found.links if folder_key(root / name) in above]
     if circles:
         findings.append(
             f"{root}: {first_names(circles, 3)} leads back to a folder above: no class, not read"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from errors import DataError, os_error_text
 from pipeline.formats import EXTENSIONS
-from pipeline.sources.scan import image_files, listing, suffix
+from pipeline.sources.scan import images_by_folder, listing, suffix
 
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 _MOST_FOLDERS = 200  # that are looked into for files that are missing
@@ -24,7 +24,7 @@ class ImageFiles:
         self._anywhere = anywhere
         self._files: dict[str, set[str]] = {}
         self._by_stem: dict[str, dict[str, list[str]]] = {}
-        self._below: dict[str, list[str]] | None = None
+        self._below: dict[str, list[str]] | None = None  # by their names without extension
 
     def find(self, name: str) -> list[str]:
         """The paths from the root that ``name`` may mean, best one; [] where there is none.
@@ -64,12 +64,13 @@ class ImageFiles:
     def _in_folders_below(self, name: str) -> list[str]:
         if self._below is None:
             self._below = {}
-            for path in map(os.path.normpath, image_files(self.root)):
-                base = os.path.basename(path)
-                relative = os.path.relpath(path, self.root)
-                for known in {base, os.path.splitext(base)[0]}:
-                    self._below.setdefault(known, []).append(relative)
-        return self._below.get(name, [])
+            for folder, files in images_by_folder(self.root):
+                for file in files:
+                    place = os.path.join(folder, file) if folder else file
+                    self._below.setdefault(os.path.splitext(file)[0], []).append(place)
+        whole = self._below.get(os.path.splitext(name)[0], ())
+        found = [place for place in whole if os.path.basename(place) == name]
+        return found + self._below.get(name, [])
 
 
 def by_stem(files: Sequence[str] | set[str]) -> dict[str, list[str]]:

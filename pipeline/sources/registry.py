@@ -12,6 +12,7 @@ from pipeline.sources.folders import folder_classes, folder_validation_part, ima
 from pipeline.sources.hugging_face import hugging_face_set
 from pipeline.sources.idx import idx
 from pipeline.sources.inaturalist import inat
+from pipeline.sources.raw import raw_images
 from pipeline.sources.shards import webdataset
 from pipeline.sources.tensorflow import tensorflow_set
 
@@ -37,6 +38,7 @@ PREFIXES: dict[str, Callable[[str, bool, "DataOptions"], Source]] = {
     "wds": webdataset,
     "hfds": hugging_face_set,
     "tfds": tensorflow_set,
+    "raw": raw_images,
 }
 
 # Validation parts without a training part, for a model that knows its classes.

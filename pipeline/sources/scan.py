@@ -2,18 +2,23 @@
 
 import os
 import shlex
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from errors import DataError, first_names, os_error_text
 from pipeline.formats import EXTENSIONS, UNREADABLE, is_image, package_for
+from pipeline.sources.names import NamesByFolder
 
 # Folders that other programs leave behind.
 _LEFT_BEHIND = frozenset(
     ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 )
+_AFTER_DOT = chr(ord(".") + 1)
 _LOOKED_INTO = 10  # unknown extensions of which a file is looked into
 
 
@@ -29,10 +34,13 @@ class Listing(NamedTuple):
     files: list[str]
     broken: list[str]
     """Links that lead nowhere, or in a circle."""
+    links: list[str]
+    """Those of the folders that are links."""
 
     @property
     def images(self) -> list[str]:
-        return [name for name in self.files if suffix(name) in EXTENSIONS]
+        # As ``suffix`` finds it in names that don't begin with a dot.
+        return [name for name in self.files if name[name.rfind(".") :].lower() in EXTENSIONS]
 
 
 def listing(folder: Path | str) -> Listing:
@@ -40,21 +48,35 @@ def listing(folder: Path | str) -> Listing:
     folders: list[str] = []
     files: list[str] = []
     broken: list[str] = []
+    links: list[str] = []
+    others: list[os.DirEntry] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                name = entry.name
-                if name.startswith(".") or name in _LEFT_BEHIND:
-                    continue
-                if _is_folder(entry):
-                    folders.append(name)
-                elif entry.is_symlink() and _leads_nowhere(entry):
-                    broken.append(name)
+                # Plain files are nearly all there is: for each of them one question.
+                if entry.is_file(follow_symlinks=False):
+                    files.append(entry.name)
                 else:
-                    files.append(name)
+                    others.append(entry)
+        for entry in others:
+            if _is_folder(entry):
+                folders.append(entry.name)
+                links += [entry.name] if entry.is_symlink() else []
+            elif entry.is_symlink() and _leads_nowhere(entry):
+                broken.append(entry.name)
+            else:
+                files.append(entry.name)
     except OSError as error:
         raise DataError(os_error_text(error, folder)) from None
-    return Listing(sorted(folders), sorted(files), sorted(broken))
+    return Listing(*(_shown_and_sorted(names) for names in (folders, files, broken, links)))
+
+
+def _shown_and_sorted(names: list[str]) -> list[str]:
+    names.sort()
+    # Those that begin with a dot lie together.
+    del names[bisect_left(names, ".") : bisect_left(names, _AFTER_DOT)]
+    left = _LEFT_BEHIND.intersection(names)
+    return [name for name in names if name not in left] if left else names
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -78,8 +100,15 @@ def holds_images(folder: Path | str) -> bool:
 
 def image_files(folder: Path | str) -> Iterator[str]:
     """The image files in a folder and below, each real folder once. Raises DataError."""
-    for found, names in _Walk(str(folder)).folders(""):
-        yield from (os.path.join(folder, found, name) for name in names.images)
+    for found, images in images_by_folder(folder):
+        yield from (os.path.join(folder, found, name) for name in images)
+
+
+def images_by_folder(folder: Path | str) -> Iterator[tuple[str, list[str]]]:
+    """Each real folder from ``folder`` on, as a path from there, and its image files. Raises
+    DataError."""
+    for found, _, names in _Walk(str(folder)).folders(""):
+        yield found, names.images
 
 
 class _Walk:
@@ -91,8 +120,8 @@ class _Walk:
         real = Path(os.path.realpath(root))
         self.above = {folder_key(path) for path in (real, *real.parents)}
 
-    def folders(self, start: str) -> Iterator[tuple[str, Listing]]:
-        """``start`` and the folders below, as paths from the root, with what lies in each."""
+    def folders(self, start: str) -> Iterator[tuple[str, tuple[int, int], Listing]]:
+        """``start`` and the folders below: path from the root, key, what lies there."""
         seen: set[tuple[int, int]] = set()
         waiting = [start]
         while waiting:
@@ -104,7 +133,7 @@ class _Walk:
                 continue
             seen.add(key)
             found = listing(path)
-            yield relative, found
+            yield relative, key, found
             waiting += [os.path.join(relative, name) for name in reversed(found.folders)]
 
 
@@ -117,12 +146,26 @@ def folder_key(folder: Path | str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+class _Read(dict[str, bool]):
+    """Whether files with an extension, as it is spelled, are read as images here."""
+
+    def __init__(self) -> None:
+        self._kinds = {kind for kind in EXTENSIONS if not package_for(kind)}
+
+    def __missing__(self, spelled: str) -> bool:
+        read = spelled.lower() in self._kinds
+        if read:  # of others there may be as many as files
+            self[spelled] = True
+        return read
+
+
 class ClassScan:
     """The image files of ``root/CLASS``, at any depth, in the order of the sorted names.
 
     Attributes:
         classes: names of the class folders.
-        paths, targets: from the root, and the number of the class, of each image.
+        names: the path of each image from the root.
+        targets: the number of its class, (N,) int64.
         findings: what the user should know, a sentence each.
 
     Raises:
@@ -133,8 +176,6 @@ class ClassScan:
     def __init__(self, root: Path, classes: Iterable[str], on_bad_image: str = "error") -> None:
         self.root = root
         self.classes = list(classes)
-        self.paths: list[str] = []
-        self.targets: list[int] = []
         self.findings: list[str] = []
         self._others: dict[str, list[str]] = {}  # extension -> files that aren't read
         self._broken: list[str] = []
@@ -142,34 +183,36 @@ class ClassScan:
         self._shared: list[str] = []
         self._below: dict[str, list[str]] = {}  # class -> its subfolders that hold images
         self._own: dict[str, int] = {}  # class -> images in its folder itself
-        self._read = {kind for kind in EXTENSIONS if not package_for(kind)}
+        self._read = _Read()
         walk = _Walk(str(root))
-        for label, name in enumerate(self.classes):
-            self._scan(walk, label, name)
+        found = NamesByFolder()
+        counts = [self._scan(walk, name, found) for name in self.classes]
+        self.names = found.names()
+        self.targets = np.repeat(np.arange(len(counts)), counts)
         self._find(walk, on_bad_image)
 
-    def _scan(self, walk: _Walk, label: int, name: str) -> None:
-        if not os.path.lexists(self.root / name):
-            return  # a class that this part lacks
-        for relative, found in walk.folders(name):
-            owner = self._owners.setdefault(folder_key(self.root / relative), relative)
+    def _scan(self, walk: _Walk, name: str, names: NamesByFolder) -> int:
+        """Add the images of a class to ``names``; returns how many they are."""
+        if not os.path.lexists(os.path.join(walk.root, name)):
+            return 0  # a class that this part lacks
+        count, read = 0, self._read
+        for relative, key, found in walk.folders(name):
+            owner = self._owners.setdefault(key, relative)
             if owner != relative:
                 self._shared.append(f"{owner} and {relative}")
             self._broken += [os.path.join(relative, link) for link in found.broken]
-            images = 0
-            for file in found.files:
-                kind = suffix(file)
-                path = os.path.join(relative, file)
-                if kind not in self._read:
-                    self._others.setdefault(kind, []).append(path)
-                    continue
-                images += 1
-                self.paths.append(path)
-                self.targets.append(label)
+            images = [file for file in found.files if read[file[file.rfind(".") :]]]
+            if len(images) < len(found.files):
+                for file in sorted(set(found.files).difference(images)):
+                    path = os.path.join(relative, file)
+                    self._others.setdefault(suffix(file), []).append(path)
+            names.add(relative, images)
+            count += len(images)
             if relative == name:
-                self._own[name] = images
+                self._own[name] = len(images)
             elif images:
                 self._below.setdefault(name, []).append(relative[len(name) + 1 :])
+        return count
 
     def why_empty(self, name: str) -> str:
         """What is to be done about a class folder without images."""

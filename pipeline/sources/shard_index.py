@@ -40,8 +40,9 @@ _HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 # What tarfile, zipfile and numpy raise for damage, beside types of their own.
-_DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, EOFError, RecursionError)
-_DAMAGE += (NotImplementedError, SyntaxError, TokenError)
+# RuntimeError is zipfile's for entries that are encrypted.
+_DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, EOFError, RuntimeError)
+_DAMAGE += (SyntaxError, TokenError)
 _DAMAGE += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 

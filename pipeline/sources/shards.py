@@ -1,5 +1,6 @@
 """wds/NAME: tar shards in WebDataset's form, local or remote."""
 
+import hashlib
 import io
 import os
 from collections import Counter
@@ -16,13 +17,13 @@ from pipeline.limits import MOST_FILE_BYTES, BadImageError
 from pipeline.remote import INDEX_BYTES, LISTING_BYTES, RemoteFolder, is_remote
 from pipeline.sources.base import (
     VAL_NAMES,
-    Names,
     Source,
     data_root,
     first_existing,
     read_json,
     refuse_val_fraction,
 )
+from pipeline.sources.names import Names
 from pipeline.sources.shard_index import MOST_CLASSES, MOST_KEY, ShardIndex
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class ShardSource(Source):
     """
 
     MOST_OPEN = 64  # files per process
+    shareable = True
 
     def __init__(
         self,
@@ -106,6 +108,14 @@ class ShardSource(Source):
 
     def sample_id(self, index: int) -> str:
         return f"{self.shards[self.entries[index, 0]]}:{os.fsdecode(self.keys[index])}"
+
+    def version(self) -> str:
+        found = hashlib.blake2b(np.ascontiguousarray(self.entries).tobytes())
+        for shard, size in zip(self.shards, self.sizes, strict=True):
+            # Of a remote one the copy is as old as it happens to be.
+            written = 0 if self.remote is not None else os.stat(shard).st_mtime_ns
+            found.update(f"{shard.name} {size} {written}\n".encode("utf-8", "surrogateescape"))
+        return found.hexdigest()
 
     def identity(self, index: int) -> str:
         # The folder of the copies may be another one on each machine.

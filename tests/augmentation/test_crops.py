@@ -1,18 +1,23 @@
 """augmentation/crops.py, against timm and Pillow."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pixels import LEVEL, PLAIN, PREPROCESSING, SAMPLES, as_tensor, augment, batch, pixels
+from pixels import LEVEL, PLAIN, PREPROCESSING, SAMPLES, STD, as_tensor, augment, batch, pixels
 from scipy import stats
+from sklearn.datasets import load_sample_images
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from augmentation.batch import CROP
+from augmentation.batch import CROP, BatchAugment
 from augmentation.crops import ATTEMPTS, random_rectangle
 from augmentation.draws import Draws
+from augmentation.protocol import Parts
+from augmentation.transforms import TrainTransform
+from pipeline.decoding import open_parts
 from utils import derive_seed, seed_all
 
 
@@ -69,3 +74,68 @@ def test_whole_pixel_crops_are_the_same_by_the_batch(size, src):
     assert len(shifts) > 5
     corner = torch.stack([c[:, 0, 0] for c in together]).float().sum(1) == 0
     assert corner.any() == (not src)
+
+
+# --- images that are decoded at a part of their size ----------------------------------------------
+
+
+class Asked(Parts):
+    """A decoded image that notes what is asked for."""
+
+    def __init__(self, pixels):
+        super().__init__(pixels)
+        self.asked = []
+
+    def part(self, box, least=None):
+        self.asked.append((box, least))
+        return super().part(box, least)
+
+
+@pytest.mark.parametrize("kind", [BatchAugment, TrainTransform])
+@pytest.mark.parametrize("src", [False, True])
+@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
+def test_the_same_rectangles_are_drawn_with_and_without_scaling(kind, src, interpolation):
+    image = as_tensor(pixels(100, 130))
+    plain = Image.fromarray(pixels(100, 130))
+    options = replace(PLAIN, src=src, train_interpolation=interpolation, hflip=0.5)
+    recipes = [replace(options, jpeg_scaling=scaling) for scaling in ("on", "off")]
+    on, off = (kind(PREPROCESSING, recipe, 0) for recipe in recipes)
+    for position in range(12):
+        scaled, whole = Asked(image), Asked(image)
+        found, expected = (t.apply(p, 3, position) for t, p in ((on, scaled), (off, whole)))
+        assert [box for box, _ in scaled.asked] == [box for box, _ in whole.asked]
+        assert {least for _, least in scaled.asked} == {64}
+        assert {least for _, least in whole.asked} == {None}
+        # Nor does it matter how the image comes.
+        decoded = off.apply(image if kind is BatchAugment else plain, 3, position)
+        assert torch.equal(found, expected) and torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("kind", [BatchAugment, TrainTransform])
+@pytest.mark.parametrize(
+    ("number", "src", "most_mean", "most"),
+    [(0, False, 2.5, 60), (1, False, 1.5, 40), (0, True, 1.5, 20), (1, True, 1, 15)],
+)
+def test_scaled_photographs_are_near_the_full_ones(kind, number, src, most_mean, most):
+    """In levels of 255; the first photograph is full of fine lines, the other smooth."""
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_images().images[number]).save(buffer, "JPEG", quality=92)
+    recipes = [replace(PLAIN, src=src, jpeg_scaling=scaling) for scaling in ("on", "off")]
+    size = 64 if src else 96
+    on, off = (kind(replace(PREPROCESSING, input_size=size), recipe, 0) for recipe in recipes)
+    means, alike = [], 0
+    for position in range(20):
+        asked = Asked(torch.zeros(3, 427, 640, dtype=torch.uint8))
+        off.apply(asked, 0, position)
+        found, expected = (t.apply(open_parts(buffer), 0, position) for t in (on, off))
+        if kind is TrainTransform:
+            scale = 255 * torch.tensor(STD)[:, None, None]
+            found, expected = found * scale, expected * scale
+        difference = (found.float() - expected.float()).abs()
+        if min(asked.asked[0][0][2:]) < 2 * size:
+            assert not difference.any()
+            alike += 1
+        else:
+            assert 0 < difference.max() < most
+            means.append(difference.mean())
+    assert len(means) >= 10 and (alike or src) and np.mean(means) < most_mean

@@ -6,12 +6,21 @@ import torch
 from PIL import Image
 from pixels import as_tensor, batch, pixels
 
+from augmentation import pixel_ops
 from augmentation.pixel_ops import GEOMETRY, LEVELS, blur
 from augmentation.transforms import ThreeAugment
 
 FILL = (124, 116, 104)
 
 
+@pytest.fixture(params=["host", "device"])
+def each_path(request, monkeypatch):
+    """Each operation as on a CPU, and as on any other device."""
+    if request.param == "device":
+        monkeypatch.setattr(pixel_ops, "on_host", lambda x: False)
+
+
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize(
     ("kind", "theirs", "values"),
     [
@@ -38,12 +47,14 @@ def test_levels_are_pillows(kind, theirs, values):
         assert (ours[i].int() - expected.int()).abs().max() <= 1, value
 
 
+@pytest.mark.usefixtures("each_path")
 def test_flat_images_stay_as_they_are():
     x = torch.full((2, 3, 8, 8), 77, dtype=torch.uint8)
     for kind in ("autocontrast", "equalize"):
         assert torch.equal(LEVELS[kind](x, torch.zeros(2)), x)
 
 
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("std", [0.1, 0.8, 2.0])
 def test_blur_is_near_pillows(std):
     ours = blur(batch(1), torch.tensor([std]))[0].int()
@@ -53,6 +64,7 @@ def test_blur_is_near_pillows(std):
     assert (ours - expected).abs().max() <= 12
 
 
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("cubic", [True, False])
 @pytest.mark.parametrize(
     ("kind", "theirs", "values"),
@@ -78,3 +90,28 @@ def test_geometry_is_pillows(kind, theirs, values, cubic):
         else:
             # A place on the very border may fall to the other side.
             assert (difference > 1).float().mean() <= 0.005, value
+
+
+ARGUMENTS = {
+    **{"posterize": 2.0, "solarize": 99.0, "solarize_add": 60.0, "blur": 1.1, "rotate": -17.0},
+    **{name: 0.6 for name in ("saturation", "contrast", "brightness", "sharpness")},
+    **{"shear_x": -0.2, "shear_y": 0.3, "translate_x": 61.5, "translate_y": -70.0},
+}
+
+
+@pytest.mark.parametrize("kind", [*LEVELS, *GEOMETRY])
+def test_a_cpu_gives_what_other_devices_give(kind, monkeypatch):
+    x, arguments = batch(3), torch.full((3,), ARGUMENTS.get(kind, 0.0))
+    x[1, 0] = 7  # a flat channel
+    if kind in LEVELS:
+        values = (x, arguments)
+        operation = LEVELS[kind]
+    else:
+        values = (x, arguments * torch.tensor([1.0, 0.3, -0.7]), True, torch.tensor(FILL).byte())
+        operation = GEOMETRY[kind]
+    results = []
+    for answer in (True, False):
+        monkeypatch.setattr(pixel_ops, "on_host", lambda x, answer=answer: answer)
+        results.append(operation(*values).int())
+    # Sines and cosines may differ in their last bit.
+    assert (results[0] - results[1]).abs().max() <= (kind == "rotate")

@@ -1,5 +1,7 @@
 """Checkpoints whose metadata mean something else: one line that says what is wrong."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,20 @@ def test_odd_metadata_is_refused_in_one_line(tmp_path, words):
 def test_what_this_project_writes_is_in_form():
     assert wrong_form({"preprocessing": TRUE, "config": {}, "class_names": ["a"]}) is None
     assert wrong_form({"model": {}, "epoch": 3, "metric": 0.9, "arch": "resnet50"}) is None
+
+
+def test_lists_of_the_same_lists_are_looked_at_once():
+    """Gone through one by one these are 2²¹ values."""
+    looked_at = []
+
+    class Watched(list):
+        def __iter__(self):
+            looked_at.append(self)
+            return super().__iter__()
+
+    deep = functools.reduce(lambda inner, _: Watched([inner, inner]), range(20), 0)
+    assert wrong_form({"progress": {"epoch": 1, "samples": 1}, "versions": {"timm": deep}}) is None
+    assert len(looked_at) < 100
 
 
 def test_entries_of_none_are_as_if_missing(tmp_path):

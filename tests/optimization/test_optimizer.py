@@ -5,17 +5,13 @@ import math
 
 import pytest
 import torch
-from timm.optim import get_optimizer_info, list_optimizers
+from optimizer_names import CLASSES, PLAIN
 from torch import nn
 
 from config import OptimOptions
 from errors import OptionError
 from optimization.freezing import Freezer
 from optimization.optimizer import build_optimizer, optimizer_supports_found_inf, scaled_lr
-
-PLAIN = [n for n in list_optimizers() if not n.startswith(("bnb", "fused", "adahessian"))]
-# A name of each class.
-CLASSES = set({get_optimizer_info(name).opt_class: name for name in reversed(PLAIN)}.values())
 
 
 def test_learning_rate_follows_the_effective_batch():

@@ -4,11 +4,17 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from tiny_sets import EVAL, array_set, expected
 
-from pipeline.sources.base import FileSource, Names, held_out, image_numbers, stratified_split
+from pipeline.sources.base import (
+    FileSource,
+    Subset,
+    held_out,
+    image_numbers,
+    may_be_shared,
+    stratified_split,
+)
 
 
 def test_stratified_split_keeps_proportions():
@@ -75,12 +81,20 @@ def test_what_was_held_out_stays_held_out():
     assert other.as_held_out(numbers) is other
 
 
-def test_names_are_those_that_were_given():
-    given = [b"a", b"", b"long" * 100, "é".encode()]
-    names = Names(given)
-    assert list(names) == given and len(names) == 4
-    assert names[np.int64(2)] == b"long" * 100
-    for index in (-1, 4):
-        with pytest.raises(IndexError):
-            names[index]
-    assert list(Names([])) == []
+class OfAPlugin(FileSource):
+    """May need what its factory leaves in a process."""
+
+
+class Declared(FileSource):
+    shareable = True
+
+
+def test_a_class_says_for_itself_that_it_may_be_shared():
+    shared = {
+        kind: may_be_shared(kind(Path("x"), ["a", "b"], [0, 1], ["a", "b"]))
+        for kind in (FileSource, OfAPlugin, Declared)
+    }
+    assert shared == {FileSource: True, OfAPlugin: False, Declared: True}
+    for kind, answer in shared.items():
+        inner = kind(Path("x"), ["a"] * 9, [0] * 9, ["a"])
+        assert may_be_shared(held_out(Subset(inner, range(8)), True, 0.5, 0)) is answer

@@ -41,6 +41,11 @@ def test_csv_columns_in_any_order_and_numeric_classes(tmp_path):
     train = open_set("CSV", tmp_path / "all.csv", val_fraction=0.5)
     assert train.classes == [str(i) for i in range(12)]
     assert train.targets.tolist() == list(range(12))
+    # Names of more digits than Python makes numbers of are in the order of letters.
+    longest = "9" * 5000
+    write_csv(tmp_path / "all.csv", [(n, ("10", "9", longest)[i % 3]) for i, n in enumerate(names)])
+    found = open_set("CSV", tmp_path / "all.csv", val_fraction=0.5)
+    assert found.classes == ["10", "9", longest]
     # Two names of one number stay in one order.
     write_csv(
         tmp_path / "all.csv", [(name, ("1", "01", "001")[i % 3]) for i, name in enumerate(names)]

@@ -11,7 +11,9 @@ from hanging import held_open
 from PIL import Image
 from tiny_sets import EVAL, array_set, assert_same, load
 
+from augmentation.batch import BatchAugment
 from augmentation.transforms import EvalTransform, Preprocessing
+from config import AugmentOptions
 from errors import DataError, OptionError
 from pipeline.dataset import ImageDataset
 from pipeline.loader import Loader, LoaderSettings
@@ -32,6 +34,30 @@ def test_batches_do_not_depend_on_the_worker_count(kind):
     other = kind(13, seed=1)
     other.set_epoch(3)
     assert not torch.equal(load(dataset, other)[0].images, runs[0][0].images)
+
+
+@pytest.mark.parametrize("side", [16, 40])
+def test_inputs_do_not_depend_on_who_augments(side):
+    """The main process, or workers before they hand a batch over, in mid-epoch too."""
+    preprocessing = Preprocessing(side, 1.0, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    augment = BatchAugment(preprocessing, AugmentOptions(reprob=0.5, vflip=0.3), 3)
+    dataset = array_set(13, transform=augment)
+
+    def inputs(num_workers: int, alter: bool, start: int = 0) -> list[torch.Tensor]:
+        sampler = ShuffleSampler(13, seed=1)
+        sampler.set_epoch(2, start=start)
+        loader = Loader(dataset, sampler, LoaderSettings(4, num_workers, alter=alter))
+        batches = list(loader)
+        assert all(b.images.dtype == torch.uint8 for b in batches)
+        assert any(b.plan.flips.any() or b.plan.kinds.any() for b in batches) is not alter
+        return [augment(b.images, b.plan) for b in batches]
+
+    expected = inputs(0, False)
+    for num_workers, alter in ((0, True), (1, True), (2, True), (2, False)):
+        found = inputs(num_workers, alter)
+        assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    tail = inputs(2, True, start=8)
+    assert all(torch.equal(x, y) for x, y in zip(expected[2:], tail, strict=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

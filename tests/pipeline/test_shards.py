@@ -225,6 +225,9 @@ def test_an_index_of_another_form_is_not_unpacked(tmp_path, caplog, monkeypatch)
             archive.writestr(f"entry with a rather long name {number}", b"")
     path.write_bytes(buffer.getvalue())
     assert ShardIndex.read(shard) is None and "not what numpy.savez writes" in caplog.text
+    # Bit 0 of the flags of an entry (APPNOTE 4.4.4) says that it is encrypted.
+    path.write_bytes(whole.replace(b"PK\1\2-\3-\0\0", b"PK\1\2-\3-\0\1"))
+    assert ShardIndex.read(shard) is None and "is encrypted" in caplog.text
     monkeypatch.setattr(shard_index, "MOST_INDEX", 2000)
     path.write_bytes(index_of(shard, targets=np.zeros(10_000, int)))
     assert ShardIndex.read(shard) is None and "when unpacked, 1.95 KiB at most" in caplog.text

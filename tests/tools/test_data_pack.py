@@ -8,13 +8,18 @@ import shlex
 import shutil
 from pathlib import Path
 
+import disks
 import numpy as np
 import pytest
+import torch
 from data_parts import contents, open_part, save
 from PIL import Image
 
 import main as training
+from augmentation.transforms import CentreCrop, Preprocessing
 from pipeline.decoding import decode
+from pipeline.disk_cache import small_pixels
+from pipeline.image_file import ImageFile
 from pipeline.sources.shard_index import ShardIndex
 from tools.data.__main__ import main
 
@@ -143,6 +148,72 @@ def test_a_full_disk_leaves_nothing_and_says_what_helps(pets, tmp_path, capsys, 
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert "no space left" in said and "--short-side" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def pack_raw(root, folder, *options) -> int:
+    argv = ["pack", "--format", "raw", "--data-path", str(root), "--output-dir", str(folder)]
+    return main([*argv, *options])
+
+
+def test_raw_training_images_are_those_of_the_disk_cache(pets, tmp_path):
+    assert pack_raw(pets, tmp_path / "raw", "--short-side", "30") == 0
+    packed, loose = open_part("raw/pets", tmp_path / "raw"), open_part("IMNET", pets)
+    assert packed.classes == loose.classes
+    assert np.array_equal(packed.targets, loose.targets)
+    for number in range(len(loose)):
+        want = small_pixels(loose.source.open(number), 30, "white", scaled=True)
+        assert np.array_equal(packed.source.open(number), want)
+    mode = (tmp_path / "raw" / "train.images").stat().st_mode
+    assert mode == (tmp_path / "raw" / "_raw.json").stat().st_mode
+
+
+def test_evaluation_of_raw_images_of_its_size_is_exact(pets, tmp_path):
+    assert pack_raw(pets, tmp_path / "raw", "--short-side", "32") == 0
+    crop = CentreCrop(Preprocessing(28, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3))
+    packed, loose = (
+        open_part(*place, is_train=False)
+        for place in (("raw/x", tmp_path / "raw"), ("IMNET", pets))
+    )
+    for number in range(len(loose)):
+        seen = [crop.keep(decode(part.source.open(number))) for part in (packed, loose)]
+        assert torch.equal(*seen)
+
+
+def test_raw_images_as_they_are_and_left_out(pets, tmp_path, capsys):
+    root = shutil.copytree(pets, tmp_path / "pets")
+    (root / "train/bee/3.jpg").write_bytes(b"nothing")
+    assert pack_raw(root, tmp_path / "raw") == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["pets"]
+    options = ("--short-side", "0", "--on-bad-image", "skip")
+    assert pack_raw(root, tmp_path / "raw", *options) == 0
+    assert "left out: " in capsys.readouterr().out
+    packed = open_part("raw/x", tmp_path / "raw")
+    assert len(packed) == 29 and packed.source.open(0).shape == (40, 60, 3)
+    assert pack_raw(root, tmp_path / "other", "--short-side", "-1") == 2
+
+
+def test_a_full_disk_ends_raw_packing_before_and_while_it_writes(
+    pets, tmp_path, capsys, monkeypatch
+):
+    with disks.small_disk(tmp_path / "disk", 100) as disk:
+        assert pack_raw(pets, disk / "raw") == 2
+        assert "images need about" in capsys.readouterr().err
+        monkeypatch.setattr("tools.data.raw.estimated_bytes", lambda source, side: 0)
+        assert pack_raw(pets, disk / "raw") == 2
+        assert "no space left for the images" in capsys.readouterr().err
+        assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_loses_what_was_written_is_noticed(pets, tmp_path, capsys, monkeypatch):
+    def lose(self):
+        with open(self.path, "r+b") as file:
+            file.seek(-1000, 2)
+            file.write(bytes(1000))
+
+    monkeypatch.setattr(ImageFile, "sync", lose)
+    assert pack_raw(pets, tmp_path / "raw") == 2
+    assert "doesn't hold what was written to it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,22 @@ def time_of(argv, capsys) -> str:
     return re.search(r"^time +ok +(.*)^ready: about ", said, re.M | re.S)[1]
 
 
+def test_doctor_says_what_decoding_costs_and_what_would_spare_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.outlook.WORTH_SAYING", 0)
+    monkeypatch.setattr("training.outlook.LARGE", 0)
+    monkeypatch.setattr(doctor, "MANY", 14)
+    photos = image_folder(tmp_path / "p", {"train": 5, "val": 2}, classes=("a", "b"))
+    argv = [*SMALL, "--data-set", "IMNET", "--data-path", str(photos), "--batch-size", "4"]
+    assert doctor.main([*argv, "--cache", "none", "--output-dir", str(tmp_path / "o")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r" found in \S+ s, [\d,]+ images/s; once on each machine$", said, re.M)
+    [(ms, rate)] = re.findall(
+        r"^decoding +ok +(\S+) ms for .* image, ([\d,]+) images/s", said, re.M
+    )
+    assert float(rate.replace(",", "")) == pytest.approx(1000 / float(ms), rel=0.06)
+    assert f"decoding takes about {ms} ms each" in said and "python -m tools.data pack" in said
+
+
 def test_doctor_gives_a_time_where_an_epoch_is_one_update(tmp_path, capsys):
     image_folder(tmp_path / "p", {"train": 5, "val": 2}, classes=("a", "b"))
     argv = [*SMALL, "--data-set", "IMNET", "--data-path", str(tmp_path / "p"), "--batch-size", "8"]

@@ -20,7 +20,9 @@ from tiny_images import COLOURS
 
 from tools.serve import decoders
 from tools.serve import images as serve_images
+from tools.serve.app import Parameters
 from tools.serve.bodies import Bodies, RequestBody
+from tools.serve.connections import Connection
 from tools.serve.images import RefusedError
 from tools.serve.service import Limits
 
@@ -246,9 +248,37 @@ def test_what_is_wrong_is_answered_with_its_status(port, content, kind, query, s
     assert "\n" not in answer["error"] and answer["error"]
 
 
+def test_parameters_of_a_query():
+    assert Parameters.of(b"") == (5, False, None)
+    assert Parameters.of(b"topk=1&topk=0007&explain=ON&about=a%20b+c&x=") == (7, True, "a b c")
+    assert Parameters.of(b"topk=1000&explain=False&about=")[:] == (1000, False, "")
+    for number in (b"3.0", b"+3", b"%2B3", b"%203%20"):  # as clients that count in floats write it
+        assert Parameters.of(b"topk=" + number).topk == 3
+    for query in (b"topk=1001", b"topk=0", b"topk=-1", b"topk=1.5", b"topk=%D9%A3", b"explain="):
+        with pytest.raises(RefusedError, match=query.partition(b"=")[0].decode()) as caught:
+            Parameters.of(query)
+        assert caught.value.status == 422
+
+
+def test_answers_are_sent_at_once(checkpoint, monkeypatch):
+    """Not when the client has acknowledged the head of the answer, 40 ms later."""
+    delays, made = [], Connection.connection_made
+
+    def noting(connection, transport):
+        client = transport.get_extra_info("socket")
+        delays.append(client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(connection, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", noting)
+    with running(checkpoint) as (_, port):
+        assert request(port, "GET", "/live")[0] == 200
+    assert len(delays) == 1 and all(delays)
+
+
 def test_other_paths_and_methods(port):
     assert request(port, "GET", "/nothing")[0] == 404
-    assert request(port, "GET", "/predict")[0] == 405
+    status, headers, _ = request(port, "GET", "/predict")
+    assert (status, headers["allow"]) == (405, "POST")
     assert set(request(port, "GET", "/nothing")[2]) == {"error"}
 
 

@@ -26,6 +26,7 @@ from tools.serve import __main__ as serve
 from tools.serve import load, server
 from tools.serve.service import Limits
 from tools.torture import clients
+from utils import cores
 
 
 def blocks(kind):
@@ -55,7 +56,11 @@ def test_commands_of_the_page_work(checkpoint, images, tmp_path):
                 end(services)
                 services.append(
                     subprocess.Popen(
-                        [*shlex.split(line), "--port", str(port)], cwd=tmp_path, env=environment
+                        [*shlex.split(line), "--port", str(port)],
+                        cwd=tmp_path,
+                        env=environment,
+                        # Closed input and output, whose numbers go to no connection.
+                        preexec_fn=lambda: os.closerange(0, 2),
                     )
                 )
                 wait_for(port)
@@ -139,11 +144,11 @@ def test_a_model_that_is_stuck_is_told_of_and_ends_all_the_same(checkpoint, tmp_
     port = int(process.stdout.readline().strip().strip("/").rpartition(":")[2])
     wait_for(port)
     children = clients.Service(port, process, tmp_path).tree()[1:]
-    assert len(children) >= 3  # the one that forks, and the decoders
-    assert predict(port, png(9, 9))[0] == 504
+    assert len(children) == 1 + cores()  # the one that forks, and the decoders
     until = time.monotonic() + PATIENCE
     while request(port, "GET", "/health")[0] == 200 and time.monotonic() < until:
-        time.sleep(0.05)
+        # On a busy machine its time may be up before the model has it.
+        assert predict(port, png(9, 9))[0] in (408, 504)
     for path in ("/health", "/live"):
         status, _, told = request(port, "GET", path)
         assert status == 503 and "the model has been at one batch for" in told["error"]

@@ -19,6 +19,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tools.common import trained
 from tools.serve import app
+from tools.serve.nursery import Nursery
 from tools.serve.server import Server
 from tools.serve.service import Batching, Limits, Service
 
@@ -83,7 +84,7 @@ def address(checkpoint):
     model = trained.open_model(given)
     # Folders can't have such names; class lists of CSV files can.
     model.classifier.class_names[:] = NAMES
-    service = Service(model, "parts", limits=Limits(), batching=Batching())
+    service = Service(model, "parts", Nursery(), limits=Limits(), batching=Batching())
     server = Server(app.build_app(service), service)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))

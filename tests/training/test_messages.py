@@ -2,7 +2,7 @@
 
 import re
 
-from runs import arguments, train
+from runs import STOPPED, arguments, stopped_after, train
 
 import main
 from utils import cores
@@ -43,7 +43,8 @@ def test_log_lines_say_what_bounds_the_run(tmp_path, capsys):
 
 def test_the_input_line_says_where_images_come_from(tmp_path, capsys):
     def input_line(name: str, *options: str) -> str:
-        assert train("", tmp_path / name, *DIGITS, *options) == 0
+        with stopped_after(1):
+            assert train("", tmp_path / name, *DIGITS, *options) == STOPPED
         return re.search(r"^input +(\d.*)$", capsys.readouterr().out, re.M)[1]
 
     line = input_line("a")
@@ -52,6 +53,8 @@ def test_the_input_line_says_where_images_come_from(tmp_path, capsys):
     one_by_one = ("--augment-on", "cpu")
     line = input_line("b", "--cache", "none", *one_by_one, "--num-workers", "1")
     assert re.match(r"1 workers?; augmented one by one", line)
+    line = input_line("d", "--cache", "none", "--num-workers", "1")
+    assert re.match(r"1 workers?; augmented by the batch in the workers$", line)
     line = input_line("c", "--cache", "ram", *one_by_one)
     assert re.match(r"0 workers, 0.3 MiB of images in ram; augmented one", line)
 

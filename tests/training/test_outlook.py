@@ -1,18 +1,28 @@
 """What a run says of the time before it, and of few images."""
 
 import logging
+import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from runs import PLAIN, train
 
 import config
 import models
 from optimization.freezing import Freezer
-from training.outlook import FEW_IMAGES, TimeToGo, few_images, finetuning_command, seconds_to_go
+from pipeline.dataset import build_parts
+from training.outlook import (
+    FEW_IMAGES,
+    TimeToGo,
+    few_images,
+    finetuning_command,
+    large_images,
+    seconds_to_go,
+)
 
 FOLDER = Path("output/of mine")
 
@@ -124,6 +134,72 @@ def test_a_run_says_it_at_its_start_and_not_when_it_goes_on(images, tmp_path, ca
     assert "configs/finetune_frozen.yaml --model test_resnet" in said
     assert train(images, tmp_path / "run", *options, "--resume", "auto") == 0
     assert "are few to train" not in "".join(capsys.readouterr())
+
+
+# --- large images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Class folders of 20 files of 12 megapixels, and of as many of 640×480."""
+    root = tmp_path_factory.mktemp("photographs")
+    for kind, size in (("large", (4000, 3000)), ("usual", (640, 480))):
+        first = root / f"{kind}.jpg"
+        Image.new("RGB", size).save(first)
+        for name in "ab":
+            (root / kind / name).mkdir(parents=True)
+            for number in range(10):
+                os.link(first, root / kind / name / f"{number}.jpg")
+    return root
+
+
+def hint(photographs: Path, *options: str, kind: str = "large", seconds: float | None = None):
+    argv = ["--data-path", str(photographs / kind), "--val-fraction", "0.2", "--epochs", "5000"]
+    given = config.load([*argv, *options])
+    train, _ = build_parts(given.data, seed=0)
+    loader = SimpleNamespace(cached="ram" in options)
+    return large_images(given, SimpleNamespace(train=train, train_loader=loader), seconds)
+
+
+def test_of_images_far_larger_than_the_crop_it_is_said_what_spares_decoding(photographs):
+    text = hint(photographs)
+    # 37 ms of 12 megapixels; 16 images are trained on.
+    assert text.startswith(
+        "images are 4000×3000 on average, the crop is 224: decoding takes about 37 ms each, 27 "
+        f"images/s per core; --cache disk (about {16 * 256 * 256 * 4 / 3 * 3 / 1e9:.2g} GB) or `"
+    )
+    assert text.endswith("` brings about 2,500")
+    words = shlex.split(text.split("`")[1])
+    assert words[:4] == ["python", "-m", "tools.data", "pack"]
+    assert words[words.index("--short-side") + 1] == "256"
+    assert config.load(words[4:-4]).data.data_path == str(photographs / "large")
+    assert "takes about 1e+02 ms each, 10 images" in hint(photographs, "--jpeg-scaling", "off")
+    assert "takes about 50 ms each, 20 images/s" in hint(photographs, seconds=0.05)
+    # 100 µs each and 300 µs for the pixels of a side of 256, which are 2.25 times as many here.
+    assert hint(photographs, "--cache-side", "384").endswith("about 1,300")
+    # A small image is not read for nothing.
+    assert hint(photographs, "--input-size", "32").endswith("about 9,400")
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("usual", ()),  # nearly as fast as they could be
+        ("large", ("--epochs", "900")),  # 16 × 900 × 37 ms are less than 10 minutes
+        ("large", ("--cache", "ram")),
+        ("large", ("--overfit-batches", "1")),
+    ],
+)
+def test_it_is_not_said_where_it_does_not_matter(photographs, kind, options):
+    assert hint(photographs, *options, kind=kind) == ""
+
+
+def test_a_run_says_it_once(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.outlook.WORTH_SAYING", 0)
+    monkeypatch.setattr("training.outlook.LARGE", 0)
+    options = ("--epochs", "1", "--warmup-epochs", "0", "--cache", "none")
+    assert train(images, tmp_path / "run", *options) == 0
+    assert "".join(capsys.readouterr()).count("images are 14×12 on average") == 1
 
 
 # --- time -----------------------------------------------------------------------------------------

@@ -1,22 +1,21 @@
 """A training step of a CaiT beside timm's: time and memory.
 
 Both models have the same weights and see the same images under the same autocast. Their steps
-(forward, backward, AdamW) take turns, so that a busy machine slows both alike. The result is added
-to benchmarks/attention-DEVICE.json.
+(forward, backward, AdamW) take turns, so that a busy machine slows both alike. On CUDA a second row
+compares both compiled.
 
 Memory is, on CUDA, the most that was allocated during a step, with one model alone on the device;
-on a CPU, the bytes that a forward pass keeps for the backward pass, parameters not counted.
+on a CPU, the bytes that a forward pass keeps for the backward pass, parameters not counted. The
+limit is what takes longer at the rates measured in this run: the products of matrices, or writing
+once and reading once what is kept for the backward pass.
 """
 
 import argparse
 import copy
-import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from functools import partial
+from typing import get_args
 
 import timm
 import torch
@@ -27,18 +26,25 @@ from torch import Tensor, nn
 import cait_models
 import models
 import utils
+from architectures.summary import summarise
 from architectures.talking_heads import Choice, set_path
 from errors import OptionError
 from tools.bench.common import (
+    Row,
+    Rows,
+    add_repeats,
     bench_parser,
-    figures_path,
-    processor,
+    compare,
+    limit,
+    run,
+    surviving,
     synchronise,
-    write_figures,
 )
+from tools.bench.limits import copy_rate, launch_seconds, matmul_limit, matmul_rate, seconds_of
 from tools.common import command
 
 CLASSES = 1000
+TURN = 0.6  # seconds
 Step = Callable[[], None]
 
 
@@ -66,28 +72,16 @@ def loss_of(model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype 
 def training_step(
     model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype | None
 ) -> Step:
-    """A function that makes one step of training and waits until the device has done it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    """A function that makes one step of training, without waiting for the device."""
+    cuda = images.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda)
 
     def step() -> None:
         loss_of(model, images, targets, amp).backward()
         optimizer.step()
         optimizer.zero_grad()
-        synchronise(images.device)
 
     return step
-
-
-def alternate(steps: dict[str, Step], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` runs of each step, in turns, after ``warmup`` that don't count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in command.progress(range(-warmup, rounds), "steps"):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def bytes_kept(loss: Callable[[], Tensor], model: nn.Module) -> int:
@@ -122,81 +116,114 @@ def memory(model: nn.Module, images: Tensor, targets: Tensor, amp: torch.dtype |
     return peak
 
 
-def hardware(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU with the threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} threads"
-
-
-def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Everything that is written to the file."""
+def measure(arguments: argparse.Namespace, device: torch.device) -> Rows:
+    """The benchmark's rows."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    utils.seed_all(0)
     set_path(arguments.talking_heads)
     amp = utils.amp_dtype(arguments.amp, device)
+    small = 512 if arguments.toy else None
+    rates = matmul_rate(device, amp or torch.float32, small), copy_rate(device, small)
     batch = arguments.batch_size or (128 if device.type == "cuda" else 4)
-    ours, theirs, size = build_pair(arguments.model)
+    if arguments.toy:
+        arguments.models, batch = arguments.models[-1:], 1
+    parts: list[tuple[str, Callable[[], Rows]]] = []
+    for name in arguments.models:
+        parts.append((name, partial(_rows_of, name, batch, amp, rates, device, arguments.repeats)))
+    yield from surviving(parts)
+
+
+def _rows_of(
+    name: str,
+    batch: int,
+    amp: torch.dtype | None,
+    rates: tuple[float, float],
+    device: torch.device,
+    repeats: int,
+) -> Rows:
+    """Both as they are, and on CUDA both compiled."""
+    utils.seed_all(0)
+    ours, theirs, size = build_pair(name)
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.randint(CLASSES, (batch,), device=device)
-    pair = {"ours": ours, "timm": theirs}
-    used = {name: memory(model, images, targets, amp) for name, model in pair.items()}
-    steps = {}
-    for name, model in pair.items():
-        model = model.to(device)
-        model = torch.compile(model) if arguments.compile else model
-        steps[name] = training_step(model, images, targets, amp)
-    seconds = alternate(steps, arguments.steps)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        "model": models.resolve_name(arguments.model),
-        "batch_size": batch,
-        "amp": str(amp).removeprefix("torch."),
-        "compile": arguments.compile,
-        "talking_heads": arguments.talking_heads,
-        "hardware": hardware(device),
-        "load_average": os.getloadavg()[0],
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "memory": "peak allocated" if device.type == "cuda" else "kept for the backward pass",
-        "step_seconds": medians,
-        "fastest_and_slowest_seconds": {n: [min(t), max(t)] for n, t in seconds.items()},
-        "bytes": used,
-        "times_faster": medians["timm"] / medians["ours"],
-        "share_of_timms_memory": used["ours"] / used["timm"],
-    }
+    precision = str(amp or torch.float32).removeprefix("torch.")
+    title = f"{models.resolve_name(name)}, batch {batch}, {precision}"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        title += f", {threads} thread{'s' * (threads > 1)}"
+    sides = {"ours": ours, "theirs": theirs}
+    used = {side: memory(model, images, targets, amp) for side, model in sides.items()}
+    macs = summarise(ours, size).macs
+    kept = bytes_kept(lambda: loss_of(ours.to(device), images, targets, amp), ours)
+    for how in ("", ", compiled") if device.type == "cuda" else ("",):
+        steps = {}
+        for side, model in sides.items():
+            model = model.to(device)
+            model = torch.compile(model) if how else model
+            steps[side] = training_step(model, images, targets, amp)
+        row = _compare(title + how, steps, batch, device, repeats)
+        row |= _memory(used, device) if not how else {}
+        row["limit"] = _limit(rates, amp, macs, kept / batch, row["ours"])
+        yield row
 
 
-def _carry_out(arguments: argparse.Namespace) -> None:
-    device = utils.pick_device(arguments.device)
-    result = measure(arguments, device)
-    print(f"{result['model']}, batch {result['batch_size']}, {result['hardware']}")
-    for name, seconds in result["step_seconds"].items():
-        mebibytes = result["bytes"][name] / 2**20
-        print(f"{name}: {1e3 * seconds:.1f} ms, {mebibytes:.0f} MiB {result['memory']}")
-    print(
-        f"{result['times_faster']:.2f} times as fast, "
-        f"{100 * result['share_of_timms_memory']:.0f} % of the memory"
-    )
-    path = figures_path("attention", device, arguments.out)
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_figures(path, [*results, result])
-    print(f"added to {path}")
+def _compare(
+    title: str, steps: dict[str, Step], batch: int, device: torch.device, repeats: int
+) -> Row:
+    """Turns of ``TURN`` seconds on CUDA, of one step on a CPU."""
+    counts = dict.fromkeys(steps, 1)
+    if device.type == "cuda":
+        for side, step in steps.items():
+            counts[side] = max(5, round(TURN / seconds_of(step, device, count=3)))
+
+    def turn(side: str) -> int:
+        for _ in range(counts[side]):
+            steps[side]()
+        synchronise(device)
+        return counts[side] * batch
+
+    row = compare(title, lambda: turn("ours"), lambda: turn("theirs"), repeats)
+    if device.type != "cuda":
+        return row
+    row["step_ms"] = {side: 1e3 * batch / row[side] for side in steps}
+    row["host_ms"] = {side: 1e3 * launch_seconds(step, device) for side, step in steps.items()}
+    for side in steps:
+        print(f"   {side}: step {row['step_ms'][side]:.1f} ms, host {row['host_ms'][side]:.1f} ms")
+    return row
+
+
+def _memory(used: dict[str, int], device: torch.device) -> Row:
+    share = used["ours"] / used["theirs"]
+    kind = "peak allocated" if device.type == "cuda" else "kept for the backward pass"
+    print(f"   {share:.0%} of its memory ({kind})")
+    return {"bytes": used, "share_of_memory": share, "note": f"{share:.0%} of its memory ({kind})"}
+
+
+def _limit(
+    rates: tuple[float, float], amp: torch.dtype | None, macs: int, kept: float, ours: float
+) -> Row:
+    """Whatever takes longer; ``kept``: bytes per image."""
+    by_products, by_copies = rates[0] / (6 * macs), rates[1] / (2 * kept)
+    if by_products < by_copies:
+        return matmul_limit(amp or torch.float32, rates[0], macs, ours)
+    return limit("what is kept, written and read once", by_copies)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = bench_parser("attention", __doc__)
-    parser.add_argument("--model", default="cait_s24_224", help="a CaiT (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="default: 128 on CUDA, 4 on a CPU")
-    parser.add_argument("--steps", type=int, default=10, help="of each model (default: 10)")
-    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
+    default = ["cait_s24_224", "cait_xxs24_224"]
+    parser.add_argument("--models", nargs="+", default=default, help="CaiTs (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=command.positive, help="default: 128 on CUDA, 4 on a CPU"
+    )
+    parser.add_argument("--threads", type=command.positive, help="of a CPU (default: PyTorch's)")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
     parser.add_argument(
         "--talking-heads", default="auto", choices=get_args(Choice), help="ours only"
     )
-    return command.run(_carry_out, parser, argv)
+    add_repeats(parser, default=5)
+    return run("attention", measure, parser, argv)
 
 
 if __name__ == "__main__":

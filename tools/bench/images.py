@@ -22,13 +22,9 @@ def photographs(folder: Path, given: str) -> list[Path]:
         if not found:
             raise UserError(f"--images: {given} has no JPEG files")
         return found[:200]
-    from sklearn.datasets import load_sample_images
-
     rng = np.random.RandomState(0)
-    samples = itertools.islice(itertools.cycle(load_sample_images().images), 40)
     paths = []
-    for number, image in enumerate(samples):
-        whole = Image.fromarray(image)
+    for number, whole in enumerate(itertools.islice(itertools.cycle(_samples()), 40)):
         left, top = rng.randint(0, 100), rng.randint(0, 40)
         part = whole.crop((left, top, left + 540, top + 387)).resize((500, 375))
         paths.append(folder / f"{number}.jpg")
@@ -36,12 +32,36 @@ def photographs(folder: Path, given: str) -> list[Path]:
     return paths
 
 
-def small_images(count: int = 2048) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 32, 32, 3) uint8 and labels: patches of the photographs."""
+def large_photographs(folder: Path, count: int = 4) -> list[Path]:
+    """JPEG files of 4032×3024 pixels, as telephones make them, of 3 to 5 MB.
+
+    They are tiled with scikit-learn's photographs, turned and mirrored, so that they are as rich
+    in detail as those and take as long to decode.
+    """
+    samples, turns = _samples(), (None, *Image.Transpose)
+    paths = []
+    for number in range(count):
+        rng = np.random.RandomState(number)
+        whole = Image.new("RGB", (4032, 3024))
+        for left, top in itertools.product(range(0, 4032, 400), range(0, 3024, 400)):
+            tile, turn = samples[rng.randint(2)], turns[rng.randint(len(turns))]
+            whole.paste(tile if turn is None else tile.transpose(turn), (left, top))
+        paths.append(folder / f"large-{number}.jpg")
+        whole.save(paths[-1], quality=90)
+    return paths
+
+
+def _samples() -> list[Image.Image]:
+    """scikit-learn's two photographs, 640×427."""
     from sklearn.datasets import load_sample_images
 
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def small_images(count: int = 2048) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 32, 32, 3) uint8 and labels: patches of the photographs."""
     rng = np.random.RandomState(0)
-    sources = load_sample_images().images
+    sources = [np.asarray(image) for image in _samples()]
     images = []
     for number in range(count):
         image = sources[number % 2]

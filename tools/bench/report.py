@@ -1,23 +1,24 @@
 """Write BENCHMARKS.md from the figures in benchmarks/."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tools.bench.common import FOLDER, ROOT
+from tools.bench.figures import Row, limit_text, read_figures
 from tools.common import command
 from utils import written_whole
 
 # benchmark: title of its section, what ours is compared with
 SECTIONS = {
     "loader": ("Photographs, DeiT recipe, 224×224", "timm's `create_transform`"),
-    "cache": ("Small images, 32×32, one core", "timm's `create_loader`"),
+    "cache": ("Images from memory (32×32) and from disk, one core", "timm's `create_loader`"),
     "step": ("A training step", "a plain loop"),
+    "attention": ("CaiT's talking-heads attention: a training step", "timm's model"),
     "epoch": ("An epoch of the quickstart", "timm's parts in a plain loop"),
     "scaling": ("Several processes", "one process × N"),
+    "scan": ("Finding the images of a large set", "the other library"),
     "serve": ("The service under 32 clients", "the same work in one process"),
 }
 HEAD = """# Benchmarks
@@ -25,12 +26,13 @@ HEAD = """# Benchmarks
 Written by `python -m tools.bench report` from the figures in [benchmarks](benchmarks). Both
 sides run in one process, in turns; rates are medians in images per second, the ratio is the median
 of the turns' ratios, with the least and the greatest. A ratio below 1 is a loss, and stays in the
-table.
+table. The limit is what the hardware allows at best, measured in the same run; in brackets, how
+much of it ours reaches. The last column is the number of the command below the table.
 """
 UNMEASURED = """
 ## Not measured
 
-{names}. `.ci/gpu` runs the others and the CUDA tests on a machine with a card.
+{names}. `.ci/gpu` measures all and runs the CUDA tests on a machine with a card.
 """
 
 
@@ -38,61 +40,67 @@ def report(folder: Path = FOLDER) -> str:
     """The text of BENCHMARKS.md."""
     parts = [HEAD]
     for name, (title, other) in SECTIONS.items():
-        for path in sorted(folder.glob(f"{name}-*.json")):
-            parts.append(_section(title, other, _load(path)))
-    for path in sorted(folder.glob("attention-*.json")):
-        parts.append(_attention_section(_load(path)))
-    # The loader decodes on the host.
-    on_cuda = (*SECTIONS.keys() - {"loader"}, "attention")
-    names = sorted(n for n in on_cuda if not (folder / f"{n}-cuda.json").exists())
+        files = [read_figures(path) for path in sorted(folder.glob(f"{name}-*.json"))]
+        if files:
+            parts.append(_section(title, other, files))
+    # These are work of the host.
+    names = [n for n in sorted(SECTIONS.keys() - {"loader", "scan"}) if not _measured(folder, n)]
     if names:
         parts.append(UNMEASURED.format(names=", ".join(f"{n} on CUDA" for n in names)))
     return "\n".join(parts)
 
 
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _measured(folder: Path, name: str) -> bool:
+    return (folder / f"{name}-cuda.json").exists()
 
 
-def _section(title: str, other: str, content: dict[str, Any]) -> str:
-    around = content["surroundings"]
-    lines = [
-        f"\n## {title}\n",
-        f"`{content['command']}` on {around['hardware']}, {around['cores']} cores, Python "
-        f"{around['python']}, torch {around['torch']}, torchvision {around['torchvision']}, timm "
-        f"{around['timm']}, Pillow {around['pillow']}, {content['date']}.\n",
-        f"| | ours | {other} | ratio | |",
-        "|---|---|---|---|---|",
-    ]
-    for row in content["rows"]:
-        spread = f"{row['least']:.2f} to {row['most']:.2f}, " if "least" in row else ""
-        share = row.get("share_of_matmul_rate")
-        extra = f", {share:.0%} of the card's matmul rate" if share else ""
-        lines.append(
-            f"| {row['title']} | {row['ours']:,.0f} | {row['theirs']:,.0f} | "
-            f"{row['ratio']:.2f}× | {spread}{row['repeats']} turns{extra} |"
-        )
+def _section(title: str, other: str, files: Sequence[Sequence[Row]]) -> str:
+    """A table for each file, and below it where its rows come from."""
+    lines = [f"\n## {title}"]
+    for rows in files:
+        origins = list(dict.fromkeys(map(_origin, rows)))
+        lines += [
+            "",
+            f"| | ours | {other} | ratio | turns | limit | |",
+            "|---|---|---|---|---|---|---|",
+            *(_table_row(row, 1 + origins.index(_origin(row))) for row in rows),
+            "",
+            *(f"{number}. {origin}" for number, origin in enumerate(origins, 1)),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _attention_section(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "\n## CaiT's talking-heads attention\n",
-        "`python -m tools.bench attention`: a training step of the whole model, ours and timm's.\n",
-        "| model | | ours, ms | timm's, ms | ratio | memory of timm's |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        amp = "float32" if result["amp"] == "None" else result["amp"]
-        compiled = ", compiled" if result["compile"] else ""
-        ours, timms = (1000 * result["step_seconds"][name] for name in ("ours", "timm"))
-        lines.append(
-            f"| {result['model']} | batch {result['batch_size']}, {amp}{compiled}, "
-            f"{result['hardware']}, torch {result['versions']['torch']} | "
-            f"{ours:,.0f} | {timms:,.0f} | {result['times_faster']:.2f}× | "
-            f"{result['share_of_timms_memory']:.0%} ({result['memory']}) |"
-        )
-    return "\n".join(lines) + "\n"
+def _table_row(row: Row, number: int) -> str:
+    turns = f"{row['repeats']}"
+    if "least" in row:
+        turns += f", {row['least']:.2f} to {row['most']:.2f}"
+    title = f"{row['title']}; {row['note']}" if "note" in row else row["title"]
+    cells = (
+        title,
+        f"{row['ours']:,.0f}",
+        f"{row['theirs']:,.0f}" if "theirs" in row else "",
+        f"{row['ratio']:.2f}×" if "ratio" in row else "",
+        turns,
+        limit_text(row),
+        str(number),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(row: Row) -> str:
+    """How a row was measured: command, date, hardware, versions."""
+    around = row["surroundings"]
+    names = ("torch", "torchvision", "timm", "pillow")
+    versions = ", ".join(f"{name} {around[name]}" for name in names if name in around)
+    cores = f", {around['cores']} cores" if "cores" in around else ""
+    threads = ""
+    if "threads" in around:
+        threads = f", {around['threads']} thread{'s' * (around['threads'] > 1)}"
+    python = f"Python {around['python']}, " if "python" in around else ""
+    return (
+        f"`{row['command']}`, {row['date']}: {around['hardware']}{cores}{threads}, "
+        f"{python}{versions}"
+    )
 
 
 def _carry_out(arguments: argparse.Namespace) -> None:

@@ -4,8 +4,11 @@ Clients over HTTP with real JPEG files, in turns with the same work in one proce
 transform in a pool of threads, then the model on a batch. Then a long run in which every tenth
 request is malformed. The exit code is 1 where a request was answered wrongly.
 
+The limit is the same work and, for each image, the CPU time of a server that takes in the same body
+from the same clients and answers with a constant (``tools.bench.echo``).
+
 On a busy machine whoever has more threads gets more of it: ``cpu_ratio``, the images for the same
-CPU time, says more there than the rates.
+CPU time of all processes, says more there than the rates.
 """
 
 import argparse
@@ -38,6 +41,7 @@ from tools.bench.common import (
     Rows,
     add_repeats,
     bench_parser,
+    limit,
     record,
     summary,
 )
@@ -72,20 +76,39 @@ def untrained(name: str, size: int, folder: Path) -> Path:
 
 
 @contextmanager
-def served(checkpoint: Path, device: str) -> Iterator[tuple[str, int]]:
-    """URL and process of a service of ``checkpoint``, with its defaults."""
-    line = [sys.executable, "-m", "tools.serve", str(checkpoint)]
-    line += ["--device", device, "--port", "0", "--timeout", "60"]
+def started(module: str, *options: str) -> Iterator[tuple[str, int]]:
+    """URL and process of the server ``python -m module options``, which prints its URL."""
+    line = [sys.executable, "-m", module, *options]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         if not url:
-            raise UserError("the service did not start, see above")
+            raise UserError(f"{module} did not start, see above")
         yield url, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def family(process: int) -> list[int]:
+    """A process and its children, their children too; Linux."""
+    found = [process]
+    for pid in found:  # grows meanwhile
+        found += children(pid)
+    return found
+
+
+def children(process: int) -> list[int]:
+    """Those of a process, as far as it runs; Linux."""
+    try:
+        return [
+            int(child)
+            for task in Path(f"/proc/{process}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
 
 
 def measure_clients(
@@ -135,22 +158,30 @@ class WithoutHttp:
 
 
 class Turns:
-    """Turns of the service and of the work without HTTP, and their figures."""
+    """Turns of the service, of the work without HTTP and of HTTP without the work.
 
-    def __init__(self, url: str, process: int, images: Path, clients: int) -> None:
-        self.url, self.process, self.images, self.clients = url, process, images, clients
-        names = ("ours", "theirs", "forward", "client_cores", "cpu_ratio")
+    Args:
+        service: URL and process.
+        echo: those of ``tools.bench.echo``.
+        images: folder of the JPEG files.
+        clients: how many ask at a time.
+    """
+
+    def __init__(
+        self, service: tuple[str, int], echo: tuple[str, int], images: Path, clients: int
+    ) -> None:
+        self.service, self.echo, self.images, self.clients = service, echo, images, clients
+        names = ("ours", "theirs", "forward", "client_cores", "cpu_ratio", "echo", "echo_seconds")
         self.figures: dict[str, list[float]] = {name: [] for name in names}
 
     def take(self, bare: WithoutHttp, seconds: float, *, counts: bool) -> None:
         """One turn of ``seconds`` each; the first sets things up and doesn't count."""
-        used = cpu_seconds(self.process)
-        clients = self.ask(seconds)
-        served_cpu = (cpu_seconds(self.process) - used) / clients["answered"]
+        clients, served_cpu = self._asked(self.service, seconds)
         used = time.process_time()
         whole, count = bare.whole(seconds)
         bare_cpu = (time.process_time() - used) / count
         forward = bare.forward(seconds / 2)
+        echo, echo_cpu = self._asked(self.echo, seconds / 2)
         if not counts:
             return
         self.figures["ours"].append(clients["images_per_second"])
@@ -158,10 +189,20 @@ class Turns:
         self.figures["forward"].append(forward)
         self.figures["cpu_ratio"].append(bare_cpu / served_cpu)
         self.figures["client_cores"].append(clients["client_cores"])
+        self.figures["echo"].append(echo["images_per_second"])
+        self.figures["echo_seconds"].append(echo_cpu)
 
     def ask(self, seconds: float, malformed_every: int = 0) -> dict[str, Any]:
         """The clients' figures."""
-        return measure_clients(self.url, self.images, self.clients, seconds, malformed_every)
+        return measure_clients(self.service[0], self.images, self.clients, seconds, malformed_every)
+
+    def _asked(self, server: tuple[str, int], seconds: float) -> tuple[dict[str, Any], float]:
+        """The clients' figures, and the server's CPU time for an answer in seconds."""
+        url, process = server
+        used = sum(map(cpu_seconds, family(process)))
+        figures = measure_clients(url, self.images, self.clients, seconds)
+        used = sum(map(cpu_seconds, family(process))) - used
+        return figures, used / figures["answered"]
 
 
 def measure_model(
@@ -176,16 +217,24 @@ def measure_model(
     model = trained.open_model(opened)
     bare = WithoutHttp(model.classifier, paths, model.device)
     load = [os.getloadavg()[0]]
-    with served(checkpoint, arguments.device) as (url, process):
-        turns = Turns(url, process, paths[0].parent, arguments.clients)
+    options = ("--device", arguments.device, "--port", "0", "--timeout", "60")
+    with (
+        started("tools.serve", str(checkpoint), *options) as service,
+        started("tools.bench.echo") as echo,
+    ):
+        turns = Turns(service, echo, paths[0].parent, arguments.clients)
         for turn in command.progress(range(-1, arguments.repeats), name):
             turns.take(bare, arguments.seconds if turn >= 0 else 2.0, counts=turn >= 0)
         malformed = turns.ask(arguments.long, malformed_every=10)
     load.append(os.getloadavg()[0])
     medians = {key: statistics.median(values) for key, values in turns.figures.items()}
+    at_best = 1 / (1 / medians["theirs"] + medians["echo_seconds"] / cores())
     return {
         "title": f"{name}, {size}×{size}, {arguments.clients} clients",
         **summary(turns.figures["ours"], turns.figures["theirs"]),
+        "limit": limit("the same work and a bare echo of the body", at_best),
+        "echo_only": medians["echo"],
+        "echo_cpu_seconds": medians["echo_seconds"],
         "forward_only": medians["forward"],
         "share_of_forward_only": medians["ours"] / medians["forward"],
         "cpu_ratio": medians["cpu_ratio"],
@@ -213,7 +262,8 @@ def _shown(row: Row) -> str:
     return (
         f"{row['title']}: {row['ours']:.0f} against {row['theirs']:.0f} images/s, "
         f"{row['ratio']:.3f}× ({row['least']:.3f} to {row['most']:.3f}); model alone "
-        f"{row['forward_only']:.0f}; for the same CPU time {row['cpu_ratio']:.2f}×; "
+        f"{row['forward_only']:.0f}, bare HTTP {row['echo_only']:.0f}; at best "
+        f"{row['limit']['value']:.0f}; for the same CPU time {row['cpu_ratio']:.2f}×; "
         f"clients used {row['client_cores']:.2f} cores; malformed run: {malformed['answered']} "
         f"answered, failed {malformed['failed']}, refused {malformed['refused']}"
     )
@@ -237,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_repeats(parser, default=5)
 
     def carry_out(arguments: argparse.Namespace) -> int:
+        if arguments.toy:
+            arguments.seconds = arguments.long = 1.0
         rows = record("serve", parser, arguments, measure(arguments))
         return 0 if all(map(answered_well, rows)) else 1
 

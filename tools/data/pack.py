@@ -6,6 +6,11 @@
 Takes every data set that training does. Image files go in as they are; with --short-side larger
 ones are made smaller. Beside each shard lies its index, so that training starts at once. The folder
 appears when all is written.
+
+    python -m tools.data pack --data-path pets --output-dir pets-raw --format raw
+    python main.py --data-set raw/pets --data-path pets-raw --model deit_small
+
+decodes the images once for all: their pixels lie in one file for each part.
 """
 
 import argparse
@@ -18,7 +23,8 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +38,7 @@ from pipeline.decoding import BadImageError, decode
 from pipeline.formats import EXTENSIONS
 from pipeline.sources.shard_index import ShardIndex
 from tools.common import command, reading
+from tools.data.raw import SIDE, Raw, RawImage, RawWriter
 
 SPLITS = {"train": "train", "val": "validation"}  # timm's name of each part
 
@@ -42,6 +49,7 @@ class Packed(NamedTuple):
     content: bytes
     extension: str
     label: int
+    key: str
     problem: str = ""
 
 
@@ -52,21 +60,22 @@ def pack_image(
 
     What is transparent in those is on ``background`` from then on.
     """
+    key = f"{index:09d}"
     try:
         encoded, label = dataset.source.read(index)
         content = reading.file_of(encoded)
         if content is None:
             image = decode(encoded, background)
             if side is None or min(image.size) <= side:
-                return Packed(_encode(image, "PNG"), "png", label)
-            return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label)
+                return Packed(_encode(image, "PNG"), "png", label, key)
+            return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label, key)
         form, _, size = reading.kind_of(content)
         if side is not None and min(size) > side:
             image = _shrink(decode(io.BytesIO(content), background), side)
-            return Packed(_encode(image, "JPEG", quality), "jpg", label)
-        return Packed(content, _extension(encoded, form), label)
+            return Packed(_encode(image, "JPEG", quality), "jpg", label, key)
+        return Packed(content, _extension(encoded, form), label, key)
     except (BadImageError, OSError) as error:
-        return Packed(b"", "", -1, f"{dataset.sample_id(index)}: {error}")
+        return Packed(b"", "", -1, key, f"{dataset.sample_id(index)}: {error}")
 
 
 def _extension(image: Any, form: str) -> str:
@@ -103,7 +112,12 @@ class ShardWriter:
         self.lengths: list[int] = []
         self._tar: tarfile.TarFile | None = None
 
-    def add(self, key: str, packed: Packed) -> None:
+    @property
+    def done(self) -> int:
+        """Images in whole shards."""
+        return sum(self.lengths)
+
+    def add(self, packed: Packed) -> None:
         """Append a sample, to a new shard if it is the first or the last one is full."""
         if self._tar is not None and self._tar.offset + len(packed.content) > self.limit:
             self.close()
@@ -112,9 +126,9 @@ class ShardWriter:
             self._tar = tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT)
             self._rows: list[tuple[int, int, int, str]] = []
             self.shards.append(path)
-        offset = self._member(f"{key}.{packed.extension}", packed.content)
-        self._rows.append((offset, len(packed.content), packed.label, key))
-        self._member(f"{key}.cls", str(packed.label).encode())
+        offset = self._member(f"{packed.key}.{packed.extension}", packed.content)
+        self._rows.append((offset, len(packed.content), packed.label, packed.key))
+        self._member(f"{packed.key}.cls", str(packed.label).encode())
 
     def _member(self, name: str, content: bytes) -> int:
         """Append a file; returns where its content begins."""
@@ -144,19 +158,62 @@ class ShardWriter:
         """The part's entry in ``_info.json``, as timm and webdataset's users know it."""
         return {
             "name": SPLITS[self.part],
-            "num_samples": sum(self.lengths),
+            "num_samples": self.done,
             "filenames": [path.name for path in self.shards],
             "shard_lengths": self.lengths,
         }
 
+    def summary(self, folder: Path) -> str:
+        """What was written, in words; it lies in ``folder`` by now."""
+        size = sum((folder / path.name).stat().st_size for path in self.shards)
+        return (
+            f"{self.part}: {self.done} images in {len(self.shards)} shards, {size / 2**20:.1f} MiB"
+        )
 
-def write_part(writer: ShardWriter, packed: Iterator[Packed], on_bad_image: str) -> list[str]:
+
+@dataclass(frozen=True)
+class Shards:
+    """Image files in tar files."""
+
+    size: float
+    """Bytes of a shard."""
+    side: int | None
+    """Pixels that larger images keep of their short side; None: all."""
+    quality: int
+    """Of the JPEG files that are made of them."""
+    background: str
+    """What transparent ones among those are composited on."""
+
+    data_set = "wds"
+
+    def check(self, parts: Mapping[str, ImageDataset], folder: Path) -> None:
+        """How large files will be isn't known before they are made."""
+
+    def writer(self, folder: Path, part: str, dataset: ImageDataset) -> ShardWriter:
+        return ShardWriter(folder, part, self.size)
+
+    def read(self, dataset: ImageDataset, index: int) -> Packed:
+        return pack_image(dataset, index, self.side, self.quality, self.background)
+
+    def write_list(
+        self, folder: Path, writers: Sequence[ShardWriter], classes: Sequence[str]
+    ) -> None:
+        """The list of the shards."""
+        splits = {SPLITS[writer.part]: writer.info() for writer in writers}
+        info = {"splits": splits, "classes": list(classes)}
+        (folder / "_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+Writer = ShardWriter | RawWriter
+
+
+def write_part(writer: Writer, packed: Iterator[Packed | RawImage], on_bad_image: str) -> list[str]:
     """Write all of a part; returns the images that were left out.
 
     Raises DataError at the first such image, unless ``on_bad_image`` is skip.
     """
     bad = []
-    for number, sample in enumerate(packed):
+    for sample in packed:
         if sample.problem and on_bad_image == "error":
             raise DataError(
                 f"{sample.problem} (repair or remove the file, or add --on-bad-image skip)"
@@ -164,21 +221,20 @@ def write_part(writer: ShardWriter, packed: Iterator[Packed], on_bad_image: str)
         if sample.problem:
             bad.append(sample.problem)
         else:
-            writer.add(f"{number:09d}", sample)
+            writer.add(sample)
     writer.close()
-    if not writer.shards:
+    if not writer.done:
         raise DataError(f"no image of the {writer.part} part could be read")
     return bad
 
 
-def pack(
-    config: Config, folder: Path, *, shard_size: float, side: int | None, quality: int
-) -> None:
-    """Write the shards of ``config``'s data set to ``folder``, which appears when it is whole."""
+def pack(config: Config, folder: Path, form: Shards | Raw) -> None:
+    """Write ``config``'s data set to ``folder``, which appears when it is whole."""
     reading.new_folder(folder)
     parts = reading.parts(config)
     for text in findings(*parts.values()):
         say(f"warning: {text}")
+    form.check(parts, folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True)
@@ -188,25 +244,15 @@ def pack(
         ) from None
     except OSError as error:
         raise command.not_written(folder, error) from None
+    writers: list[Writer] = []
     try:
-        writers = []
         for name, dataset in parts.items():
-            work = functools.partial(
-                pack_image,
-                dataset,
-                side=side,
-                quality=quality,
-                background=config.data.background,
-            )
-            writers.append(ShardWriter(partial, name, shard_size))
+            writers.append(form.writer(partial, name, dataset))
+            work = functools.partial(form.read, dataset)
             packed = reading.in_threads(work, range(len(dataset)), f"pack {name}")
             for line in write_part(writers[-1], packed, config.data.on_bad_image):
                 say(f"left out: {line}")
-        info = {
-            "splits": {SPLITS[w.part]: w.info() for w in writers},
-            "classes": list(parts["train"].classes),
-        }
-        (partial / "_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        form.write_list(partial, writers, parts["train"].classes)
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
@@ -217,53 +263,60 @@ def pack(
             writer.abandon()
         shutil.rmtree(partial, ignore_errors=True)
     for writer in writers:
-        size = sum((folder / path.name).stat().st_size for path in writer.shards)
-        print(
-            f"{writer.part}: {sum(writer.lengths)} images in {len(writer.shards)} shards, "
-            f"{size / 2**20:.1f} MiB"
-        )
-    say(f"next: python main.py --data-set wds/{folder.name} --data-path {folder}")
+        print(writer.summary(folder))
+    say(f"next: python main.py --data-set {form.data_set}/{folder.name} --data-path {folder}")
 
 
-def _what_helps(error: OSError, partial: Path, writers: Sequence[ShardWriter]) -> str:
+def _what_helps(error: OSError, partial: Path, writers: Sequence[Writer]) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"the shards can't be written: {error.strerror or error}"
+        return f"the images can't be written: {error.strerror or error}"
     size = sum(f.stat().st_size for f in partial.iterdir()) / 2**20
-    done = sum(sum(writer.lengths) for writer in writers)
+    done = sum(writer.done for writer in writers)
     return (
-        f"no space left for the shards after {size:.0f} MiB ({done} images in whole shards): "
+        f"no space left for the images after {size:.0f} MiB ({done} images done): "
         "free space, choose an --output-dir on another disk, or make the images smaller with "
         "--short-side; what was written is removed"
     )
 
 
 def _carry_out(arguments: argparse.Namespace) -> None:
-    config = arguments.config
+    config, side = arguments.config, arguments.short_side
     if not config.run.output_dir:
-        raise UserError("--output-dir: say where the shards are to go")
+        raise UserError("--output-dir: say where the images are to go")
     if arguments.shard_size <= 0:
         raise UserError("--shard-size: must be above 0")
-    if arguments.short_side is not None and arguments.short_side < 1:
-        raise UserError("--short-side: must be at least 1")
+    raw = arguments.format == "raw"
+    if side is not None and side < (0 if raw else 1):
+        raise UserError(f"--short-side: must be at least {0 if raw else 1}")
     if not 1 <= arguments.quality <= 100:
         raise UserError("--quality: must be 1 to 100")
-    pack(
-        config,
-        Path(config.run.output_dir).expanduser(),
-        shard_size=arguments.shard_size * 2**20,
-        side=arguments.short_side,
-        quality=arguments.quality,
-    )
+    background = config.data.background
+    form: Shards | Raw
+    if raw:
+        scaled = config.augment.jpeg_scaling == "on"
+        form = Raw(SIDE if side is None else side, background, scaled)
+    else:
+        form = Shards(arguments.shard_size * 2**20, side, arguments.quality, background)
+    pack(config, Path(config.run.output_dir).expanduser(), form)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = command.run_parser("data pack", __doc__)
     arguments.add_argument(
+        "--format",
+        choices=("shards", "raw"),
+        default="shards",
+        help="image files in tar files, or decoded images (default: shards)",
+    )
+    arguments.add_argument(
         "--shard-size", type=float, default=256, metavar="MIB", help="of a shard (default: 256)"
     )
     arguments.add_argument(
-        "--short-side", type=int, metavar="PIXELS", help="make larger images smaller, as JPEG"
+        "--short-side",
+        type=int,
+        metavar="PIXELS",
+        help=f"make larger images smaller, as JPEG (raw: {SIDE} by default, 0: as they are)",
     )
     arguments.add_argument(
         "--quality", type=int, default=95, help="of those JPEG files, 1 to 100 (default: 95)"

@@ -21,7 +21,7 @@ _SECTIONS_OF_THE_MACHINE = ("save", "log", "dist")
 _OF_THE_MACHINE = (
     *("config", "output_dir", "resume", "device", "plugin"),
     *("num_workers", "loader_timeout", "pin_mem", "cache", "shard_cache", "shard_cache_gb"),
-    *("eval_batch_size", "download"),
+    *("cache_dir", "cache_gb", "eval_batch_size", "download"),
 )
 _MANY_CLASSES = 50
 

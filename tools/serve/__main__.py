@@ -8,6 +8,7 @@ the metrics mean.
 """
 
 import argparse
+import os
 import socket
 import sys
 import warnings
@@ -19,10 +20,10 @@ import torch
 from errors import OptionError
 from tools.common import command, trained
 from tools.serve import logs
+from tools.serve.nursery import Nursery
 from utils import cores
 
 PACKAGES = {
-    "fastapi": "fastapi",
     "uvicorn": "uvicorn",
     "prometheus_client": "prometheus-client",
 }
@@ -63,15 +64,21 @@ def _run(arguments: argparse.Namespace) -> None:
     for module, package in PACKAGES.items():
         command.require(module, package)
     _check(arguments)
+    _fill_standard_files()
     logs.set_up()
     # Strangers' images make Pillow warn; what matters is refused.
     warnings.filterwarnings("ignore", module="PIL")
     torch.set_num_threads(arguments.threads or cores())
+    # Before the model, and whatever starts threads.
+    with Nursery() as nursery:
+        _serve(arguments, nursery)
+
+
+def _serve(arguments: argparse.Namespace, nursery: Nursery) -> None:
     # The packages that are optional are there by now.
-    from tools.serve import app, decoders, drift, server
+    from tools.serve import app, drift, server
     from tools.serve.service import Batching, Limits, Service
 
-    decoders.load_ahead()
     model = trained.open_model(arguments)
     monitor = None
     if arguments.reference:
@@ -81,6 +88,7 @@ def _run(arguments: argparse.Namespace) -> None:
     service = Service(
         model,
         Path(arguments.model).name,
+        nursery,
         limits=Limits(
             body=int(arguments.max_body_mib * 2**20),
             pixels=int(arguments.max_megapixels * 1e6),
@@ -98,6 +106,14 @@ def _run(arguments: argparse.Namespace) -> None:
         drift=monitor,
     )
     server.serve(app.build_app(service), service, listener)
+
+
+def _fill_standard_files() -> None:
+    """Open what was closed of standard input, output and error: connections would take the place,
+    and get what libraries write there."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(file)
 
 
 def _check(arguments: argparse.Namespace) -> None:

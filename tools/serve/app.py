@@ -1,136 +1,189 @@
 """The HTTP side: paths, parameters, status codes, answers as JSON."""
 
 import asyncio
-import json
 import logging
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
-from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive
 
 from errors import printable
+from tools.serve import schema
+from tools.serve.asgi import (
+    App,
+    ClientGoneError,
+    Receive,
+    Response,
+    Scope,
+    Send,
+    as_json,
+    whole_body,
+)
 from tools.serve.batcher import Answer
 from tools.serve.decoders import Content
 from tools.serve.forms import files_of
 from tools.serve.images import RefusedError
 from tools.serve.middleware import RequestMiddleware
-from tools.serve.pages import add_pages
-from tools.serve.schema import BODY, RESPONSES, ErrorResponse
-from tools.serve.service import Limits, Service
+from tools.serve.pages import PAGES
+from tools.serve.schema import MOST_CLASSES, TOPK
+from tools.serve.service import Service
 
 log = logging.getLogger(__name__)
 FAILED = "the service failed on this request; its log says why"
-MOST_CLASSES = 1000  # in one answer
+YES, NO = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
+
+Handler = Callable[[Scope, Receive], Awaitable[Response]]
 
 
-class Answers(JSONResponse):
-    """JSON in ASCII: names of classes may hold what UTF-8 can't say."""
+class Parameters(NamedTuple):
+    """What a request for answers asks besides."""
 
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+    topk: int
+    """Classes per answer."""
+    explains: bool
+    about: str | None
+    """The class to explain; None: the likeliest."""
+
+    @classmethod
+    def of(cls, query: bytes) -> "Parameters":
+        """From a URL's query; of a parameter that is given twice the last one counts.
+
+        Raises RefusedError (422).
+        """
+        given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+        topk, explain = given.get("topk", str(TOPK)), given.get("explain", NO[0]).lower()
+        number = re.fullmatch(r" *\+?0*([0-9]{1,9})(\.0*)? *", topk)  # some clients count in floats
+        if number is None or not 1 <= int(number[1]) <= MOST_CLASSES:
+            raise RefusedError(422, f"topk: a whole number from 1 to {MOST_CLASSES} is expected")
+        if explain not in YES + NO:
+            raise RefusedError(422, "explain: true or false is expected")
+        return cls(int(number[1]), explain in YES, given.get("about"))
 
 
-def build_app(service: Service) -> ASGIApp:
+class Paths:
+    """An ASGI application: a handler for each method of each path.
+
+    Every error is ``{"error": one line}``; what went wrong inside stays in the log.
+    """
+
+    def __init__(self, handlers: dict[str, dict[str, Handler]]) -> None:
+        self.handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._answer(scope, receive)
+        await response.give(send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Response:
+        methods = self.handlers.get(scope["path"])
+        if methods is None:
+            return _error(404, "no such path: /docs lists them")
+        handler = methods.get(scope["method"])
+        if handler is None:
+            allowed = ", ".join(methods)
+            headers = ((b"allow", allowed.encode()),)
+            return as_json({"error": f"the path takes {allowed}"}, 405, headers)
+        try:
+            return await handler(scope, receive)
+        except RefusedError as error:
+            return _error(error.status, error.message)
+        except ClientGoneError:
+            return _error(400, "the body ended early")
+        except Exception:
+            log.exception("a request failed")
+            return _error(500, FAILED)
+
+
+def _error(status: int, message: str) -> Response:
+    return as_json({"error": message}, status, ((b"retry-after", b"1"),) if status == 503 else ())
+
+
+def build_app(service: Service) -> App:
     """The service as an ASGI application."""
-    app = FastAPI(
-        title="Image classifier",
-        description=f"Answers of {service.name}, {len(service.classifier.class_names)} classes.",
-        docs_url=None,  # FastAPI's page fetches its scripts from another host
-        redoc_url=None,
-        redirect_slashes=False,
-        default_response_class=Answers,
-    )
-    _add_errors(app)
-    add_pages(app)
+    description = schema.openapi(service.name, len(service.classifier.class_names))
 
-    @app.post("/predict", responses=RESPONSES, openapi_extra={"requestBody": BODY})
-    async def predict(
-        request: Request,
-        topk: Annotated[int, Query(ge=1, le=MOST_CLASSES, description="classes per answer")] = 5,
-        explain: Annotated[bool, Query(description="with a heat map; of one image")] = False,
-        about: Annotated[
-            str | None, Query(description="the class to explain, else the likeliest")
-        ] = None,
-    ) -> JSONResponse:
-        """Classify an image, or several."""
-        return await _predict(service, request, topk, explain, about)
+    async def predict(scope: Scope, receive: Receive) -> Response:
+        return await _predict(service, scope, receive)
 
-    _add_health(app, service)
-
-    @app.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        """Requests, times, confidences and drift, in Prometheus' text format."""
-        content = generate_latest(service.metrics.registry)
-        return Response(content, media_type=CONTENT_TYPE_LATEST)
-
-    return RequestMiddleware(app, service)
-
-
-def _add_health(app: FastAPI, service: Service) -> None:
-    unwell = {503: {"model": ErrorResponse, "description": "What is stuck, or that it ends"}}
-
-    @app.get("/health", responses=unwell)
-    async def health() -> dict[str, Any]:
-        """Whether images are answered, and by which model."""
+    async def health(scope: Scope, receive: Receive) -> Response:
         reason = service.stuck() or ("the service is ending" if service.ending else None)
         if reason:
             raise RefusedError(503, reason)
         names = service.classifier.class_names
-        return {"status": "ok", "model": service.name, "classes": len(names)}
+        return as_json({"status": "ok", "model": service.name, "classes": len(names)})
 
-    @app.get("/live", responses=unwell)
-    async def live() -> dict[str, str]:
-        """Whether the service need not be restarted: nothing is stuck, though it may be ending."""
+    async def live(scope: Scope, receive: Receive) -> Response:
         if reason := service.stuck():
             raise RefusedError(503, reason)
-        return {"status": "ok"}
+        return as_json({"status": "ok"})
+
+    async def metrics(scope: Scope, receive: Receive) -> Response:
+        content = generate_latest(service.metrics.registry)
+        return Response(content, CONTENT_TYPE_LATEST.encode())
+
+    handlers: dict[str, dict[str, Handler]] = {"/predict": {"POST": predict}}
+    handlers |= {"/health": {"GET": health}, "/live": {"GET": live}, "/metrics": {"GET": metrics}}
+    fixed = {**PAGES, "/openapi.json": as_json(description)}
+    handlers |= {path: {"GET": _always(response)} for path, response in fixed.items()}
+    return RequestMiddleware(Paths(handlers), service, handlers)
 
 
-async def _predict(
-    service: Service, request: Request, topk: int, explains: bool, about: str | None
-) -> JSONResponse:
-    names, limits = service.classifier.class_names, service.limits
-    if about is not None and about not in names:
+def _always(response: Response) -> Handler:
+    async def answer(scope: Scope, receive: Receive) -> Response:
+        return response
+
+    return answer
+
+
+async def _predict(service: Service, scope: Scope, receive: Receive) -> Response:
+    """Classify an image, or several."""
+    names = service.classifier.class_names
+    parameters = Parameters.of(scope["query_string"])
+    if parameters.about is not None and parameters.about not in names:
         raise RefusedError(422, "about: the model knows no such class")
-    until = time.monotonic() + limits.seconds
+    until = time.monotonic() + service.limits.seconds
     service.check_room()
-    async with _deadline(until, 408, "the body did not come in time"):
-        files = await _files(request, limits)
-    if explains and len(files) > 1:
+    files = await _files(scope, receive, service.limits.images)
+    if parameters.explains and len(files) > 1:
         raise RefusedError(422, "explain: send one image at a time")
     with service.reserve(len(files)):
-        answer_due = _deadline(until, 504, "the answer did not come in time", request.receive)
-        async with answer_due:
-            answers = await asyncio.gather(
-                *(service.answer(content, until) for _, content in files), return_exceptions=True
-            )
+        async with _deadline(until, receive):
+            answers = await _answers(service, files, until)
             failed = [a for a in answers if isinstance(a, BaseException)]
             if len(failed) == len(answers) and not isinstance(failed[0], RefusedError):
                 raise failed[0]
             entries = [
-                _entry(name, answer, names, topk)
+                _entry(name, answer, names, parameters.topk)
                 for (name, _), answer in zip(files, answers, strict=True)
             ]
-            if explains and isinstance(answers[0], Answer):
-                index = None if about is None else names.index(about)
+            if parameters.explains and isinstance(answers[0], Answer):
+                index = None if parameters.about is None else names.index(parameters.about)
                 entries[0]["explanation"] = await service.explain(answers[0], index)
     if all("error" in entry for entry in entries):
         content = {"error": entries[0]["error"], "images": entries}
-        return Answers(content, entries[0]["status"])
-    return Answers({"images": entries})
+        return as_json(content, entries[0]["status"])
+    return as_json({"images": entries})
 
 
-async def _files(request: Request, limits: Limits) -> list[tuple[str | None, Content]]:
+async def _answers(
+    service: Service, files: list[tuple[str | None, Content]], until: float
+) -> list[Answer | BaseException]:
+    """To each image an answer, or why there is none."""
+    if len(files) > 1:
+        asked = (service.answer(content, until) for _, content in files)
+        return await asyncio.gather(*asked, return_exceptions=True)
+    try:
+        return [await service.answer(files[0][1], until)]
+    except Exception as error:
+        return [error]
+
+
+async def _files(scope: Scope, receive: Receive, most: int) -> list[tuple[str | None, Content]]:
     """(name, content) of each image in the body. Raises RefusedError."""
-    given = request.headers.get("content-type", "")
+    given = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
     kind = given.partition(";")[0].strip().lower()
     is_form = kind == "multipart/form-data"
     is_image = kind in ("", "application/octet-stream") or kind.startswith("image/")
@@ -140,12 +193,10 @@ async def _files(request: Request, limits: Limits) -> list[tuple[str | None, Con
             f"{printable(kind[:100])} is none of multipart/form-data, image/* and "
             "application/octet-stream",
         )
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    body = await whole_body(receive)
     found: list[tuple[str | None, Content]] = [(None, body)] if body else []
     if is_form:
-        found = [*files_of(body, given, limits.images)]
+        found = [*files_of(body, given, most)]
     if not found:
         raise RefusedError(400, "the body holds no image")
     return found
@@ -166,21 +217,18 @@ def _entry(
 
 
 @asynccontextmanager
-async def _deadline(
-    until: float, status: int, message: str, receive: Receive | None = None
-) -> AsyncIterator[None]:
-    """Raise RefusedError at ``until``, by ``time.monotonic``; with ``receive``, that of a request
-    whose body has come, ClientDisconnect once the client has gone."""
+async def _deadline(until: float, receive: Receive) -> AsyncIterator[None]:
+    """Raise RefusedError (504) at ``until``, by ``time.monotonic``, and ClientGoneError once the
+    client has gone. ``receive`` is that of a request whose body has come."""
     watcher: asyncio.Task[None] | None = None
     try:
         async with asyncio.timeout(until - time.monotonic()) as due:
-            if receive is not None:
-                watcher = asyncio.create_task(_end_with_client(receive, due))
+            watcher = asyncio.create_task(_end_with_client(receive, due))
             yield
     except TimeoutError:
         if watcher is not None and watcher.done():
-            raise ClientDisconnect from None
-        raise RefusedError(status, message) from None
+            raise ClientGoneError from None
+        raise RefusedError(504, "the answer did not come in time") from None
     finally:
         if watcher is not None:
             watcher.cancel()
@@ -189,33 +237,3 @@ async def _deadline(
 async def _end_with_client(receive: Receive, due: asyncio.Timeout) -> None:
     await receive()  # after the body nothing comes, but that the client has gone
     due.reschedule(0)
-
-
-def _error(status: int, message: str) -> JSONResponse:
-    headers = {"Retry-After": "1"} if status == 503 else None
-    return Answers({"error": message}, status, headers)
-
-
-def _add_errors(app: FastAPI) -> None:
-    """Every error is ``{"error": one line}``; what went wrong inside stays in the log."""
-
-    @app.exception_handler(RefusedError)
-    async def refused(_: Request, error: RefusedError) -> JSONResponse:
-        return _error(error.status, error.message)
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, error.detail)
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return _error(400, "the body ended early")
-
-    @app.exception_handler(RequestValidationError)
-    async def parameter(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return _error(422, f"{first['loc'][-1]}: {first['msg']}")
-
-    @app.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> JSONResponse:
-        return _error(500, FAILED)

@@ -1,12 +1,12 @@
 """The bytes of requests' bodies: how many one may have, and all of them together."""
 
 import asyncio
+import math
 import time
 from contextlib import suppress
 
-from starlette.types import Message, Receive, Scope
-
 from tools.serve import memory
+from tools.serve.asgi import Message, Receive, Scope
 from tools.serve.images import RefusedError
 
 LEAST_RATE = 8192  # bytes per second that a body must come with,
@@ -67,22 +67,30 @@ class RequestBody:
         receive: ASGI's.
         limit: bytes that the body may have.
         bodies: that of all requests.
+        seconds: for all of it.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, limit: int, bodies: Bodies) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        limit: int,
+        bodies: Bodies,
+        seconds: float = math.inf,
+    ) -> None:
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
         self.limit, self.received, self.held = limit, 0, 0
         self.announced = int(length) if length.isdigit() else 0
         self.ended = not self.announced and b"transfer-encoding" not in headers
         self.began = time.monotonic()
-        self._receive, self._bodies = receive, bodies
+        self._receive, self._bodies, self._seconds = receive, bodies, seconds
         self._cut = False
         self._wait: asyncio.Timeout | None = None
 
     async def receive(self) -> Message:
         """As ASGI's. Raises RefusedError: 413 for a body that is too large, 408 for one that is too
-        slow, 503 where all together are too large."""
+        slow or late, 503 where all together are too large."""
         # What is announced is refused at once; what isn't, when it has come.
         self._check(self.announced)
         message = await self._next()
@@ -111,9 +119,12 @@ class RequestBody:
     async def _next(self) -> Message:
         if self.ended:  # the application waits for the client to go away
             return await self._receive()
-        due = self.began + GRACE + self.received / LEAST_RATE - time.monotonic()
+        due = self.began + min(self._seconds, GRACE + self.received / LEAST_RATE)
         try:
-            async with asyncio.timeout(0 if self._cut else max(0.0, due)) as self._wait:
+            async with asyncio.timeout(
+                0 if self._cut else max(0.0, due - time.monotonic())
+            ) as wait:
+                self._wait = wait
                 return await self._receive()
         except TimeoutError:
             raise RefusedError(408, "the body came too slowly") from None

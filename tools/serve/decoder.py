@@ -2,21 +2,31 @@
 
 import os
 import resource
-import signal
 import struct
 import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.workers import die_with_parent
 from tools.serve import memory
 from tools.serve.images import RefusedError
 
 Decode = Callable[[bytes], Tensor]
+
+
+class Task(NamedTuple):
+    """What a process is for; it must be possible to pickle it."""
+
+    decode: Decode
+    """A file's bytes to (3, H, W); it may raise RefusedError."""
+    most_memory: int
+    """Bytes of address space beyond what the process begins with; what needs more fails with
+    MemoryError."""
+
 
 HEAD = struct.Struct("<4i")  # of a reply: status, then the shape of a tensor
 DECODED = 200
@@ -24,18 +34,16 @@ MOST_TEXT = 8192  # characters of a reply in words
 KEPT = 64 * 2**20  # bytes of freed memory that a process keeps for the next image
 
 
-def run(connection: Connection, decode: Decode, most_memory: int) -> None:
+def run(connection: Connection) -> None:
     """Answer what comes over ``connection`` until that ends; the main function of a process.
 
-    Each message is an image file. The reply is ``HEAD``, then the float32 values of a tensor or,
-    with a status other than ``DECODED``, a text: why there is none.
-
-    Args:
-        connection: to the service.
-        decode: a file's bytes to (3, H, W); it may raise RefusedError.
-        most_memory: bytes of address space beyond what the process begins with. What needs more
-            fails with MemoryError.
+    The first message is a ``Task``, each later one an image file. The reply is ``HEAD``, then the
+    float32 values of a tensor or, with a status other than ``DECODED``, a text: why there is none.
     """
+    try:
+        decode, most_memory = connection.recv()
+    except (EOFError, OSError):
+        return
     _set_up(most_memory)
     usual = memory.resident()
     while True:
@@ -51,10 +59,6 @@ def run(connection: Connection, decode: Decode, most_memory: int) -> None:
 
 
 def _set_up(most_memory: int) -> None:
-    die_with_parent()
-    # The service decides what a signal means, and ends its decoders.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     most = memory.address_space() + most_memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -5,15 +5,17 @@ replaced. One that takes long makes room: it goes on beside the others, and is k
 processes are at such images and others wait.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from tools.serve import decoder
 from tools.serve.images import RefusedError
+from tools.serve.nursery import Nursery
 
 SLOW = 1.0  # seconds, after which an image no longer counts among those decoded at a time
 CROWDED = 5.0  # seconds that a slow image gets even while others wait: large ones take some
@@ -29,8 +32,6 @@ TICK = 0.05  # seconds between two looks at the clock
 MOST_BYTES = 2**28  # of a tensor: more comes from no decoder of ours
 
 Content = bytes | bytearray | memoryview  # of an image file
-
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +51,18 @@ class _Job:
     killed: RefusedError | None = None  # what the client is told then
 
 
-def load_ahead() -> None:
-    """Begin to load what decoding takes, in the process that ``Decoders`` fork theirs from."""
-    _CONTEXT.set_forkserver_preload(["tools.serve.nursery"])
-    forkserver.ensure_running()
-
-
 class _Process:
     """A process and the connection to it."""
 
-    def __init__(self, decode: decoder.Decode, memory: int) -> None:
-        self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(
-            target=decoder.run, args=(theirs, decode, memory), name="decoder", daemon=True
-        )
+    def __init__(self, nursery: Nursery, task: decoder.Task) -> None:
+        self._nursery = nursery
+        self.connection, theirs = multiprocessing.Pipe()
+        self._poll = select.poll()  # faster than the connection's own
+        self._poll.register(self.connection, select.POLLIN)
         with theirs:
-            self.process.start()
+            self._process = nursery.fork(theirs.fileno())
+        with contextlib.suppress(OSError):  # it is gone already, as its first image will find
+            self.connection.send(task)
 
     def decode(self, content: Content) -> Tensor:
         """The reply. Raises RefusedError, DecoderError; EOFError or OSError where it has ended."""
@@ -80,14 +77,16 @@ class _Process:
 
     def has_ended(self) -> bool:
         """Whether it is gone, as it says nothing without being asked."""
-        return self.connection.poll()
+        return bool(self._poll.poll(0))
+
+    def kill(self) -> None:
+        """End it, whatever it is at: who waits for its reply gets EOFError."""
+        self._nursery.kill(self._process)
 
     def end(self) -> int | None:
-        """End it, whatever it is at; returns the exit code that it had."""
+        """End it for good; returns the exit code that it had."""
         self.connection.close()
-        self.process.kill()
-        self.process.join()
-        return self.process.exitcode
+        return self._nursery.end(self._process)
 
 
 class Decoders:
@@ -98,6 +97,7 @@ class Decoders:
             be possible to pickle it. It may raise RefusedError.
         number: images that are decoded at a time.
         memory: bytes that a process may take beyond what it begins with.
+        nursery: what the processes are forked from; it is closed in the end.
         on_loss: called with ``"time"``, ``"crowd"`` or ``"crash"`` when a process is lost.
     """
 
@@ -107,18 +107,18 @@ class Decoders:
         number: int,
         *,
         memory: int,
+        nursery: Nursery,
         on_loss: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self._start = lambda: _Process(decode, memory)
+        self._nursery = nursery
+        self._start = partial(_Process, nursery, decoder.Task(decode, memory))
         self._on_loss = on_loss
         self._lock = threading.Lock()  # of what is being decoded
-        self._processes = threading.Lock()  # multiprocessing starts and ends one at a time
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._turns = threading.Semaphore(number)
         self._running: dict[_Job, _Process] = {}
         self._moved = time.monotonic()  # when an image was last done
         self._closed = threading.Event()
-        load_ahead()
         ready = [self._start() for _ in range(number)] + [None] * SPARE
         self._threads = [
             threading.Thread(target=self._work, args=(process,), name="decode", daemon=True)
@@ -159,6 +159,7 @@ class Decoders:
             thread.join(max(0.0, until - time.monotonic()))
         self._closed.set()
         self._watcher.join()
+        self._nursery.close()
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self, process: _Process | None) -> None:
@@ -173,7 +174,7 @@ class Decoders:
                 self._turns.release()
             del job  # its content isn't kept for the time until the next one
         if process is not None:
-            self._end(process)
+            process.end()
 
     def _answer(self, job: _Job, process: _Process | None) -> _Process | None:
         """Carry out ``job``; returns the process if it can take another one."""
@@ -181,13 +182,12 @@ class Decoders:
             job.tensor.set_exception(RefusedError(504, "the answer did not come in time"))
             return process
         if process is not None and process.has_ended():
-            log.warning("a decoding process ended with exit code %s", self._end(process))
+            log.warning("a decoding process ended with exit code %s", process.end())
             process = None
         result: Tensor | Exception
         try:
             if process is None:
-                with self._processes:
-                    process = self._start()
+                process = self._start()
             with self._lock:
                 job.began = time.monotonic()
                 self._running[job] = process
@@ -199,7 +199,7 @@ class Decoders:
             self._moved = time.monotonic()
         lost = isinstance(result, EOFError | OSError)
         if process is not None and (lost or job.killed):
-            code, process = self._end(process), None
+            code, process = process.end(), None
             if lost and job.killed:
                 result = job.killed
             elif lost:
@@ -214,10 +214,6 @@ class Decoders:
         else:
             job.tensor.set_result(result)
         return process
-
-    def _end(self, process: _Process) -> int | None:
-        with self._processes:
-            return process.end()
 
     def _watch(self) -> None:
         while not self._closed.wait(TICK):
@@ -242,6 +238,6 @@ class Decoders:
 
     def _kill(self, job: _Job, reason: str, told: RefusedError) -> None:
         job.killed = told
-        self._running[job].process.kill()
+        self._running[job].kill()
         log.warning("killed a decoding process after %.1f s", time.monotonic() - job.began)
         self._on_loss(reason)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 import bounded
 from errors import UserError, os_error_text
@@ -78,8 +77,10 @@ def limits(reference: Reference, count: int) -> tuple[float, float]:
     Without drift PSI / (1/n + 1/m) follows χ² of C - 1 degrees ("The Population Stability Index",
     Yurdakul 2018), and the distance stays below √(-ln(α/2)/2) √(1/n + 1/m).
     """
+    from scipy import special  # only who compares pays for it
+
     noise = 1 / count + 1 / reference.classes.sum()
-    by_chance = stats.chi2.ppf(1 - CHANCE, max(1, len(reference.classes) - 1)) * noise
+    by_chance = special.chdtri(max(1, len(reference.classes) - 1), CHANCE) * noise
     ks_by_chance = np.sqrt(-np.log(CHANCE / 2) / 2 * noise)
     return max(PSI_LIMIT, float(by_chance)), max(KS_LIMIT, float(ks_by_chance))
 
@@ -103,6 +104,7 @@ class DriftMonitor:
 
     def __init__(self, reference: Reference, window: int) -> None:
         self.reference, self.window = reference, window
+        self._limits = limits(reference, window)
         self._last: deque[tuple[int, int]] = deque()
         self._classes = np.zeros_like(reference.classes)
         self._confidences = np.zeros_like(reference.confidences)
@@ -122,7 +124,7 @@ class DriftMonitor:
             return None
         index = stability_index(self.reference.classes, self._classes)
         gap = distance(self.reference.confidences, self._confidences)
-        most_index, most_gap = limits(self.reference, self.window)
+        most_index, most_gap = self._limits
         return Drift(index, gap, index > most_index, gap > most_gap)
 
     def largest_change(self, class_names: list[str]) -> dict[str, Any]:

@@ -1,38 +1,39 @@
 """What every request passes before the application: its body is counted, its time is taken."""
 
 import time
+from collections.abc import Container
 
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
+from tools.serve.asgi import App, Message, Receive, Scope, Send, as_json
 from tools.serve.bodies import RequestBody
 from tools.serve.service import Service
 
-PATHS = ("/", "/predict", "/health", "/live", "/metrics", "/docs", "/openapi.json")
 CLOSE = (b"connection", b"close")
 MOST_DIGITS = 20  # of a length
-BADLY_FRAMED = JSONResponse(
+BADLY_FRAMED = as_json(
     {"error": "one Content-Length, or a Transfer-Encoding, must tell where the body ends"},
     400,
-    {"connection": "close"},
+    (CLOSE,),
 )
 
 
 class RequestMiddleware:
-    """ASGI around the application: bodies are counted as they come, requests are measured."""
+    """ASGI around the application: bodies are counted as they come, requests are measured.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+    Args:
+        app: the application.
+        service: whose limits hold, and whose metrics tell of the requests.
+        paths: those that the metrics name.
+    """
+
+    def __init__(self, app: App, service: Service, paths: Container[str]) -> None:
+        self.app, self.service, self.paths = app, service, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         scope = _plain(scope)
-        app = self.app if _framed_well(scope) else BADLY_FRAMED
-        path = scope["path"] if scope["path"] in PATHS else "other"
+        path = scope["path"] if scope["path"] in self.paths else "other"
         bodies = self.service.bodies
-        body = RequestBody(scope, receive, self.service.limits.body, bodies)
+        limits = self.service.limits
+        body = RequestBody(scope, receive, limits.body, bodies, limits.seconds)
         status, start = 500, time.perf_counter()
 
         async def send_and_note(message: Message) -> None:
@@ -44,7 +45,10 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await app(scope, body.receive, send_and_note)
+            if _framed_well(scope):
+                await self.app(scope, body.receive, send_and_note)
+            else:
+                await BADLY_FRAMED.give(send_and_note)
         finally:
             bodies.release(body)
             metrics = self.service.metrics

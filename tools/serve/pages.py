@@ -3,33 +3,21 @@
 import base64
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from tools.serve.asgi import Response
 
 HERE = Path(__file__).resolve().parent
 
 
-def add_pages(app: FastAPI) -> None:
-    """Add the page to try the model, and the one on the paths."""
-    for path, file in (("/", "page.html"), ("/docs", "docs.html")):
-        text = (HERE / file).read_text(encoding="utf-8")
-        headers = {
-            "Content-Security-Policy": _policy(text),
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
-        page = HTMLResponse(text, headers=headers)
-        app.add_api_route(path, _always(page), include_in_schema=False)
-
-
-def _always(page: HTMLResponse) -> Callable[[], Awaitable[HTMLResponse]]:
-    async def answer() -> HTMLResponse:
-        return page
-
-    return answer
+def _page(file: str) -> Response:
+    text = (HERE / file).read_text(encoding="utf-8")
+    headers = (
+        (b"content-security-policy", _policy(text).encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    )
+    return Response(text.encode(), b"text/html; charset=utf-8", headers=headers)
 
 
 def _policy(page: str) -> str:
@@ -42,3 +30,7 @@ def _policy(page: str) -> str:
         "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
+
+
+# The one to try the model, and the one on the paths.
+PAGES = {"/": _page("page.html"), "/docs": _page("docs.html")}

@@ -2,16 +2,11 @@
 
 from typing import Any
 
-from pydantic import BaseModel
-
-
-class ErrorResponse(BaseModel):
-    """Why there is no answer."""
-
-    error: str
-
+TOPK = 5  # classes of an answer, unless a request says otherwise
+MOST_CLASSES = 1000  # in one answer
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
+TEXT = {"text/plain": {"schema": {"type": "string"}}}
 BODY = {
     "required": True,
     "content": {
@@ -62,10 +57,62 @@ ERRORS = {
     503: "Too much is waiting or coming; Retry-After says when to come again",
     504: "The answer did not come in time",
 }
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "One entry per image, in order",
-        "content": {"application/json": {"schema": ANSWERS}},
-    },
-    **{code: {"model": ErrorResponse, "description": text} for code, text in ERRORS.items()},
-}
+PARAMETERS = (
+    (
+        "topk",
+        "integer",
+        "classes per answer",
+        {"default": TOPK, "minimum": 1, "maximum": MOST_CLASSES},
+    ),
+    ("explain", "boolean", "with a heat map; of one image", {"default": False}),
+    ("about", "string", "the class to explain, else the likeliest", {}),
+)
+
+
+def openapi(name: str, classes: int) -> dict[str, Any]:
+    """The description of the service that answers with the model ``name``."""
+    unwell = {503: "What is stuck, or that it ends"}
+    health = "Whether images are answered, and by which model."
+    live = "Whether the service need not be restarted: nothing is stuck, though it may be ending."
+    metrics = "Requests, times, confidences and drift, in Prometheus' text format."
+    well = _json({"type": "object"}, "It is well")
+    text = {"description": "All of them", "content": TEXT}
+    error = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Image classifier",
+            "description": f"Answers of {name}, {classes} classes.",
+            "version": "1",
+        },
+        "paths": {
+            f"/{path}": {method: {"operationId": path, **operation}}
+            for path, method, operation in (
+                ("predict", "post", _predict()),
+                ("health", "get", _operation(health, well, unwell)),
+                ("live", "get", _operation(live, well, unwell)),
+                ("metrics", "get", _operation(metrics, text, {})),
+            )
+        },
+        "components": {"schemas": {"Error": error}},
+    }
+
+
+def _predict() -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "query", "description": text, "schema": {"type": kind, **more}}
+        for name, kind, text, more in PARAMETERS
+    ]
+    answers = _json(ANSWERS, "One entry per image, in order")
+    operation = _operation("Classify an image, or several.", answers, ERRORS)
+    return {**operation, "parameters": parameters, "requestBody": BODY}
+
+
+def _operation(text: str, answer: dict[str, Any], errors: dict[int, str]) -> dict[str, Any]:
+    error = {"$ref": "#/components/schemas/Error"}
+    failures = {str(code): _json(error, why) for code, why in errors.items()}
+    return {"description": text, "responses": {"200": answer, **failures}}
+
+
+def _json(schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}

@@ -24,6 +24,7 @@ from tools.serve.decoders import Decoders
 from tools.serve.drift import DriftMonitor
 from tools.serve.images import RefusedError
 from tools.serve.metrics import Metrics
+from tools.serve.nursery import Nursery
 
 SHOWN_SIDE = 224  # pixels that an explanation has at least
 DECODER_BYTES = 128 * 2**20  # of a decoding process, beside the file and its pixels
@@ -73,6 +74,7 @@ class Service:
         self,
         model: trained.Trained,
         name: str,
+        nursery: Nursery,
         *,
         limits: Limits,
         batching: Batching,
@@ -88,6 +90,7 @@ class Service:
             partial(images.decoded, transform=self.classifier.transform, max_pixels=limits.pixels),
             batching.decoders,
             memory=decoder_bytes(limits),
+            nursery=nursery,
             on_loss=self.metrics.count_lost_decoder,
         )
         self.batcher = Batcher(

@@ -10,6 +10,7 @@ COMMANDS = {
     "flips": "flip bits and overwrite sectors of checkpoints, load them, compare",
     "images": "decode image files that mean harm, measure memory and time",
     "writes": "refuse every write of a training once, in turn",
+    "cache": "kill processes that fill one disk cache, damage it, fill its disk: compare pixels",
     "locks": "start runs in one folder at the same moment, count who holds it",
     "ranks": "processes that disagree or freeze: who is named, and after how many seconds",
     "fuzz": "feed readers of files and texts with inputs that mean harm",

@@ -30,7 +30,7 @@ from pathlib import Path
 from distributed.liveness import process_runs
 from errors import UserError
 from tools.bench.common import ROOT
-from tools.bench.serve import untrained
+from tools.bench.serve import children, family, untrained
 from tools.common import command
 from tools.serve.decoders import SPARE
 from tools.serve.service import Limits, decoder_bytes
@@ -64,29 +64,15 @@ class Service:
 
     def tree(self) -> list[int]:
         """The service's process and its children, their children too."""
-        found = [self.process.pid]
-        for pid in found:  # grows meanwhile
-            found += _children(pid)
-        return found
+        return family(self.process.pid)
 
     def decoders(self) -> list[int]:
         """Those that decode: what its children have forked."""
-        return [pid for parent in _children(self.process.pid) for pid in _children(parent)]
+        return [pid for parent in children(self.process.pid) for pid in children(parent)]
 
     def memory(self) -> int:
         """Bytes that all its processes hold, shared ones once."""
         return sum(_proportional(pid) for pid in self.tree())
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [
-            int(child)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
-    except OSError:
-        return []
 
 
 def _proportional(pid: int) -> int:

@@ -2,13 +2,15 @@
 
     python -m tools.torture images
 
-Each file is decoded by both decoders in a process of its own, whose peak memory and time are
-measured. It must give an image or a BadImageError, in a bounded time, and in at most
-BYTES_PER_PIXEL (12) bytes for each pixel of ``--max-image-pixels`` besides the size of the file.
+Each file is decoded by both decoders, JPEG files at a part of their size too, in a process of its
+own, whose peak memory and time are measured. It must give an image or a BadImageError, in a bounded
+time, and in at most BYTES_PER_PIXEL (12) bytes for each pixel of ``--max-image-pixels`` besides the
+size of the file.
 """
 
 import argparse
 import contextlib
+import functools
 import os
 import resource
 import select
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from config import DataOptions
-from pipeline.decoding import DECODERS
+from pipeline.decoding import DECODERS, decode_tensor
 from pipeline.limits import BYTES_PER_PIXEL, BadImageError, limit_pixels
 from tools.common import command
 from tools.torture.hostile_images import files
@@ -32,6 +34,7 @@ BASE = 64 << 20  # bytes that small images take, of libraries too
 SECONDS = 60.0  # of a processor's time that a file may take, besides one for each of its MB
 PATIENCE = 20  # times as long may pass, on a machine that does much else
 SPARSE = 60 << 30
+SCALED = {"scaled": functools.partial(decode_tensor, short_side=64)}
 
 
 class Outcome(NamedTuple):
@@ -124,7 +127,8 @@ def run(limit: int, wanted: str) -> int:
                     raise SystemExit(f"{what} could not be made: {made.text}")
             place = path if callable(make) else make
             size = path.stat().st_size if callable(make) else 0
-            for decoder, decode in DECODERS.items():
+            ways = DECODERS | (SCALED if "JPEG" in what else {})
+            for decoder, decode in ways.items():
                 found = measured(
                     lambda decode=decode, place=place: decode(str(place), "white"),
                     SECONDS + size / 1e6,

@@ -34,7 +34,7 @@ from checkpointing.folder import checkpoints_in
 from errors import CheckpointError
 from tools.common import command
 from tools.torture.comparing import differences
-from tools.torture.processes import kill, kill_one, loaders_of, start, wait
+from tools.torture.processes import abort, kill, kill_one, loaders_of, start, wait
 
 # Imported here, so that not each session has to.
 PRELOADED = (outputs.events, training.run)
@@ -85,6 +85,8 @@ class Result:
     in_save: int = 0
     unreadable: int = 0
     hung: int = 0
+    stuck_at: list[str] = field(default_factory=list)
+    """What those that did not end wrote last, and what they were at."""
     differences: list[str] = field(default_factory=list)
 
     @property
@@ -185,7 +187,7 @@ def disturb(pids: list[int], result: Result, folder: Path, rng: random.Random) -
             os.kill(pid, rng.choice((signal.SIGTERM, signal.SIGINT)))
     if wait(pids, time.monotonic() + PATIENCE) is None:
         result.hung += 1
-        kill(pids)
+        result.stuck_at += abort(pids, folder.with_suffix(".txt"))
     return False
 
 
@@ -250,7 +252,7 @@ def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
                 _add(total, torture(name, images, attempt, share - total.kills, rng))
             results.append(total)
             print(total.row(), flush=True)
-            for line in total.differences[:20]:
+            for line in total.stuck_at + total.differences[:20]:
                 print(f"  {line}", flush=True)
     return results
 

@@ -1,6 +1,7 @@
 """Training processes that are started to be killed."""
 
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -45,6 +46,7 @@ def start(
             os.dup2(handle, 2)
             # Whoever forks may have put something else in their place.
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+            faulthandler.enable(handle, all_threads=True)
             torch.set_num_threads(1)
             if world > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -88,6 +90,16 @@ def kill(pids: Sequence[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0)
+
+
+def abort(pids: Sequence[int], log: Path) -> list[str]:
+    """Have processes that don't end write what they are at to their ``log``; returns its end."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGABRT)
+    time.sleep(2)  # until it is written
+    kill(pids)
+    return log.read_text(errors="replace").splitlines()[-80:]
 
 
 def loaders_of(pid: int) -> list[int]:
