@@ -1,6 +1,7 @@
 """Random numbers, devices and files that are written whole."""
 
 import hashlib
+import logging
 import os
 import random
 import socket
@@ -159,8 +160,9 @@ def written_whole(path: Path, *, durable: bool = False, shared: bool = False) ->
     """A temporary path beside ``path`` to write to; it takes the name ``path`` when that is done.
 
     So ``path`` is always either the old file or the new one, whole; a write that fails leaves
-    nothing behind. ``durable``: the new file survives a crash of the machine too. ``shared``:
-    other processes, of other machines too, may write the same file at the same time.
+    nothing behind. ``durable``: the new file survives a crash of the machine too, unless a warning
+    says that the folder can't be synced. ``shared``: other processes, of other machines too, may
+    write the same file at the same time.
     """
     own = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.stem}{own}.tmp{path.suffix}")
@@ -174,7 +176,13 @@ def written_whole(path: Path, *, durable: bool = False, shared: bool = False) ->
             temporary.unlink(missing_ok=True)
         raise
     if durable:
-        _sync(path.parent)
+        try:
+            _sync(path.parent)
+        except OSError as error:  # some network disks can't: the file is there all the same
+            text = (
+                "%s: its folder can't be synced (%s): a crash of the machine now may lose the file"
+            )
+            logging.getLogger(__name__).warning(text, path, error.strerror)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """Seeds, the state of generators, devices, and files that are written whole."""
 
+import errno
 import os
 import random
+import stat
 
 import numpy as np
 import pytest
@@ -103,3 +105,18 @@ def test_a_durable_file_is_synced_before_and_after_the_rename(tmp_path, monkeypa
         with utils.written_whole(tmp_path / "x", durable=durable) as temporary:
             temporary.touch()
     assert events == ["rename", "sync", "rename", "sync"]
+
+
+def test_a_folder_that_cannot_be_synced_costs_a_warning_and_no_file(tmp_path, monkeypatch, caplog):
+    sync = os.fsync
+
+    def of_files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    with utils.written_whole(tmp_path / "x", durable=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new" and os.listdir(tmp_path) == ["x"]
+    assert "x: its folder can't be synced (Invalid argument)" in caplog.text

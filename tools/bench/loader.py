@@ -58,6 +58,10 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Rows:
     repeats = arguments.repeats
     augment = BatchAugment(Preprocessing(224, 0.875, "bicubic", MEAN, STD), AugmentOptions(), 0)
     with tempfile.TemporaryDirectory() as temporary:
+        if not (arguments.images or arguments.toy):
+            # First: in the heap that the other rows leave behind Pillow's large images cost two
+            # thirds of what they cost in a new process, or in a worker of torch's DataLoader.
+            yield _large(Path(temporary), augment, repeats)
         paths = photographs(Path(temporary), arguments.images)
         bound = _limit("decoding the same files, one core", paths, repeats)
         share, theirs = partial(_share, paths, augment), partial(_timm_chain(), paths)
@@ -72,8 +76,6 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Rows:
         title = "all of it on one core, against timm's chain"
         yield compare(title, everything, theirs, repeats, bound)
         yield _whole_loaders(paths, augment, max(3, repeats // 2), bound["value"])
-        if not (arguments.images or arguments.toy):
-            yield _large(Path(temporary), augment, repeats)
 
 
 def _large(folder: Path, augment: BatchAugment, repeats: int) -> Row:
