@@ -6,6 +6,7 @@ the description that the file brings, or by what is in the hub's cache.
 
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
@@ -88,7 +89,9 @@ def _total(value: Any) -> float:
         return sum(map(_total, value.values()))
     if isinstance(value, list | tuple):
         return sum(map(_total, value))
-    return abs(value) if isinstance(value, int | float) else 0
+    if not isinstance(value, int | float):
+        return 0.0
+    return float(abs(value)) if abs(value) < 1e300 else math.inf  # int has no greatest value
 
 
 @contextlib.contextmanager

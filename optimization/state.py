@@ -176,7 +176,10 @@ def _check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, 
         return  # which torch says
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for name, value in group.items():
-            if name in own and name != "params" and not _is_like(value, own[name]):
+            if name not in own or name == "params":
+                continue
+            by_default = value is None and name in ("foreach", "fused")
+            if not by_default and not _is_like(value, own[name]):
                 raise _other_optimizer(f"its {printable(name)} is a {type(value).__name__}")
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     for i, values in saved["state"].items():
@@ -213,7 +216,7 @@ def _is_like(value: Any, own: Any) -> bool:
     numbers = [_is_number(x) or (isinstance(x, Tensor) and x.numel() == 1) for x in (value, own)]
     if own is None:
         return value is None or isinstance(value, bool) or numbers[0]
-    return all(numbers) or value is None or type(value) is type(own)
+    return all(numbers) or type(value) is type(own)
 
 
 def _is_number(value: Any, kind: Any = float) -> bool:

@@ -50,6 +50,7 @@ ODD = {
     "state of a parameter 9": ("optimizer", "state", 9, {}),
     "its amsgrad is a str": ("optimizer", "param_groups", 0, "amsgrad", "x"),
     "its foreach is a Tensor": ("optimizer", "param_groups", 0, "foreach", torch.ones(2)),
+    "its maximize is a NoneType": ("optimizer", "param_groups", 0, "maximize", None),
     "its lr is a list": ("optimizer", "param_groups", 0, "lr", [1]),
     "0.weight is torch.int8": ("model", "0.weight", torch.zeros(3, 4, dtype=torch.int8)),
 }
