@@ -6,7 +6,8 @@ import socket
 import pytest
 from huggingface_hub import constants
 
-from architectures.hub import reached
+from architectures.hub import described, reached
+from errors import CheckpointError
 
 
 @pytest.fixture
@@ -35,3 +36,10 @@ def test_behind_a_proxy_the_client_tries_itself(no_network, monkeypatch):
         assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
         raise ConnectionError("refused")
     assert logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize("value", [[0.5, 10**400], {"a": -(10**400)}, float("nan")])
+def test_a_description_with_numbers_beyond_all_bounds_is_refused(value):
+    given = {"architecture": "resnet18", "model_args": {"width": value}, "pretrained_cfg": {}}
+    with pytest.raises(CheckpointError, match="asks for 'width' of more"), described("x", given):
+        pass
