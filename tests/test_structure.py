@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # From the leaves up: packages and root modules. A file imports from its own package and from lower
@@ -247,3 +249,13 @@ def test_the_map_leads_to_files_and_names_that_exist():
                     assert word in names_in(current), f"{change}: no {word} in {current.name}"
                 else:
                     assert word in current.read_text(encoding="utf-8"), f"{change}: {word}"
+
+
+def test_nothing_but_sources_and_documents_is_kept():
+    """No wheel, pickle or checkpoint that somebody left in the working tree."""
+    line = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    shown = subprocess.run(line, capture_output=True, text=True, check=False)
+    if shown.returncode:
+        pytest.skip("not a clone")
+    kinds = {Path(name).suffix for name in shown.stdout.split("\0") if name}
+    assert kinds <= {"", ".py", ".md", ".txt", ".toml", ".yaml", ".json", ".png", ".html"}
