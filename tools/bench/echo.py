@@ -3,14 +3,13 @@
 The connections are those of tools.serve, so are the answers' size and form.
 """
 
-import functools
 import socket
 import sys
 
 import uvicorn
 
 from tools.serve.asgi import Receive, Scope, Send, as_json, whole_body
-from tools.serve.connections import Connection, Connections
+from tools.serve.connections import Connections, http_config
 
 LIKELY = {"class": "class 123", "confidence": 0.0012345678901234567}
 ANSWER = as_json({"images": [{"file": None, "predictions": [LIKELY]}]})
@@ -24,16 +23,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 def main() -> int:
     """Say where, then serve until a signal comes."""
-    config = uvicorn.Config(
-        echo,
-        http=functools.partial(Connection, Connections(512)),  # type: ignore[arg-type]
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-    )
+    config = http_config(echo, Connections(512), backlog=2048)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}/", flush=True)

@@ -6,11 +6,13 @@ so that the last answer is read.
 """
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -54,6 +56,27 @@ class Connections:
         self.open.discard(connection)
         self.idle.pop(connection, None)
         self.parting.pop(connection, None)
+
+
+def http_config(app: Any, connections: Connections, *, backlog: int) -> uvicorn.Config:
+    """How uvicorn serves the ASGI application ``app`` over ``connections``, HTTP alone.
+
+    ``backlog``: connections that the system keeps until they are accepted.
+    """
+    return uvicorn.Config(
+        app,
+        http=functools.partial(Connection, connections),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        backlog=backlog,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_keep_alive=int(2 * HEAD_SECONDS),  # ``Connection`` comes before
+    )
 
 
 class _Lingering:

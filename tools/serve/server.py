@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ctypes
-import functools
 import logging
 import os
 import resource
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 
 import uvicorn
 
-from tools.serve.connections import HEAD_BYTES, HEAD_SECONDS, Connection, Connections
+from tools.serve.connections import Connections, http_config
 from tools.serve.service import Service
 
 DRAIN = 30.0  # seconds that requests in hand get when the service is told to end
@@ -65,21 +64,7 @@ class Server(uvicorn.Server):
             lambda how: metrics.refused_connections.labels(how).inc(),
         )
         metrics.connections.set_function(lambda: len(self.connections.open))
-        config = uvicorn.Config(
-            app,
-            http=functools.partial(Connection, self.connections),  # type: ignore[arg-type]
-            ws="none",
-            loop="asyncio",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            backlog=AT_ONCE,
-            h11_max_incomplete_event_size=HEAD_BYTES,
-            timeout_keep_alive=int(2 * HEAD_SECONDS),  # ``Connection`` comes before
-        )
-        super().__init__(config)
+        super().__init__(http_config(app, self.connections, backlog=AT_ONCE))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections."""
