@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import models
 from architectures.hub import FOLDER, HUB, described, unasked
 from architectures.weights import load_pretrained_weights
-from augmentation.transforms import EvalTransform, Preprocessing
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import EvalTransform
 from checkpointing.files import (
     load_checkpoint,
     model_of,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import models
 from architectures.factory import has_published_weights, published_cfg
 from architectures.weights import load_pretrained_weights
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.files import class_names_of, load_checkpoint, weights_of
 from checkpointing.published import FOLDER, HUB, TIMM, is_published
 from config import LossOptions

@@ -30,15 +30,9 @@ from augmentation.draws import Draws, between
 from augmentation.erasing import draws_per_image, erase, noise_table, random_boxes
 from augmentation.pixel_ops import GEOMETRY, LEVELS
 from augmentation.policy import KINDS, ON_DEVICE, Policy
+from augmentation.preprocessing import SMALL, Preprocessing
 from augmentation.protocol import Parts, Plan, StoreTransform, Transform
-from augmentation.transforms import (
-    SMALL,
-    Preprocessing,
-    TrainTransform,
-    erasing_probability,
-    margin,
-    pillow_filter,
-)
+from augmentation.transforms import TrainTransform, erasing_probability, margin, pillow_filter
 from augmentation.windows import is_made_whole, short_side, window
 from samplers import NUM_REPEATS
 from utils import derive_seed

@@ -8,7 +8,8 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 
 from augmentation.draws import Draws
 from augmentation.pixel_ops import GEOMETRY, LEVELS
-from augmentation.transforms import Preprocessing, build_policy
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import build_policy
 
 # Operations in the order of their numbers in a plan; 0 is no operation.
 KINDS = ("none", *LEVELS, *GEOMETRY)

@@ -175,6 +175,8 @@ def _check_same_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, 
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         return  # which torch says
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        if "lr" not in group:
+            raise _other_optimizer("a parameter group has no lr")
         for name, value in group.items():
             if name not in own or name == "params":
                 continue

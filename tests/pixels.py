@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from augmentation.batch import BatchAugment
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -29,7 +29,7 @@ import main
 import models
 from architectures.memory_format import to_channels_last
 from augmentation.batch import BatchAugment
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.folder import checkpoints_in
 from config import AugmentOptions, OptimOptions
 from distributed.wrapping import shard
@@ -255,7 +255,7 @@ OPTIMISERS = ("adamw", "sgd", "lamb", "lion", "muon", "adafactor", "nadamw", "lo
         ("--on-nonfinite", "skip"),
         ("--accum-steps", "2", "--batch-size", "32"),
         ("--cosub", "--smoothing", "0"),
-        ("--bce-loss",),
+        ("--bce-loss", "--smoothing", "0"),
         ("--ThreeAugment", "--mixup-mode", "pair"),
         ("--cache", "none", "--num-workers", "2"),
         ("--cache", "device"),

@@ -33,7 +33,7 @@ def test_a_plugin_needs_nothing_else(tmp_path):
     script = """
 import plugin
 from datasets import Loader, LoaderSettings, build_dataset, build_transform
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions, DataOptions
 from samplers import EvalSampler
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 from augmentation.batch import BatchAugment
 from augmentation.mixing import Mixer
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 from engine import StepRequest
 from losses import CrossEntropy

@@ -3,7 +3,7 @@
 import torch
 from runs import ROOT
 
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.files import save_checkpoint
 from models import build_model
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import inference
 import utils
-from augmentation.transforms import EvalTransform, Preprocessing
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import EvalTransform
 from checkpointing.digest import save_safetensors
 from checkpointing.files import save_checkpoint
 from errors import CheckpointError

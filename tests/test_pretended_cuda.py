@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import engine
 from augmentation.batch import BatchAugment
 from augmentation.mixing import build_mixer
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from cait_models import CaiT
 from config import AugmentOptions, LossOptions
 from losses import build_criterion

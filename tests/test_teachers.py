@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import losses
 import teachers
-from augmentation.transforms import Preprocessing, build_transform
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import build_transform
 from config import AugmentOptions, LossOptions
 from errors import OptionError
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from augmentation.preprocessing import Preprocessing
 from augmentation.protocol import Transform
-from augmentation.transforms import Preprocessing, build_transform
+from augmentation.transforms import build_transform
 from config import AugmentOptions, DataOptions
 from pipeline.dataset import Batch, ImageDataset, build_dataset
 from pipeline.loader import Loader, LoaderSettings

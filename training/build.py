@@ -21,7 +21,7 @@ from architectures.summary import ModelSummary
 from architectures.talking_heads import Choice, set_path
 from architectures.weights import PartialWeightsError, load_pretrained_weights
 from augmentation.mixing import Mixer
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from cait_models import Attention_talking_head
 from checkpointing.files import weights_of
 from config import CHECKPOINT, DEFAULT, MODEL, Config

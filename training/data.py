@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from augmentation.batch import Normalise, augments_by_batch, build_train_transform
+from augmentation.preprocessing import Preprocessing
 from augmentation.protocol import Transform
-from augmentation.transforms import CentreCrop, Preprocessing
+from augmentation.transforms import CentreCrop
 from checkpointing.files import class_names_of, split_of
 from config import Config
 from distributed.processes import Processes

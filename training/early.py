@@ -4,7 +4,7 @@ import models
 import teachers
 from architectures.factory import has_published_weights, published_cfg
 from augmentation.batch import build_train_transform
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import Config
 from errors import OptionError
 from optimization.optimizer import registered

@@ -13,8 +13,9 @@ import inference
 import utils
 from architectures.factory import has_published_weights, published_cfg
 from architectures.memory_format import to_channels_last, wants_channels_last
+from augmentation.preprocessing import Preprocessing
 from augmentation.protocol import Transform
-from augmentation.transforms import Preprocessing, build_transform
+from augmentation.transforms import build_transform
 from checkpointing.files import (
     class_names_of,
     load_checkpoint,

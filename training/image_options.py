@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures.factory import published_cfg
-from augmentation.transforms import SMALL, Preprocessing
+from augmentation.preprocessing import SMALL, Preprocessing
 from checkpointing.files import model_of, named
 from checkpointing.folder import CONFIG_FILE
 from checkpointing.published import is_published

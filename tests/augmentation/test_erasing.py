@@ -10,7 +10,7 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 
 from augmentation.batch import BatchAugment, Normalise
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from utils import seed_all
 
 

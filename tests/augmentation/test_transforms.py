@@ -11,10 +11,10 @@ from plain_steps import prepared
 from timm.data import create_transform
 
 from augmentation.batch import build_train_transform
+from augmentation.preprocessing import Preprocessing
 from augmentation.transforms import (
     CentreCrop,
     EvalTransform,
-    Preprocessing,
     ThreeAugment,
     TrainTransform,
     build_policy,

@@ -17,13 +17,8 @@ from torchvision.transforms import InterpolationMode
 
 from augmentation import windows
 from augmentation.batch import BatchAugment
-from augmentation.transforms import (
-    CentreCrop,
-    EvalTransform,
-    PaddedRandomCrop,
-    Preprocessing,
-    TrainTransform,
-)
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import CentreCrop, EvalTransform, PaddedRandomCrop, TrainTransform
 from utils import seed_all
 
 FILTERS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")
@@ -134,7 +129,8 @@ import resource, sys
 import torch
 from PIL import Image
 from augmentation.batch import BatchAugment
-from augmentation.transforms import CentreCrop, EvalTransform, Preprocessing, TrainTransform
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import CentreCrop, EvalTransform, TrainTransform
 from config import AugmentOptions
 
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

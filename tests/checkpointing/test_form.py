@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.files import load_checkpoint, save_checkpoint
 from checkpointing.form import wrong_form
 from errors import CheckpointError

@@ -19,7 +19,8 @@ from runs import (
 )
 
 import engine
-from augmentation.transforms import Preprocessing, build_transform
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import build_transform
 from checkpointing.folder import newer_checkpoints
 from config import AugmentOptions
 from pipeline.dataset import ImageDataset

@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler
 
 import models
 from architectures.factory import published_cfg
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import ScheduleOptions, load, option_here, peer_options
 from errors import OptionError, UserError
 from optimization.schedule import build_schedule

@@ -78,5 +78,14 @@ def test_an_optimiser_without_its_moments(content):
         state(2).load_state_dict(content)
 
 
+def test_a_parameter_group_without_its_learning_rate(content):
+    del content["optimizer"]["param_groups"][1]["lr"]
+    given = state(2)
+    before = copy.deepcopy(given.model.state_dict())
+    with pytest.raises(CheckpointError, match="a parameter group has no lr"):
+        given.load_state_dict(content)
+    assert all(torch.equal(w, before[k]) for k, w in given.model.state_dict().items())
+
+
 def test_progress_of_older_checkpoints_lacks_what_is_newer():
     assert Progress.of({"epoch": 3, "best": 50}) == Progress(epoch=3, best=50)

@@ -12,8 +12,9 @@ from tiny_images import image_folder
 
 from augmentation import windows
 from augmentation.batch import BatchAugment
+from augmentation.preprocessing import Preprocessing
 from augmentation.protocol import Transform
-from augmentation.transforms import CentreCrop, EvalTransform, Preprocessing, TrainTransform
+from augmentation.transforms import CentreCrop, EvalTransform, TrainTransform
 from config import AugmentOptions, DataOptions
 from errors import DataError, OptionError
 from pipeline.cache import CachedLoader, apply_cache
@@ -229,7 +230,8 @@ def test_none_leaves_the_loader_alone(images):
 
 def test_loaders_say_where_images_come_from(images):
     plain = loader_of(open_set(images), num_workers=2)
-    assert (plain.introduction(), plain.cached, plain.from_store) == ("2 workers", False, False)
+    assert plain.introduction().startswith("2 workers")
+    assert not plain.cached and not plain.from_store
     # 21 images of 20×16 pixels; decoded, and with two pixels on each side.
     one_by_one = open_set(images).with_transform(EvalTransform(PREPROCESSING))
     decoded = apply_cache("ram", loader_of(one_by_one), device=CPU)

@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_images import image_folder
 
 from augmentation.batch import BatchAugment
-from augmentation.transforms import CentreCrop, Preprocessing, TrainTransform
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import CentreCrop, TrainTransform
 from config import AugmentOptions, DataOptions
 from errors import DataError, OptionError
 from pipeline import disk_cache

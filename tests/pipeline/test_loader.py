@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_sets import EVAL, array_set, assert_same, load
 
 from augmentation.batch import BatchAugment
-from augmentation.transforms import EvalTransform, Preprocessing
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import EvalTransform
 from config import AugmentOptions
 from errors import DataError, OptionError
 from pipeline.dataset import ImageDataset

@@ -16,7 +16,8 @@ from data_parts import contents, open_part, save
 from PIL import Image
 
 import main as training
-from augmentation.transforms import CentreCrop, Preprocessing
+from augmentation.preprocessing import Preprocessing
+from augmentation.transforms import CentreCrop
 from pipeline.decoding import decode
 from pipeline.disk_cache import small_pixels
 from pipeline.image_file import ImageFile
@@ -154,6 +155,13 @@ def test_a_full_disk_leaves_nothing_and_says_what_helps(pets, tmp_path, capsys, 
 def pack_raw(root, folder, *options) -> int:
     argv = ["pack", "--format", "raw", "--data-path", str(root), "--output-dir", str(folder)]
     return main([*argv, *options])
+
+
+@pytest.mark.parametrize("option", ["--shard-size", "--quality"])
+def test_raw_images_have_no_shards_and_no_jpeg_files(option, pets, tmp_path, capsys):
+    assert pack_raw(pets, tmp_path / "raw", option, "90") == 2
+    assert f"{option}: leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "raw").exists()
 
 
 def test_raw_training_images_are_those_of_the_disk_cache(pets, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 import inference
 import models
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from cait_models import CaiT
 from checkpointing.files import save_checkpoint
 from errors import CheckpointError, UserError

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import models  # noqa: F401 (registers them)
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.files import load_checkpoint, save_checkpoint
 from inference import load_for_inference
 from loggers import read_log

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from errors import UserError
 from inference import OnnxModel, metadata_of
 from tools.common.onnx_files import OUTPUT, to_onnx

@@ -13,7 +13,7 @@ from tiny_images import image_folder
 
 import main
 from architectures.factory import published_cfg
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.files import save_checkpoint
 from checkpointing.folder import load_newest
 from config import COMMAND_LINE, DEFAULT, MODEL, load

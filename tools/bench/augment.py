@@ -4,7 +4,7 @@ import torch
 
 from augmentation.batch import BatchAugment
 from augmentation.mixing import build_mixer
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 from tools.bench.common import MEAN, STD, Row, alone, limit, synchronise
 from tools.bench.limits import copy_rate

@@ -19,8 +19,8 @@ from timm.data import create_loader, create_transform
 
 from augmentation.batch import BatchAugment
 from augmentation.crops import resize
+from augmentation.preprocessing import Preprocessing
 from augmentation.protocol import Cut
-from augmentation.transforms import Preprocessing
 from config import AugmentOptions
 from pipeline.cache import apply_cache
 from pipeline.dataset import ImageDataset

@@ -25,7 +25,7 @@ import engine
 import main as main_module
 import models
 from augmentation.mixing import build_mixer
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import Config, load
 from distributed.processes import Processes
 from errors import UserError

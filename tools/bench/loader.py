@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_loader, create_transform
 
 from augmentation.batch import BatchAugment
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 from errors import OptionError
 from pipeline.dataset import ImageDataset

@@ -24,7 +24,7 @@ import engine
 import models
 from architectures.memory_format import to_channels_last
 from architectures.summary import summarise
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import load
 from distributed.processes import Processes
 from losses import CrossEntropy

@@ -41,6 +41,8 @@ from tools.common import command, reading
 from tools.data.raw import SIDE, Raw, RawImage, RawWriter
 
 SPLITS = {"train": "train", "val": "validation"}  # timm's name of each part
+SHARD_MIB = 256
+QUALITY = 95  # of JPEG files that are made
 
 
 class Packed(NamedTuple):
@@ -95,7 +97,7 @@ def _shrink(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _encode(image: Image.Image, form: str, quality: int = 95) -> bytes:
+def _encode(image: Image.Image, form: str, quality: int = QUALITY) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **({"quality": quality} if form == "JPEG" else {}))
     return buffer.getvalue()
@@ -283,12 +285,20 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     config, side = arguments.config, arguments.short_side
     if not config.run.output_dir:
         raise UserError("--output-dir: say where the images are to go")
-    if arguments.shard_size <= 0:
-        raise UserError("--shard-size: must be above 0")
     raw = arguments.format == "raw"
+    for name in ("shard_size", "quality"):
+        if raw and getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: leave it out, as --format raw has no shards and no "
+                "JPEG files"
+            )
+    shard_size = SHARD_MIB if arguments.shard_size is None else arguments.shard_size
+    quality = QUALITY if arguments.quality is None else arguments.quality
+    if shard_size <= 0:
+        raise UserError("--shard-size: must be above 0")
     if side is not None and side < (0 if raw else 1):
         raise UserError(f"--short-side: must be at least {0 if raw else 1}")
-    if not 1 <= arguments.quality <= 100:
+    if not 1 <= quality <= 100:
         raise UserError("--quality: must be 1 to 100")
     background = config.data.background
     form: Shards | Raw
@@ -296,7 +306,7 @@ def _carry_out(arguments: argparse.Namespace) -> None:
         scaled = config.augment.jpeg_scaling == "on"
         form = Raw(SIDE if side is None else side, background, scaled)
     else:
-        form = Shards(arguments.shard_size * 2**20, side, arguments.quality, background)
+        form = Shards(shard_size * 2**20, side, quality, background)
     pack(config, Path(config.run.output_dir).expanduser(), form)
 
 
@@ -310,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="image files in tar files, or decoded images (default: shards)",
     )
     arguments.add_argument(
-        "--shard-size", type=float, default=256, metavar="MIB", help="of a shard (default: 256)"
+        "--shard-size", type=float, metavar="MIB", help=f"of a shard (default: {SHARD_MIB})"
     )
     arguments.add_argument(
         "--short-side",
@@ -319,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"make larger images smaller, as JPEG (raw: {SIDE} by default, 0: as they are)",
     )
     arguments.add_argument(
-        "--quality", type=int, default=95, help="of those JPEG files, 1 to 100 (default: 95)"
+        "--quality", type=int, help=f"of those JPEG files, 1 to 100 (default: {QUALITY})"
     )
     return command.run(_carry_out, arguments, argv)
 

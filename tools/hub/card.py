@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 import config
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.published import FOLDER
 from errors import first_names, printable
 from loggers import CURVES_FILE

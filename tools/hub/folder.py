@@ -9,7 +9,7 @@ from timm.models import model_entrypoint
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.digest import save_safetensors
 from loggers import CURVES_FILE
 from outputs.console import say

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from augmentation.batch import BatchAugment
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 from pipeline.dataset import ImageDataset
 from pipeline.disk_cache import DiskOptions, DiskSource, disk_cached

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import config
 import inference
 import models
-from augmentation.transforms import Preprocessing
+from augmentation.preprocessing import Preprocessing
 from checkpointing.digest import save_safetensors
 from checkpointing.files import load_checkpoint, options_of, save_checkpoint, split_of, weights_of
 from checkpointing.folder import load_newest, name_of
