@@ -17,7 +17,10 @@ from optimization.schedule import Schedule
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "slow_buffer")
 _OF_ADAM = ("exp_avg", "exp_avg_sq")
 # The keys of an optimiser's groups that come from the configuration; the others are state.
-_CONFIGURED = ("weight_decay", "betas", "eps", "momentum", "lr_scale")
+_CONFIGURED = (
+    *("weight_decay", "betas", "eps", "momentum", "lr_scale"),
+    *("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"),
+)
 
 
 @dataclass

@@ -231,7 +231,9 @@ def _check_tile(order: str, directory: bytes, step: int) -> None:
 
 
 def check_png(file: BinaryIO) -> None:
-    """Raise BadImageError for chunks without number (ISO/IEC 15948, 5.3)."""
+    """Raise BadImageError for chunks without number, or far longer than the file (ISO/IEC 15948,
+    5.3): for what is left of one, Pillow would ask for as much memory."""
+    size = file.seek(0, io.SEEK_END)
     file.seek(8)
     parts = 0
     while len(head := file.read(8)) == 8:
@@ -239,7 +241,8 @@ def check_png(file: BinaryIO) -> None:
         parts += length < _SMALL_PART or kind not in (b"IDAT", b"fdAT")
         if parts > _MOST_PARTS:
             raise BadImageError(f"a PNG of more than {_MOST_PARTS:,} chunks")
-        file.seek(length + 4, io.SEEK_CUR)
+        if file.seek(length + 4, io.SEEK_CUR) > size + _SLACK:
+            raise BadImageError(f"is cut off: a PNG chunk of {length:,} bytes, a file of {size:,}")
 
 
 def check_ppm(head: bytes, file: BinaryIO) -> None:

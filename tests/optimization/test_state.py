@@ -87,5 +87,19 @@ def test_a_parameter_group_without_its_learning_rate(content):
     assert all(torch.equal(w, before[k]) for k, w in given.model.state_dict().items())
 
 
+def test_how_an_update_is_computed_is_this_sessions_choice(content):
+    """A state of another way to the same numbers, or one that can't be combined with it."""
+    for group in content["optimizer"]["param_groups"]:
+        group |= {"fused": None, "differentiable": True, "capturable": True, "amsgrad": True}
+    again, whole = state(2), state(1)
+    update(whole)
+    again.load_state_dict(content)
+    for each in (again, whole):
+        each.optimizer.zero_grad()
+        update(each)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
 def test_progress_of_older_checkpoints_lacks_what_is_newer():
     assert Progress.of({"epoch": 3, "best": 50}) == Progress(epoch=3, best=50)

@@ -83,6 +83,7 @@ ASKING_FOR_TOO_MUCH = {
     "JPEG: a million empty comments": "65,536 parts",
     "PNG: 1 bit, 65,500²": "4,290,250,000 pixels",
     "PNG: 200,000 empty chunks": "65,536 chunks",
+    "PNG: a piece of 4 GB": "a PNG chunk of 4,294,967,295 bytes",
     "TIFF: tiles of 40,000² in 64²": "TIFF tile",
     "TIFF: tags over and over, big-endian": "TIFF directory",
     "GIF, frame 65,535² in 8²": "4,294,836,225 pixels",

@@ -201,6 +201,7 @@ PNGS: dict[str, Maker] = {
     "60,000 empty chunks": lambda _: png(8, 8, 8, 2, _chunk(b"teST", b"") * 60_000),
     "200,000 empty chunks": lambda _: png(8, 8, 8, 2, _chunk(b"teST", b"") * 200_000),
     "200,000 empty pieces of pixels": lambda _: png(8, 8, 8, 2, _chunk(b"IDAT", b"") * 200_000),
+    "a piece of 4 GB": lambda _: png(8, 8, 8, 2)[:-12] + struct.pack(">L4s", 2**32 - 1, b"IDAT"),
     "pixels of 1 GB in a small image": lambda _: png(8, 8, 8, 2, data=_zeros(1 << 20, 1 << 10)),
 }
 
