@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from architectures.interface import ClassAttentionModel
 from architectures.layers import Mlp, PatchEmbed, TokenAttention, classifier, init_linear
+from architectures.position_embeddings import positions_at
 from architectures.published import adapted
 from architectures.registry import ALIASES, published, register
 from architectures.talking_heads import exporting, talking_heads_attention
@@ -229,7 +230,11 @@ class CaiT(ClassAttentionModel):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, N, D) patches with their positions."""
-        return self.pos_drop(self.patch_embed(x) + self.pos_embed)
+        positions = self.pos_embed
+        if self.patch_embed.any_size and not torch.jit.is_scripting():
+            grid = self.grid_of(x.shape[-2], x.shape[-1])
+            positions = positions_at(positions, self.patch_embed.grid_size, *grid)
+        return self.pos_drop(self.patch_embed(x) + positions)
 
 
 # timm's name of each: the one with the published weights.

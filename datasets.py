@@ -10,6 +10,7 @@ Nothing inside the project imports this module: its name is also that of Hugging
 
 from typing import Any
 
+from augmentation.own import register_transform
 from augmentation.protocol import Transform
 from augmentation.transforms import build_transform
 from pipeline.dataset import Batch, ImageDataset, build_dataset
@@ -46,5 +47,6 @@ __all__ = [
     "decode",
     "read_idx",
     "register_dataset",
+    "register_transform",
     "stratified_split",
 ]

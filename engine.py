@@ -18,11 +18,12 @@ from augmentation.batch import Plan
 from distributed.processes import in_step, world_size
 from distributed.wrapping import is_sharded, no_sync
 from optimization.clipping import clip_gradients
-from optimization.counts import Counts, Evaluation, RealCounts
+from optimization.counts import Counts, RealCounts
 from optimization.freezing import set_mode
 from optimization.groups import classifier_parameters
 from optimization.guard import Guard
 from optimization.meter import Meter
+from optimization.multilabel import MultiLabelCounts, Result
 from optimization.state import TrainState
 from pipeline.clock import Clock
 from pipeline.dataset import Batch
@@ -64,7 +65,8 @@ class StepSettings:
     """Updates between reads from the device."""
     channels_last: bool = False
     """Memory layout of the images."""
-    input_size: int = 224
+    in_chans: int = 3
+    size: tuple[int, int] = (224, 224)
     """Height and width of the images, pixels."""
     prepare: Callable[[Tensor, Plan | None], Tensor] | None = None
     """Makes normalised images of uint8 ones and their plan, on the device."""
@@ -323,12 +325,15 @@ def forward_loss(
     if mixer is not None:
         first = int(batch.positions.numpy()[0])
         images, targets = mixer(images, targets, derive_seed(settings.seed, "mix", epoch, first))
+    splits = len(images) // len(targets)
     if criterion.copies > 1:
         images = images.repeat(criterion.copies, 1, 1, 1)  # (copies × B, C, H, W)
     with settings.autocast(precise=state.progress.update < state.progress.precise_until):
         outputs = (net or state.net)(images)
         if meter is not None:
             meter.add_answers(outputs, targets)
+        if splits > 1:
+            targets = targets.repeat(splits, *[1] * (targets.ndim - 1))
         return criterion(images, outputs, targets)
 
 
@@ -388,7 +393,8 @@ def evaluate(
     shared: bool = True,
     progress: Callable[[int], None] | None = None,
     real: RealCounts | None = None,
-) -> Evaluation:
+    counts: Counts | MultiLabelCounts | None = None,
+) -> Result:
     """Evaluate ``model`` on ``batches``, each process on its own share.
 
     Counts are integers and so are the summed losses (optimization/counts.py), and every batch is
@@ -404,17 +410,17 @@ def evaluate(
         shared: each process has a share, which are added up; else each has the whole set.
         progress: called with the number of batches done.
         real: counts the same answers by several right classes per image.
+        counts: what counts the answers; None: one class per image.
     """
     model.eval()
-    counts = Counts(num_classes, settings.device)
+    counts = counts or Counts(num_classes, settings.device)
     together = is_sharded(model)
     for done, batch in enumerate(in_step(batches) if together else batches, start=1):
         if batch is None or not len(batch.targets):
             # Nothing to count, but a sharded model needs every process for a forward pass.
             if together:
-                side = settings.input_size
                 with settings.autocast():
-                    model(settings.place(torch.zeros(1, 3, side, side)))
+                    model(settings.place(torch.zeros(1, settings.in_chans, *settings.size)))
             continue
         images, targets = settings.inputs(batch), settings.place(batch.targets)
         filling = batch_size - len(targets)

@@ -22,7 +22,7 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml"]
 def load(path: str, *, device: str = "cpu", ema: bool = False) -> nn.Module:
     """The trained model of a checkpoint, of an exported file, or a published one.
 
-    It takes (B, 3, H, W) normalised images to (B, C) logits and is in evaluation mode;
+    It takes (B, C, H, W) normalised images to (B, K) logits and is in evaluation mode;
     ``inference.load_for_inference`` gives its class names and its transform too.
 
     Args:

@@ -1,34 +1,45 @@
 """Trained models: evaluation, prediction, export and serving all load them here."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import models
-from architectures.hub import FOLDER, HUB, described, unasked
+from architectures.hub import FOLDER, HUB, described, refuse_enormous, unasked
+from architectures.library_model import TRANSFORMERS
+from architectures.variant import Variant
 from architectures.weights import load_pretrained_weights
 from augmentation.preprocessing import Preprocessing
+from augmentation.protocol import RGB
 from augmentation.transforms import EvalTransform
 from checkpointing.files import (
+    CLASSIFICATION,
     load_checkpoint,
     model_of,
     named,
     safetensors_metadata,
+    task_of,
+    thresholds_of,
     weights_of,
 )
 from checkpointing.form import wrong_form
 from checkpointing.published import Published, is_published, read_published
+from checkpointing.task_notes import noted_task
+from checkpointing.variants import FORM_OPTIONS, form_options, saved_variant
 from errors import CheckpointError, OptionError, UserError, first_line, first_names, printable
 from pipeline import imagenet
+from pipeline.bands import decode_bands
 from pipeline.decoding import decode, naming_lack_of_memory
 
 
-class Classifier(NamedTuple):
-    """A trained model and what is needed to use it."""
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model and what is needed to use it. Unpacks to model, transform, class names."""
 
     model: nn.Module
     """(B, 3, H, W) normalised images to (B, C) logits; in evaluation mode."""
@@ -37,17 +48,28 @@ class Classifier(NamedTuple):
     evaluation of training. Raises BadImageError."""
     class_names: list[str]
     """C names."""
+    task: str = "classification"
+    """"classification", or "multilabel": each logit's sigmoid is the probability of its label."""
+    thresholds: tuple[float, ...] | None = None
+    """Of a multi-label model, C probabilities from which a label counts as there, the best of
+    validation; None: 0.5."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.transform, self.class_names))
 
 
 class ImageTransform(EvalTransform):
-    """Any image as the model takes it: (3, S, S) float32, normalised.
+    """Any image as the model takes it: (C, H, W) float32, normalised.
 
     A call decodes what ``pipeline.decoding.decode`` takes, as every command does, and raises
     BadImageError. ``apply`` takes decoded images, as in every data set.
     """
 
     def __call__(self, image: Any) -> Tensor:
-        image = decode(image, self.background)
+        if self.form == RGB:
+            image = decode(image, self.background)
+        else:
+            image = decode_bands(image, self.form, self.background)
         with naming_lack_of_memory():
             return super().__call__(image)
 
@@ -89,13 +111,15 @@ def read_content(path: str | Path, *, weights: bool = True) -> dict[str, Any]:
 def _as_checkpoint(published: Published) -> dict[str, Any]:
     try:
         preprocessing = Preprocessing.of_model(published.cfg)
+        noted = noted_task(published.cfg)
     except OptionError as error:
         raise CheckpointError(error.message) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"its config.json is odd: {printable(first_line(error))}") from None
     return {
         "model": published.weights,
-        "config": {"model": published.name},
+        "config": {"model": published.name, **({"task": noted["task"]} if noted else {})},
+        "thresholds": noted.get("thresholds"),
         "class_names": _class_names(published),
         "preprocessing": preprocessing.to_dict(),
         "hub_config": published.description,
@@ -126,20 +150,24 @@ def unnamed(num_classes: int) -> list[str]:
 
 def metadata_of(content: Mapping[str, Any]) -> dict[str, str]:
     """What exported files carry beside the weights: text by name, each value as JSON."""
-    values = {
-        "config": {"model": content["config"]["model"]},
+    values: dict[str, Any] = {
+        "config": {"model": content["config"]["model"], **form_options(content["config"])},
         "class_names": list(content["class_names"]),
         "preprocessing": Preprocessing.from_dict(content["preprocessing"]).exported(),
     }
-    if content.get("hub_config"):
-        values["hub_config"] = content["hub_config"]
+    task = task_of(content)
+    if task != CLASSIFICATION:
+        values["config"]["task"] = task
+    for name in _OPTIONAL:
+        if content.get(name):
+            values[name] = content[name]
     return {name: json.dumps(value) for name, value in values.items()}
 
 
 def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The inverse of :func:`metadata_of`. Raises CheckpointError for a file of another origin."""
     try:
-        named = (*_METADATA, *(["hub_config"] if "hub_config" in metadata else []))
+        named = (*_METADATA, *(name for name in _OPTIONAL if name in metadata))
         found = {name: json.loads(metadata[name]) for name in named}
     except (KeyError, ValueError, RecursionError):
         found = {}
@@ -154,10 +182,11 @@ def read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 _METADATA = ("config", "class_names", "preprocessing")
+_OPTIONAL = ("hub_config", "thresholds")
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a module: (B, 3, S, S) images to (B, C) logits on the same device.
+    """An ONNX file as a module: (B, 3, H, W) images to (B, C) logits on the same device.
 
     Files of one such input and output of float32 are taken; of a fixed number of images too: the
     last ones are filled up with zeros. A call raises CheckpointError where the file can't answer,
@@ -195,7 +224,8 @@ class OnnxModel(nn.Module):
             reason = printable(first_line(error))
             raise CheckpointError(f"{path} can't be read as ONNX: {reason}") from None
         self.content = read_metadata(self.session.get_modelmeta().custom_metadata_map)
-        self.shape = (3, *2 * (self.content["preprocessing"]["input_size"],))
+        preprocessing = Preprocessing.from_dict(self.content["preprocessing"])
+        self.shape = (preprocessing.channels, *preprocessing.size)
         self.num_classes = len(self.content["class_names"])
         self.input = self._only("input", self.session.get_inputs(), self.shape)
         self._only("output", self.session.get_outputs(), (self.num_classes,))
@@ -246,7 +276,14 @@ class OnnxModel(nn.Module):
 def _from_onnx(path: Path, device: torch.device) -> Classifier:
     model = OnnxModel(path, device).eval()
     preprocessing = Preprocessing.from_dict(model.content["preprocessing"])
-    return Classifier(model, ImageTransform(preprocessing), list(model.content["class_names"]))
+    names = list(model.content["class_names"])
+    return Classifier(
+        model,
+        ImageTransform(preprocessing),
+        names,
+        task_of(model.content),
+        thresholds_of(model.content),
+    )
 
 
 def from_content(
@@ -275,12 +312,13 @@ def from_content(
     trained = Preprocessing.from_dict(content["preprocessing"])
     preprocessing = preprocessing or trained
     weights = weights_of(content, ema=ema)
-    name = options["model"]
+    name, variant = options["model"], saved_variant(content)
+    refuse_enormous(variant.arguments, "model_kwargs")
     with described(name, content.get("hub_config")), unasked([name]):
-        _check_fit(name, len(class_names), trained.input_size, weights)
-        model = _build(name, len(class_names), preprocessing.input_size)
+        _check_fit(name, len(class_names), trained, weights, variant)
+        model = _build(name, len(class_names), preprocessing, variant)
     if preprocessing.input_size != trained.input_size:
-        report = load_pretrained_weights(model, weights)
+        report = load_pretrained_weights(model, weights, size=trained.input_size)
         if report.missing:
             raise CheckpointError(f"the weights lack {first_names(report.missing)}")
         weights = model.state_dict()
@@ -293,17 +331,29 @@ def from_content(
             f"the weights don't fit the model {options['model']}: {reason}"
         ) from None
     model.to(device).eval()
-    return Classifier(model, ImageTransform(preprocessing), class_names)
+    return Classifier(
+        model,
+        ImageTransform(preprocessing),
+        class_names,
+        task_of(content),
+        thresholds_of(content, ema=ema),
+    )
 
 
-def _check_fit(name: str, num_classes: int, input_size: int, weights: Mapping[str, Tensor]) -> None:
+def _check_fit(
+    name: str,
+    num_classes: int,
+    trained: Preprocessing,
+    weights: Mapping[str, Tensor],
+    variant: Variant,
+) -> None:
     """Raise CheckpointError if ``weights`` are not those of a model, before there is memory for it.
 
     Names and sizes in a file may be any.
     """
     try:
         with torch.device("meta"):
-            own = _build(name, num_classes, input_size).state_dict()
+            own = _build(name, num_classes, trained, variant).state_dict()
     except UserError:
         raise
     except Exception:  # a model whose making looks at values: loading compares the rest
@@ -329,14 +379,23 @@ def _kind(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _build(name: str, num_classes: int, input_size: int) -> nn.Module:
+def _build(
+    name: str, num_classes: int, preprocessing: Preprocessing, variant: Variant
+) -> nn.Module:
     """The architecture, without weights."""
     try:
         return models.build_model(
-            name, num_classes, input_size=input_size, required=("input_size",)
+            name,
+            num_classes,
+            input_size=preprocessing.input_size,
+            in_chans=preprocessing.channels,
+            required=("input_size",),
+            variant=variant,
         )
     except OptionError as error:
-        if not name.startswith((HUB, FOLDER)) or error.option != "model":
+        if error.option in FORM_OPTIONS:
+            raise CheckpointError(f"its {error.option}: {error.message}") from None
+        if not name.startswith((HUB, FOLDER, TRANSFORMERS)) or error.option != "model":
             raise
         raise CheckpointError(
             f"the weights are here, but the architecture is read from the config.json of {name}: "

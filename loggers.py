@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from errors import first_names, without_surrogates
 from outputs.files import Outputs
 from outputs.names import csv_cell
+from outputs.trackers.feed import Feeds
 from pipeline.progress import ProgressBar
 from utils import write_text, written_whole
 
 if TYPE_CHECKING:
     from engine import StepReport
-    from optimization.counts import Evaluation
+    from optimization.multilabel import Result
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,31 @@ _EPOCH_TAGS, _STEP_TAGS = ("epoch/",), ("step/",)
 _COLORS = {"train": "tab:gray", "test": "tab:blue", "EMA": "tab:orange"}
 
 
+# What the summary of an epoch shows of its record, where it has it, and under which name.
+_SUMMARY = {
+    "train_loss": "train loss",
+    "train_acc1": "train top-1",
+    "test_loss": "test loss",
+    "test_acc1": "top-1",
+    "test_acc5": "top-5",
+    "ema_acc1": "EMA top-1",
+    "test_map": "mAP",
+    "test_macro_f1_best": "best macro F1",
+    "ema_map": "EMA mAP",
+}
+
+
+_SEVERAL_LABELS = (
+    "mAP and macro F1",
+    "%",
+    (
+        *(("test_map", "test"), ("ema_map", "EMA")),
+        ("test_macro_f1", "F1 at 0.5"),
+        ("test_macro_f1_best", "F1 at best thresholds"),
+    ),
+)
+
+
 class RunLogger:
     """Writes a run's progress to the terminal and its folder.
 
@@ -49,11 +75,13 @@ class RunLogger:
         folder: the run's output directory; None makes a logger that is silent.
         tensorboard: whether to write TensorBoard files.
         print_epoch: epochs between printed summaries.
+        metric: the log key that decides which epoch is the best; summary and curves have it.
         epoch: epochs done.
         update: updates done.
         within_epoch: whether the epoch of the last one isn't logged yet.
         unreported: whether the last one isn't.
         outputs: those of the run; its files are written through them.
+        feeds: trackers, which get the same scalars as TensorBoard; whoever made them closes them.
     """
 
     def __init__(
@@ -63,14 +91,18 @@ class RunLogger:
         outputs: Outputs | None = None,
         tensorboard: bool = True,
         print_epoch: int = 1,
+        metric: str = "",
         epoch: int = 0,
         update: int = 0,
         within_epoch: bool = False,
         unreported: bool = False,
+        feeds: Feeds | None = None,
     ) -> None:
         self.folder = folder
+        self.feeds = feeds or Feeds()
         self.outputs = outputs or Outputs()
         self.print_epoch = print_epoch
+        self.metric = metric
         self.records: list[dict[str, Any]] = []
         self.bar: ProgressBar | None = None
         self.writer: Any = None
@@ -119,36 +151,46 @@ class RunLogger:
         if self.folder is None:
             return
         parts = _step_parts(report)
-        if self.bar is not None and self.bar.visible:
+        on_bar = self.bar is not None and self.bar.visible
+        if on_bar:
             self.bar.say(", ".join(parts))
             self.bar.to(report.step)
-        else:
-            width = len(str(report.steps))
-            place = f"epoch {report.epoch + 1} [{report.step:>{width}}/{report.steps}]"
-            log.info("%s  %s", place, "  ".join(parts))
+        width = len(str(report.steps))
+        place = f"epoch {report.epoch + 1} [{report.step:>{width}}/{report.steps}]"
+        log.info("%s  %s", place, "  ".join(parts), extra={"on_bar": on_bar})
+        scalars = _step_scalars(report)
+        self.feeds.log(scalars, report.update)
         if self.writer:
-            for name, value in _step_scalars(report).items():
+            for name, value in scalars.items():
                 self.writer.add_scalar(name, value, report.update)
 
     # --- epochs -----------------------------------------------------------------------------------
 
-    def epoch(self, record: dict[str, Any], *, epochs: int, best: bool) -> None:
-        """Write an epoch's results: a line of log.txt, TensorBoard scalars, curves, a summary."""
+    def epoch(self, record: dict[str, Any], *, epochs: int, best: bool, to_go: float = 0.0) -> None:
+        """Write an epoch's results: a line of log.txt, TensorBoard scalars, curves, a summary.
+
+        ``to_go``: seconds that the rest of the run takes, if that is known.
+        """
         self.end_bar()
         self.outputs.retry()
         if self.folder is None:
             return
         self.records.append(record)
         self.outputs.write(self.folder / LOG_FILE, self._write_log)
+        scalars = {
+            f"epoch/{name}": value
+            for name, value in record.items()
+            if isinstance(value, int | float) and name not in ("update", "n_parameters")
+        }
+        self.feeds.log(scalars, record["update"], epoch=True)
         if self.writer:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("update", "n_parameters"):
-                    self.writer.add_scalar(f"epoch/{name}", value, record["update"])
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, record["update"])
             self.writer.flush()
         self.outputs.write(self.folder / CURVES_FILE, self._draw)
         number = record["epoch"]
         if number == self.first_epoch or number % self.print_epoch == 0 or number == epochs:
-            log.info("%s", self._summary(record, epochs, best))
+            log.info("%s", self._summary(record, epochs, best, to_go))
 
     def _write_log(self, path: Path) -> None:
         """Add the last record to log.txt, or write all of them where it lacks any."""
@@ -163,22 +205,19 @@ class RunLogger:
         self.incomplete = False
 
     def _draw(self, path: Path) -> None:
-        draw_curves(self.records, path)
+        draw_curves(self.records, path, self.metric)
 
-    def _summary(self, record: Mapping[str, Any], epochs: int, best: bool) -> str:
-        text = f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.4f}"
-        if "train_acc1" in record:
-            text += f"  train top-1 {record['train_acc1']:.2f} %"
-        text += f"  test loss {record['test_loss']:.4f}  top-1 {record['test_acc1']:.2f} %"
-        if record.get("test_acc5") is not None:
-            text += f"  top-5 {record['test_acc5']:.2f} %"
-        if "ema_acc1" in record:
-            text += f"  EMA top-1 {record['ema_acc1']:.2f} %"
-        seconds = record["epoch_seconds"]
-        text += f"  {seconds:.0f} s"
-        left = epochs - record["epoch"]
-        if record["epoch"] == self.first_epoch and left:
-            text += f"  (about {duration(left * seconds)} to go)"
+    def _summary(self, record: Mapping[str, Any], epochs: int, best: bool, to_go: float) -> str:
+        text = f"epoch {record['epoch']}/{epochs}"
+        scores = _SUMMARY
+        if self.metric not in scores:
+            scores = {**scores, self.metric: self.metric}
+        for key, name in scores.items():
+            if (value := record.get(key)) is not None:
+                text += f"  {name} " + _score_text(key, value)
+        text += f"  {record['epoch_seconds']:.0f} s"
+        if record["epoch"] == self.first_epoch and to_go:
+            text += f"  (about {duration(to_go)} to go)"
         return text + ("  * best" if best else "")
 
     # --- extras -----------------------------------------------------------------------------------
@@ -186,12 +225,18 @@ class RunLogger:
     def images(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
         """A grid of training images (B, 3, H, W) as the model sees them, in TensorBoard."""
         if self.writer:
+            from torchvision.transforms.functional import pil_to_tensor
             from torchvision.utils import make_grid
+
+            from augmentation.bands import composite
 
             images = images[:32].float().cpu()
             scale = torch.tensor(std).view(1, -1, 1, 1)
             shift = torch.tensor(mean).view(1, -1, 1, 1)
-            grid = make_grid((images * scale + shift).clamp(0, 1), nrow=8)
+            images = (images * scale + shift).clamp(0, 1)
+            if images.shape[1] not in (1, 3):
+                images = torch.stack([pil_to_tensor(composite(x.numpy())) for x in images]) / 255
+            grid = make_grid(images, nrow=8)
             self.writer.add_image("train/augmented", grid, 0)
 
     def graph(self, model: nn.Module, images: Tensor) -> None:
@@ -249,6 +294,10 @@ class RunLogger:
         if self.writer:
             self.writer.close()
         self.outputs.close()
+
+
+def _score_text(key: str, value: float) -> str:
+    return f"{value:.4f}" if key.endswith("loss") else f"{value:.2f} %"
 
 
 def _step_parts(report: "StepReport") -> list[str]:
@@ -328,27 +377,25 @@ def _has_histogram(values: Tensor) -> bool:
     return values.numel() > 0 and bool((values.abs() < _HISTOGRAM_LIMIT).all())
 
 
-def write_per_class(path: Path, class_names: Sequence[str], result: "Evaluation") -> None:
-    """Accuracy of each class as CSV: class, images, correct, accuracy in %."""
-    counts, hits = result.count_per_class.tolist(), result.correct_per_class.tolist()
+def write_per_class(path: Path, class_names: Sequence[str], result: "Result") -> None:
+    """The results of each class as CSV, see ``Evaluation.table``."""
     with (
         written_whole(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(("class", "images", "correct", "accuracy"))
-        for name, count, right in zip(class_names, counts, hits, strict=True):
-            name = csv_cell(without_surrogates(name))
-            writer.writerow((name, count, right, f"{100 * right / count:.2f}" if count else ""))
+        header, *rows = result.table(class_names)
+        writer.writerow(header)
+        writer.writerows((csv_cell(without_surrogates(name)), *row) for name, *row in rows)
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss, accuracy and learning rate over the epochs, as an image."""
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, metric: str = "") -> None:
+    """Loss, accuracy and learning rate over the epochs, as an image; ``metric``, another log key,
+    is drawn beside its kind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [r["epoch"] for r in records]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = (
         (
@@ -363,12 +410,19 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         ),
         ("learning rate", "", (("train_lr", "end of epoch"),)),
     )
+    if any("test_map" in record for record in records):
+        panels = (("loss", "binary cross-entropy", panels[0][2]), _SEVERAL_LABELS, panels[2])
+    drawn = {key for _, _, curves in panels for key, _ in curves}
     for axes, (title, unit, curves) in zip(figure.subplots(1, 3), panels, strict=True):
+        if metric not in drawn and (unit == "%") != metric.endswith("loss") and unit:
+            curves = (*curves, (metric, metric))
         for key, label in curves:
-            values = [r.get(key) for r in records]
-            if any(v is not None for v in values):
-                marker = "." if len(records) < 60 else None
-                values = [math.nan if v is None else v for v in values]
+            # Epochs without a validation have no such key; a score that isn't finite is None.
+            points = [(r["epoch"], r[key]) for r in records if key in r]
+            if any(v is not None for _, v in points):
+                marker = "." if len(points) < 60 else None
+                epochs = [epoch for epoch, _ in points]
+                values = [math.nan if v is None else v for _, v in points]
                 axes.plot(epochs, values, label=label, marker=marker, color=_COLORS.get(label))
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

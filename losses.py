@@ -1,21 +1,24 @@
 """Training losses: what the engine calls as ``criterion(images, outputs, targets)``.
 
 ``outputs`` are logits (B, C), or the pair of both heads of a distilled model. ``targets`` are
-classes (B,) int64, or shares of classes (B, C) after mixing. The result is a float32 scalar,
-whatever the precision of the outputs. ``criterion.copies`` is how often the engine puts the batch
-through the model at once: with 2 the outputs have 2B rows, the first B of the first copy.
+classes (B,) int64, or shares of classes (B, C) after mixing, or several labels (B, C). The result
+is a float32 scalar, whatever the precision of the outputs. ``criterion.copies`` is how often the
+engine puts the batch through the model at once: with 2 the outputs have 2B rows, the first B of the
+first copy.
 """
 
 import logging
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor, nn
 
 from augmentation.mixing import one_hot
 from config import LossOptions
-from errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,22 @@ def balanced_weights(class_counts: Tensor) -> Tensor:
     present = counts > 0
     weights = counts.sum() / (present.sum() * counts.clamp(min=1))
     return torch.where(present, weights, 1.0)
+
+
+def effective_weights(class_counts: Tensor, beta: float) -> Tensor:
+    """Weight of each class by its effective number of images, (1 - β) / (1 - β^n_c), scaled to a
+    mean of 1 (Cui et al. 2019, arXiv:1901.05555, eq. 2 and section 3.3).
+
+    The mean is that of the classes with images; the others get 1. ``beta`` is in [0, 1): 0 weighs
+    all classes alike, near 1 the weights are those of the inverse frequency.
+    """
+    counts = class_counts.double()
+    present = counts > 0
+    if beta == 0:
+        return torch.ones(len(counts))
+    # Without cancellation where β^n is near 1.
+    weights = (1 - beta) / -torch.expm1(counts.clamp(min=1) * math.log(beta))
+    return torch.where(present, weights / weights[present].mean(), 1.0).float()
 
 
 # --- losses of one head ---------------------------------------------------------------------------
@@ -121,23 +140,59 @@ class CrossEntropy(ClassificationLoss):
         return loss * len(targets) / self.sample_weights(targets).sum()
 
 
+class JsdCrossEntropy(CrossEntropy):
+    """Cross-entropy of clean images, and how far the predictions for their splits are apart
+    (AugMix, Hendrycks et al. 2020, arXiv:1912.02781, section 3), as timm's loss of this name.
+
+    The logits (S × B, C) are those of all clean images, then of each further split; so are the
+    targets. The loss is CE + α × the mean KL divergence of the splits from their mean.
+    """
+
+    ALPHA = 12.0
+
+    def __init__(self, splits: int, smoothing: float = 0.0, weight: Tensor | None = None) -> None:
+        super().__init__(smoothing, weight)
+        self.splits = splits
+
+    def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        batch = len(logits) // self.splits
+        loss = super().head_loss(logits[:batch], targets[:batch])
+        shares = logits.softmax(1).unflatten(0, (self.splits, batch))  # (S, B, C)
+        log_mean = shares.mean(0).clamp(1e-7, 1).log().expand_as(shares)
+        divergence = F.kl_div(log_mean, shares, reduction="sum") / (batch * self.splits)
+        return loss + self.ALPHA * divergence
+
+
 class BinaryCrossEntropy(ClassificationLoss):
     """Binary cross-entropy of every class, mean over classes and batch.
 
     Args:
         binary: every class with a share in the target counts as a full 1 (DeiT III).
+        multilabel: targets are (B, C), of any number of labels each; smoothing then moves each of
+            them towards 0.5, for there is no one class to share with.
+        pos_weight: factor of the loss where a label is there, (C,), or None.
     """
 
     def __init__(
-        self, smoothing: float = 0.0, weight: Tensor | None = None, binary: bool = False
+        self,
+        smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        binary: bool = False,
+        *,
+        multilabel: bool = False,
+        pos_weight: Tensor | None = None,
     ) -> None:
         super().__init__(smoothing, weight)
         self.binary = binary
+        self.multilabel = multilabel
+        self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def targets(self, targets: Tensor, num_classes: int) -> Tensor:
         """What the sigmoids are compared with, (B, C)."""
         if self.binary:
             return (soft_targets(targets, num_classes) > 0).float()
+        if self.multilabel:
+            return targets.float() * (1 - self.smoothing) + 0.5 * self.smoothing
         return soft_targets(targets, num_classes, self.smoothing)
 
     def head_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -147,21 +202,57 @@ class BinaryCrossEntropy(ClassificationLoss):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of each image, (B,)."""
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+        return self.terms(logits, targets).mean(1)
+
+    def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Binary cross-entropy of each class, (B, C)."""
+        return F.binary_cross_entropy_with_logits(
+            logits, targets, reduction="none", pos_weight=self.pos_weight
+        )
 
 
 class QualityFocalLoss(BinaryCrossEntropy):
     """Quality focal loss |t - σ|^β × BCE, mean over classes and batch (Li et al. 2020)."""
 
-    def __init__(self, gamma: float, smoothing: float = 0.0, weight: Tensor | None = None) -> None:
-        super().__init__(smoothing, weight)
+    def __init__(
+        self, gamma: float, smoothing: float = 0.0, weight: Tensor | None = None, **several: Any
+    ) -> None:
+        super().__init__(smoothing, weight, **several)
         self.gamma = gamma
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        terms = self.terms(logits, targets)
         # A power below 1 has no finite gradient at 0.
         distance = (targets - logits.sigmoid()).abs().clamp(min=1e-12)
         return (distance**self.gamma * terms).mean(1)
+
+
+class AsymmetricLoss(BinaryCrossEntropy):
+    """Asymmetric loss of several labels (Ridnik et al. 2021, arXiv:2009.14119, eq. 5 to 7) as timm
+    has it: sum over the classes, mean over the batch.
+
+    Args:
+        gamma_neg: focusing exponent where a label is absent.
+        gamma_pos: focusing exponent where it is there.
+        clip: probability margin m of the absent ones.
+        smoothing, pos_weight: as of ``BinaryCrossEntropy``.
+    """
+
+    def __init__(
+        self,
+        gamma_neg: float,
+        gamma_pos: float,
+        clip: float,
+        smoothing: float = 0.0,
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(smoothing, multilabel=True)
+        self.loss = AsymmetricLossMultiLabel(
+            gamma_neg, gamma_pos, clip, reduction="none", pos_weight=pos_weight
+        )
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(logits, targets).sum(1)
 
 
 class CosubLoss(BinaryCrossEntropy):
@@ -253,6 +344,20 @@ class DistillationLoss(nn.Module):
         return divergence * self.tau**2 / logits.numel()
 
 
+class MultiLabelDistillationLoss(DistillationLoss):
+    """As :class:`DistillationLoss`, of several labels: each is a distribution of its own.
+
+    soft compares the sigmoids at temperature ``tau``, τ² × binary cross-entropy, mean over classes
+    and batch; hard takes a label that the teacher gives 0.5 or more for one that is there.
+    """
+
+    def teacher_loss(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        if self.kind == "hard":
+            return F.binary_cross_entropy_with_logits(logits, (teacher_logits >= 0).float())
+        wanted = (teacher_logits / self.tau).sigmoid()
+        return self.tau**2 * F.binary_cross_entropy_with_logits(logits / self.tau, wanted)
+
+
 # --- builders -------------------------------------------------------------------------------------
 
 
@@ -260,45 +365,49 @@ def build_criterion(
     options: LossOptions,
     *,
     num_classes: int,
-    class_counts: Tensor | None = None,
+    weight: Tensor | None = None,
     teacher: nn.Module | None = None,
+    multilabel: bool = False,
+    pos_weight: Tensor | None = None,
+    splits: int = 0,
 ) -> nn.Module:
     """The training loss.
 
     Args:
         options: the loss and its parts.
         num_classes: C.
-        class_counts: training images of each class, (C,), for balanced class weights.
+        weight: weight of each class, (C,), see ``training.class_weights``; None: all alike.
         teacher: what ``teachers.build_teacher`` returned.
-
-    Raises:
-        OptionError: class weights without known counts.
+        multilabel: targets are (B, C), of any number of labels each.
+        pos_weight: factor of the loss where a label is there, (C,); None: 1.
+        splits: augmentation splits, of ``options.jsd_loss``.
     """
-    weight = None
-    if options.class_weights == "balanced":
-        if class_counts is None or len(class_counts) != num_classes:
-            raise OptionError(
-                "class_weights", "the data set doesn't know its class counts: leave balanced out"
-            )
-        weight = balanced_weights(class_counts)
     smoothing, gamma = options.smoothing, options.focal_gamma
     kind = options.loss
     if kind == "auto":
-        kind = "bce" if options.bce_loss or options.cosub else "ce"
+        kind = "bce" if options.bce_loss or options.cosub or multilabel else "ce"
+    several = {"multilabel": multilabel, "pos_weight": pos_weight}
     criterion: nn.Module
     if options.cosub:
-        criterion = CosubLoss(smoothing, weight, binary=options.bce_loss)
+        criterion = CosubLoss(smoothing, weight, binary=options.bce_loss, **several)
+    elif options.jsd_loss:
+        criterion = JsdCrossEntropy(splits, smoothing, weight)
     elif kind == "bce":
-        criterion = BinaryCrossEntropy(smoothing, weight, binary=options.bce_loss)
+        criterion = BinaryCrossEntropy(smoothing, weight, binary=options.bce_loss, **several)
+    elif kind == "asl":
+        criterion = AsymmetricLoss(
+            options.asl_gamma_neg, options.asl_gamma_pos, options.asl_clip, smoothing, pos_weight
+        )
     elif kind == "focal":
         criterion = FocalLoss(gamma, smoothing, weight)
     elif kind == "quality-focal":
-        criterion = QualityFocalLoss(gamma, smoothing, weight)
+        criterion = QualityFocalLoss(gamma, smoothing, weight, **several)
     else:
         criterion = CrossEntropy(smoothing, weight)
     if teacher is None:
         return criterion
-    return DistillationLoss(
+    distillation = MultiLabelDistillationLoss if multilabel else DistillationLoss
+    return distillation(
         criterion,
         teacher,
         options.distillation_type,

@@ -6,13 +6,12 @@ This file reads the command line; ``training/run.py`` is the run. The two are ap
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from config import Config, Parser, get_parser, is_option, load, to_yaml
-from errors import CheckpointError, Stopped, UserError, os_errors_in_words
+from config import Config, Parser, get_parser, load, to_yaml
+from errors import Stopped, UserError, os_errors_in_words
 from outputs.console import console, say
+from training.options import options_of_checkpoint
 
 
 def get_args_parser() -> Parser:
@@ -23,31 +22,6 @@ def get_args_parser() -> Parser:
 def load_config(argv: Sequence[str] | None = None) -> Config:
     """The resolved options; with ``--resume FILE`` those of the checkpoint rank below them."""
     return load(argv, options_of_checkpoint)
-
-
-def options_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in the checkpoint that ``--resume`` names, and its folder to continue in."""
-    source = given.get("resume")
-    if not source or source == "auto":
-        return {}
-    from checkpointing.files import options_of
-    from checkpointing.form import check_options
-    from checkpointing.published import is_published, name_for_timm
-
-    if is_published(source):
-        return {"model": name_for_timm(source)}
-    saved = options_of(source)
-    if not isinstance(saved.get("model", ""), str):
-        raise CheckpointError(
-            f"checkpoint {source}: its config is another program's; take its weights over with "
-            "--finetune"
-        )
-    # A checkpoint may come from anywhere: it doesn't get to name code to import.
-    found = {k: v for k, v in saved.items() if k != "plugin" and is_option(k)}
-    check_options(source, {k: v for k, v in found.items() if k not in given})
-    if "://" not in source and found:
-        found["output_dir"] = str(Path(source).parent)
-    return found
 
 
 def as_run(config: Config) -> Config:

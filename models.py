@@ -21,6 +21,7 @@ from architectures.factory import build_model, resolve_name
 from architectures.interface import TokenModel
 from architectures.layers import Mlp, PatchEmbed, classifier, init_linear
 from architectures.memory_format import wants_channels_last
+from architectures.position_embeddings import positions_at
 from architectures.published import adapted
 from architectures.registry import ALIASES, plain_cfg, published, register
 from architectures.small import CifarResNet, SmallCNN
@@ -238,11 +239,15 @@ class VisionTransformer(TokenModel):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, num_prefix_tokens + N, D) tokens with their positions."""
+        positions = self.pos_embed
+        if self.patch_embed.any_size and not torch.jit.is_scripting():
+            grid = self.grid_of(x.shape[-2], x.shape[-1])
+            positions = positions_at(positions, self.patch_embed.grid_size, *grid)
         x = self.patch_embed(x)
         if self.no_embed_class:
-            x = x + self.pos_embed
+            x = x + positions
         x = torch.cat((self.prefix_tokens().expand(x.shape[0], -1, -1), x), dim=1)
-        return self.pos_drop(x if self.no_embed_class else x + self.pos_embed)
+        return self.pos_drop(x if self.no_embed_class else x + positions)
 
 
 class DistilledVisionTransformer(VisionTransformer):

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from config import Config, Parser, get_parser, resolve, section_options, to_yaml
 from config.job import SHARED_DIR, JobOptions
 from errors import OptionError, Stopped, UserError, os_errors_in_words
-from main import options_of_checkpoint
 from outputs.console import console
+from training.options import options_of_checkpoint
 
 if TYPE_CHECKING:
     import submitit

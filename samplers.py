@@ -1,7 +1,7 @@
 """The order in which images are seen, as a function of seed and epoch."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,9 +66,7 @@ class EpochSampler(Sampler[SampleKey]):
 
     def permutation(self, epoch: int) -> torch.Tensor:
         """All images in random order; those of a group (a shard) not far from each other."""
-        if self.groups is None:
-            return torch.randperm(self.num_samples, generator=self.generator(epoch))
-        return by_groups(self.groups, self.generator(epoch))
+        return _shuffled(self.num_samples, self.groups, self.generator(epoch))
 
     def generator(self, epoch: int) -> torch.Generator:
         """The generator that ``order`` draws from; each epoch has its own."""
@@ -86,6 +84,13 @@ class EpochSampler(Sampler[SampleKey]):
         indices, positions = self.share()
         for index, position in zip(indices.tolist(), positions.tolist(), strict=True):
             yield SampleKey(index, self.epoch, position)
+
+
+def _shuffled(count: int, groups: np.ndarray | None, generator: torch.Generator) -> torch.Tensor:
+    """A random order of ``count`` images, (count,) int64, by their groups if they have such."""
+    if groups is None:
+        return torch.randperm(count, generator=generator)
+    return by_groups(groups, generator)
 
 
 def by_groups(groups: np.ndarray, generator: torch.Generator) -> torch.Tensor:
@@ -171,6 +176,34 @@ class BalancedSampler(EpochSampler):
         share = torch.rand(size, generator=generator, dtype=torch.float64)
         within = (share * self.counts[classes]).long()
         return self.by_class[self.first[classes] + within]
+
+
+class UndersampleSampler(EpochSampler):
+    """As many images of each class as the rarest one has; of the others a new choice each epoch.
+
+    An epoch has K × n positions, of the K classes that have images and the n images of the rarest.
+    Nothing is drawn twice within an epoch.
+
+    Args:
+        targets: class of each image, (N,) integers.
+    """
+
+    def __init__(self, targets: Sequence[int], **kwargs: Any) -> None:
+        self.targets = torch.as_tensor(targets)
+        _, counts = torch.unique(self.targets, return_counts=True)
+        self.least = int(counts.min()) if len(counts) else 0
+        """Images of each class in an epoch, n."""
+        super().__init__(self.least * len(counts), **kwargs)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        generator = self.generator(epoch)
+        mixed = torch.randperm(len(self.targets), generator=generator)
+        by_class = mixed[torch.argsort(self.targets[mixed], stable=True)]
+        _, counts = torch.unique(self.targets, return_counts=True)
+        first = counts.cumsum(0) - counts
+        chosen = by_class[(first[:, None] + torch.arange(self.least)).flatten()].sort().values
+        groups = None if self.groups is None else self.groups[chosen.numpy()]
+        return chosen[_shuffled(len(chosen), groups, generator)]
 
 
 class EvalSampler(Sampler[SampleKey]):

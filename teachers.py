@@ -10,10 +10,21 @@ from torch import Tensor, nn
 
 import models
 from architectures.factory import has_published_weights, published_cfg
+from architectures.library_model import LIBRARIES
+from architectures.sizes import size_text
+from architectures.variant import PLAIN, Variant
 from architectures.weights import load_pretrained_weights
 from augmentation.preprocessing import Preprocessing
-from checkpointing.files import class_names_of, load_checkpoint, weights_of
+from checkpointing.files import (
+    CLASSIFICATION,
+    class_names_of,
+    load_checkpoint,
+    model_of,
+    task_of,
+    weights_of,
+)
 from checkpointing.published import FOLDER, HUB, TIMM, is_published
+from checkpointing.variants import saved_variant
 from config import LossOptions
 from errors import CheckpointError, OptionError
 
@@ -23,18 +34,19 @@ log = logging.getLogger(__name__)
 class ConvertedTeacher(nn.Module):
     """A teacher that gets the images of a student as its own preprocessing would make them.
 
-    (B, 3, S, S) normalised as ``student`` says are normalised as ``own`` says and resized to its
-    input size; both are linear and commute with mixing. The crop is the student's. Pixels leave the
+    (B, 3, H, W) normalised as ``student`` says are normalised as ``own`` says and resized to its
+    input size; both are linear and commute with mixing. Greys become as many equal channels as the
+    teacher has. The crop is the student's. Pixels leave the
     range of a file's only where bicubic resizing overshoots.
     """
 
     def __init__(self, teacher: nn.Module, student: Preprocessing, own: Preprocessing) -> None:
         super().__init__()
         self.teacher = teacher
-        self.size = own.input_size if own.input_size != student.input_size else None
+        self.size = own.size
         self.mode = "bilinear" if own.interpolation == "bilinear" else "bicubic"
         mean, std, own_mean, own_std = (
-            torch.tensor(values).view(1, 3, 1, 1)
+            torch.tensor(values).view(1, -1, 1, 1)
             for values in (student.mean, student.std, own.mean, own.std)
         )
         # ((x · std + mean) - own mean) / own std
@@ -43,9 +55,8 @@ class ConvertedTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = images * self.scale + self.shift
-        if self.size is not None:
-            size = (self.size, self.size)
-            images = F.interpolate(images, size, mode=self.mode, antialias=True)
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode=self.mode, antialias=True)
         return self.teacher(images)
 
 
@@ -55,13 +66,16 @@ def build_teacher(
     num_classes: int,
     preprocessing: Preprocessing,
     class_names: Sequence[str] | None = None,
+    task: str = CLASSIFICATION,
+    other_sizes: bool = False,
 ) -> nn.Module | None:
     """The teacher with its weights, on the CPU, or None without distillation.
 
     It is built for the images it was trained on: those of its checkpoint or, of published weights,
     of timm's configuration of the model. Where the student's ``preprocessing`` has another
-    normalisation or size it converts them (:class:`ConvertedTeacher`), and the log says so. Of
-    weights that are neither nothing is known: it takes the student's images as they are.
+    normalisation or size, or is trained at ``other_sizes`` too, it converts them
+    (:class:`ConvertedTeacher`), and the log says so. Of weights that are neither nothing is known:
+    it takes the student's images as they are.
 
     Raises:
         OptionError: the weights are of another model, class count or list of classes.
@@ -77,20 +91,23 @@ def build_teacher(
             if not has_published_weights(cfg):
                 message = f"no weights of {name} are published: give a checkpoint"
                 raise OptionError("teacher_path", message)
+            _check_task(CLASSIFICATION, task)
             _check_count(f"the weights of {name} know", cfg["num_classes"], num_classes)
             own = Preprocessing.of_model(cfg)
             teacher = _model(name, num_classes, own, pretrained=True)
         else:
             content = load_checkpoint(options.teacher_path)
+            _check_task(task_of(content), task)
             _check_classes(class_names_of(content), class_names)
             own = preprocessing
             if "preprocessing" in content:
                 own = Preprocessing.from_dict(content["preprocessing"])
             elif has_published_weights(cfg) and cfg["num_classes"] == num_classes:
                 own = Preprocessing.of_model(cfg)
-            teacher = _model(name, num_classes, own)
+            variant = saved_variant(content) if _is_of(content, name) else PLAIN
+            teacher = _model(name, num_classes, own, variant=variant)
             _fill(teacher, weights_of(content), options, num_classes)
-    return _converted(teacher, preprocessing, own)
+    return _converted(teacher, preprocessing, own, other_sizes)
 
 
 def check_teacher(options: LossOptions) -> None:
@@ -106,6 +123,14 @@ def check_teacher(options: LossOptions) -> None:
             load_checkpoint(path, weights=False)
 
 
+def _check_task(trained: str, task: str) -> None:
+    """Raise OptionError for a teacher whose answers mean something else than the student's."""
+    if trained != task:
+        raise OptionError(
+            "teacher_path", f"the teacher is of --task {trained}: take one of --task {task}"
+        )
+
+
 def _published_name(options: LossOptions) -> str:
     """The name of the published model that is to teach, for ``build_model``; "" for a file."""
     path = options.teacher_path
@@ -113,7 +138,7 @@ def _published_name(options: LossOptions) -> str:
         return options.teacher_model
     if not is_published(path):
         return ""
-    if path.startswith((HUB, FOLDER)):
+    if path.startswith((HUB, FOLDER, *LIBRARIES)):
         return path
     return path.removeprefix(TIMM) if path.startswith(TIMM) else FOLDER + path
 
@@ -124,15 +149,28 @@ def _named_by(published: str, options: LossOptions) -> str:
 
 
 def _model(
-    name: str, num_classes: int, own: Preprocessing, *, pretrained: bool = False
+    name: str,
+    num_classes: int,
+    own: Preprocessing,
+    *,
+    pretrained: bool = False,
+    variant: Variant = PLAIN,
 ) -> nn.Module:
     return models.build_model(
         name,
         num_classes,
         input_size=own.input_size,
+        in_chans=own.channels,
         pretrained=pretrained,
         required=("input_size",),
+        variant=variant,
     )
+
+
+def _is_of(content: Mapping[str, object], name: str) -> bool:
+    """Whether a checkpoint of this project is of the model ``name``, in a form that it says."""
+    held = model_of(content)
+    return held is not None and name in (held, models.ALIASES.get(held.lower()))
 
 
 def _fill(
@@ -152,14 +190,25 @@ def _fill(
         )
 
 
-def _converted(teacher: nn.Module, student: Preprocessing, own: Preprocessing) -> nn.Module:
+def _converted(
+    teacher: nn.Module, student: Preprocessing, own: Preprocessing, other_sizes: bool
+) -> nn.Module:
     """``teacher`` for the student's images, which are seldom its own."""
     changes = []
+    if own.channels != student.channels and student.channels != 1:
+        raise OptionError(
+            "teacher_path",
+            f"the teacher takes images of {own.channels} channels, the student of "
+            f"{student.channels}: give one that was trained on such images",
+        )
     if (own.mean, own.std) != (student.mean, student.std):
         mean, std = (" ".join(f"{x:g}" for x in values) for values in (own.mean, own.std))
         changes.append(f"normalised by mean {mean} and std {std}")
-    if own.input_size != student.input_size:
-        changes.append(f"resized from {student.input_size} to {own.input_size} pixels")
+    if own.size != student.size:
+        sizes = size_text(student.size), size_text(own.size)
+        changes.append("resized from {} to {} pixels".format(*sizes))
+    elif other_sizes:
+        changes.append(f"resized to {size_text(own.size)} pixels")
     if not changes:
         return teacher
     log.info("the teacher sees the student's images as its own: %s", ", ".join(changes))

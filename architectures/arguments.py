@@ -47,6 +47,17 @@ def takes_argument(name: str, argument: str, num_classes: int = 1000) -> bool:
     return not of_timm and argument == "img_size" and _builds_with_size(name, num_classes)
 
 
+def argument_names(name: str, num_classes: int = 1000) -> list[str]:
+    """The keywords of timm's model ``name`` that its functions and classes name, in order."""
+    entry = None if ":" in name else timm.model_entrypoint(name)
+    build = getattr(entry, "model_cls", entry)
+    cls = build if isinstance(build, type) else _class_of(name, entry, num_classes)
+    names = set() if cls is None else set(names_of_class(cls))
+    if entry is not None and not isinstance(build, type):
+        names |= set(inspect.signature(entry).parameters)
+    return sorted(names - {"self", "args", "kwargs", "pretrained", "num_classes"})
+
+
 def _check_entry(name: str, entry: Callable[..., nn.Module]) -> None:
     """Raise OptionError unless ``entry`` takes what ``timm.create_model`` gives to every model."""
     given = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "num_classes")

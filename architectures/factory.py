@@ -11,20 +11,26 @@ from huggingface_hub import hf_hub_url
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
-from architectures.arguments import takes_argument
+from architectures.arguments import argument_names, takes_argument
 from architectures.hub import FOLDER, HUB, for_timm, reached, read_config
+from architectures.libraries import library_of
+from architectures.library_model import LIBRARIES
 from architectures.registry import ALIASES, plain_cfg
+from architectures.sizes import ImageSize, size_text
+from architectures.variant import PLAIN, Variant
 from architectures.weights import load_pretrained_weights
-from errors import OptionError, did_you_mean, first_line
+from errors import CheckpointError, OptionError, did_you_mean, first_line, first_names, shown
 
 log = logging.getLogger(__name__)
 
+COLOURS = 3  # channels that all models take
 # Our options and the arguments by which timm's models know them.
 _ARGUMENTS = {
     "drop": "drop_rate",
     "drop_path": "drop_path_rate",
     "drop_block": "drop_block_rate",
     "input_size": "img_size",
+    "in_chans": "in_chans",
 }
 
 
@@ -37,11 +43,13 @@ def resolve_name(name: str) -> str:
     """
     if name.startswith((HUB, FOLDER)):
         return name
+    if (library := library_of(name)) is not None:
+        return library.resolve(name)
     architecture, dot, tag = name.removeprefix("timm/").partition(".")
     resolved = ALIASES.get(architecture.lower(), architecture) + dot + tag
     if timm.is_model(resolved):
         return resolved
-    known = [*ALIASES, *timm.list_models()]
+    known = [*ALIASES, *timm.list_models(), *LIBRARIES]
     hint = did_you_mean(name, known, most=3, otherwise="timm.list_models() lists them")
     raise OptionError("model", f"unknown model {name!r}: {hint}")
 
@@ -50,21 +58,25 @@ def build_model(
     name: str,
     num_classes: int,
     *,
-    input_size: int = 224,
+    input_size: ImageSize = 224,
+    in_chans: int = 3,
     drop: float = 0.0,
     drop_path: float = 0.0,
     drop_block: float | None = None,
     pretrained: bool = False,
     grad_checkpointing: bool = False,
     required: Collection[str] = (),
+    variant: Variant = PLAIN,
 ) -> nn.Module:
-    """A model by name, for square images of ``input_size`` pixels.
+    """A model by name, for images of ``input_size`` pixels: a square's side, or height and width.
 
     ``required`` are the options asked for, as opposed to defaults: a model that doesn't take one of
     those raises OptionError, a default it doesn't take is left out with a note in the log. A model
-    without an ``img_size`` takes images of any size. ``pretrained`` starts from the weights timm
-    publishes; position embeddings and the head are fitted. Every model built has a
-    ``pretrained_cfg`` with mean, std, crop_pct and interpolation.
+    without an ``img_size`` takes images of any size. One that can't have ``in_chans`` other than 3
+    raises OptionError. ``pretrained`` starts from the weights timm publishes; position embeddings,
+    the first convolution and the head are fitted. Every model built has a
+    ``pretrained_cfg`` with mean, std, crop_pct and interpolation. A ``variant`` has further
+    arguments, all of which the model must take.
     """
     name = resolve_name(name)
     values = {
@@ -74,7 +86,9 @@ def build_model(
         "input_size": input_size,
     }
     values = {option: value for option, value in values.items() if value is not None}
-    model = _create(name, num_classes, values, required)
+    if in_chans != COLOURS:
+        values["in_chans"] = in_chans
+    model = _create(name, num_classes, values, required, variant)
     _complete_cfg(model, name)
     if isinstance(model, NaFlexVit):
         log.info(
@@ -83,16 +97,14 @@ def build_model(
             name,
         )
     if "input_size" in values and "input_size" not in required:
-        native = model.pretrained_cfg["input_size"][-1]
-        if native != input_size:
+        native, built = (size_text(s) for s in (model.pretrained_cfg["input_size"][1:], input_size))
+        if native != built:
             log.warning(
-                "%s is meant for %d pixels and built for %d: see --input-size",
-                name,
-                native,
-                input_size,
+                "%s is meant for %s pixels and built for %s: see --input-size", name, native, built
             )
     if pretrained:
-        model = _with_published_weights(model, name, num_classes, values)
+        model = _with_published_weights(model, name, num_classes, values, variant)
+    variant.set_batch_norm(model, name)
     if grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -102,22 +114,28 @@ def build_model(
 
 
 def _create(
-    name: str, num_classes: int, values: dict[str, Any], required: Collection[str]
+    name: str,
+    num_classes: int,
+    values: dict[str, Any],
+    required: Collection[str],
+    variant: Variant,
 ) -> nn.Module:
     """Build ``name`` with the options in ``values`` that it takes, and remove the others there."""
     try:
         with reached(name) if name.startswith(HUB) else contextlib.nullcontext():
             for option in list(values):
-                if not takes_argument(for_timm(name)[0], _ARGUMENTS[option], num_classes):
+                if not _takes(name, _ARGUMENTS[option], num_classes, values[option]):
                     _leave_out(option, values.pop(option), name, required)
-            return _timm_model(name, num_classes, values)
+            if variant.keywords:
+                return _variant_model(name, num_classes, values, variant)
+            return _named_model(name, num_classes, values)
     except (ValueError, AssertionError) as error:
         if "input_size" not in values:
             raise
         # The size is to blame if the model can be built without it.
         others = {option: value for option, value in values.items() if option != "input_size"}
-        _create(name, num_classes, others, required)
-        message = f"{name} can't be built for {values['input_size']} pixels"
+        _create(name, num_classes, others, required, variant)
+        message = f"{name} can't be built for {size_text(values['input_size'])} pixels"
         raise OptionError("input_size", f"{message} ({first_line(error)})") from error
     except OSError as error:
         raise OptionError("model", f"{name} can't be fetched ({first_line(error)})") from error
@@ -128,13 +146,59 @@ def _leave_out(option: str, value: float, name: str, required: Collection[str]) 
     if option == "input_size" or not value:  # without img_size a model takes any size
         return
     message = f"{name} takes no {_ARGUMENTS[option]}"
-    if option in required:
+    if option in (*required, "in_chans"):
         raise OptionError(option, f"{message}: leave it out")
     log.info("%s: --%s is left out", message, option.replace("_", "-"))
 
 
-def _timm_model(name: str, num_classes: int, values: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+def _takes(name: str, argument: str, num_classes: int, value: Any) -> bool:
+    """Whether the model takes the keyword ``argument``, which would be ``value``."""
+    if (library := library_of(name)) is not None:
+        return library.takes(name, argument, value)
+    return takes_argument(for_timm(name)[0], argument, num_classes)
+
+
+def _variant_model(
+    name: str, num_classes: int, values: Mapping[str, Any], variant: Variant
+) -> nn.Module:
+    """The model with the keywords of ``variant``. Raises OptionError for one it doesn't take, or a
+    value that it can't be built with."""
+    for keyword, value in variant.keywords.items():
+        option = variant.option_of(keyword)
+        if value is None:
+            message = f"{keyword}=none means the model's own value: leave it out"
+            raise OptionError(option, message)
+        if not _takes(name, keyword, num_classes, value):
+            if option != "model_kwargs":
+                raise OptionError(option, f"{name} takes no {keyword}: leave it out")
+            known = _keyword_names(name, num_classes)
+            hint = did_you_mean(keyword, known, most=3, otherwise=f"it takes {first_names(known)}")
+            raise OptionError(option, f"{name} takes no {keyword!r}: {hint}")
+    try:
+        return _named_model(name, num_classes, values, **variant.keywords)
+    except (OSError, OptionError):
+        raise
+    except Exception as error:  # a class fails at values of another kind in any way
+        _named_model(name, num_classes, values)  # the keywords are to blame if this works
+        pairs = ", ".join(f"{key}={shown(value)}" for key, value in variant.keywords.items())
+        option = "model_kwargs" if variant.arguments else "global_pool"
+        raise OptionError(
+            option, f"{name} can't be built with {pairs} ({first_line(error)})"
+        ) from error
+
+
+def _keyword_names(name: str, num_classes: int) -> list[str]:
+    if (library := library_of(name)) is not None:
+        return library.keyword_names(name)
+    return argument_names(for_timm(name)[0], num_classes)
+
+
+def _named_model(
+    name: str, num_classes: int, values: Mapping[str, Any], **kwargs: Any
+) -> nn.Module:
     arguments = {_ARGUMENTS[option]: value for option, value in values.items()}
+    if (library := library_of(name)) is not None:
+        return library.build(name, num_classes, arguments | kwargs)
     name, described = for_timm(name)
     return timm.create_model(name, num_classes=num_classes, **{**described, **arguments, **kwargs})
 
@@ -146,7 +210,7 @@ def _complete_cfg(model: nn.Module, name: str) -> None:
 
 
 def _with_published_weights(
-    model: nn.Module, name: str, num_classes: int, values: Mapping[str, Any]
+    model: nn.Module, name: str, num_classes: int, values: Mapping[str, Any], variant: Variant
 ) -> nn.Module:
     """``model`` with the weights timm publishes for it; raises OptionError where there are none, or
     where they don't fill it."""
@@ -156,7 +220,14 @@ def _with_published_weights(
     try:
         # Of their own classes timm demands that they are complete.
         with reached(name):
-            published = _timm_model(name, cfg["num_classes"], values, pretrained=True)
+            if (library := library_of(name)) is not None:
+                weights = library.published_weights(name)
+                log.info("%s: %s", name, load_pretrained_weights(model, weights).summary())
+                return model
+            kwargs = variant.keywords
+            published = _named_model(name, cfg["num_classes"], values, pretrained=True, **kwargs)
+    except CheckpointError as error:
+        raise OptionError("pretrained", f"the weights of {name}: {error}") from None
     except (OSError, RuntimeError) as error:
         if str(error).startswith("Error(s) in loading"):
             reason = str(error).splitlines()[1].strip()
@@ -191,7 +262,9 @@ def published_cfg(name: str) -> dict[str, Any]:
     """
     name = resolve_name(name)
     try:
-        if (config := read_config(name)) is not None:
+        if (library := library_of(name)) is not None:
+            found = library.published_cfg(name)
+        elif (config := read_config(name)) is not None:
             found = config[0]
         else:
             cfg = timm.get_pretrained_cfg(name)

@@ -21,6 +21,7 @@ import timm
 from huggingface_hub import constants
 from timm.models._hub import load_model_config_from_path
 
+from architectures.library_model import TRANSFORMERS
 from errors import CheckpointError, UserError, first_line, printable, shortened, shown
 
 # Of a description: more would take a lot of time and memory to build.
@@ -54,19 +55,12 @@ def described(name: str, description: Mapping[str, Any] | None) -> Iterator[None
     parts = [description.get(part) for part in ("architecture", "model_args", "pretrained_cfg")]
     if not isinstance(parts[0], str) or not all(isinstance(p, Mapping) for p in parts[1:]):
         raise CheckpointError("its hub_config is none that this project writes")
-    if not timm.is_model(parts[0]):
+    if not (timm.is_model(parts[0]) or name.startswith(TRANSFORMERS)):
         architecture = printable(shortened(parts[0]))
         raise CheckpointError(
             f"its architecture {architecture} isn't known here: --plugin FILE, which registers it"
         )
-    for argument, value in parts[1].items():
-        # Tables of blocks (block_args, block_cfg) hold widths too.
-        layers = re.search("depth|layer|stage|block(?!_args|_cfg)", argument)
-        most = MOST_LAYERS if layers else MOST_NUMBER
-        if not _total(value) <= most:
-            raise CheckpointError(
-                f"its hub_config asks for {printable(shown(argument))} of more than {most:,}"
-            )
+    refuse_enormous(parts[1], "hub_config")
     with _set(_descriptions, {**_descriptions.get(), name: description}):
         try:
             yield
@@ -76,6 +70,24 @@ def described(name: str, description: Mapping[str, Any] | None) -> Iterator[None
             raise CheckpointError(
                 f"its hub_config can't be built: {printable(shortened(first_line(error)))}"
             ) from None
+
+
+def refuse_enormous(arguments: Mapping[str, Any], entry: str) -> None:
+    """Raise CheckpointError if a file's ``entry`` asks for a model that takes a lot of time and
+    memory to build."""
+    for argument, value in arguments.items():
+        # Tables of blocks (block_args, block_cfg) hold widths too.
+        layers = re.search("depth|layer|stage|block(?!_args|_cfg)", argument)
+        most = MOST_LAYERS if layers else MOST_NUMBER
+        if not _total(value) <= most:
+            raise CheckpointError(
+                f"its {entry} asks for {printable(shown(argument))} of more than {most:,}"
+            )
+
+
+def described_as(name: str) -> Mapping[str, Any] | None:
+    """The description by which ``name`` is built here, if any."""
+    return _descriptions.get().get(name)
 
 
 def unasked(names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
@@ -162,6 +174,7 @@ def reached(name: str) -> Iterator[None]:
     closed = name in _unasked.get() and not _allowed()
     here = constants.HF_HUB_OFFLINE or closed or name.startswith(FOLDER)
     here = here or name in _descriptions.get()
+    here = here or os.path.isdir(name.removeprefix(TRANSFORMERS))
     problem = "" if here else _no_address(host)
     before = constants.HF_HUB_OFFLINE
     messages = logging.getLogger("huggingface_hub.utils._http")
@@ -172,7 +185,7 @@ def reached(name: str) -> Iterator[None]:
         yield
     except OSError:
         if closed:
-            repository = name.removeprefix(HUB).partition("@")[0]
+            repository = name.removeprefix(HUB).removeprefix(TRANSFORMERS).partition("@")[0]
             raise OSError(
                 "only a file names it, so the hub isn't asked: put HF_HUB_OFFLINE=0 in front of "
                 f"the command, or once hf download {repository} config.json"

@@ -20,11 +20,21 @@ def sized(x: Tensor, img_size: tuple[int, int]) -> Tensor:
     return x
 
 
+@torch.fx.wrap
+def tiled(x: Tensor, patch_size: int) -> Tensor:
+    """``x`` (B, C, H, W); ValueError unless patches tile it."""
+    height, width = x.shape[-2], x.shape[-1]
+    if height % patch_size != 0 or width % patch_size != 0:
+        raise ValueError(f"patches of {patch_size} pixels don't tile {height}×{width}")
+    return x
+
+
 class PatchEmbed(nn.Module):
     """Cuts an image into square patches and projects each: (B, C, H, W) -> (B, N, D).
 
     ``img_size`` (pixels) is one number or (height, width); ``grid_size`` is (rows, columns).
-    Raises ValueError if the patches don't tile the image, or for images of another size.
+    Raises ValueError if the patches don't tile the image, or for images of another size, unless
+    ``any_size`` is set.
     """
 
     def __init__(
@@ -42,12 +52,14 @@ class PatchEmbed(nn.Module):
                 f"use multiples of {patch_size}"
             )
         self.img_size = (height, width)
+        self.patch_size = (patch_size, patch_size)
+        self.any_size = False  # whether images of other sizes are taken too
         self.grid_size = (height // patch_size, width // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(sized(x, self.img_size))
+        x = self.proj(tiled(x, self.patch_size[0]) if self.any_size else sized(x, self.img_size))
         return x.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, N, D)
 
 

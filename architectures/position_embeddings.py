@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from architectures.sizes import ImageSize, height_width
 from errors import CheckpointError
 
 Size = tuple[int, int]
@@ -38,7 +40,9 @@ class Fitted:
     """What was done to each, in a few words."""
 
 
-def fit_positions(model: nn.Module, weights: Mapping[str, Tensor]) -> Fitted:
+def fit_positions(
+    model: nn.Module, weights: Mapping[str, Tensor], size: ImageSize | None = None
+) -> Fitted:
     """What takes the place of ``weights["pos_embed"]`` and of tokens in ``weights`` for ``model``.
 
     Patches are interpolated to the model's grid. A token whose position the model doesn't have gets
@@ -46,6 +50,8 @@ def fit_positions(model: nn.Module, weights: Mapping[str, Tensor]) -> Fitted:
     have gets zeros for it. A token that only the model has keeps the position it has there. Nothing
     is returned where ``weights`` or the model have no position embedding, and for one over
     something else than the patches.
+
+    ``size``: of the images, in pixels, that the weights were trained for, where that is known.
 
     Raises:
         CheckpointError: which tokens have positions, or the shape of the grid, can't be worked out.
@@ -60,7 +66,9 @@ def fit_positions(model: nn.Module, weights: Mapping[str, Tensor]) -> Fitted:
         return Fitted()
     ours = _own_layout(model, own.shape[1], (grid[0], grid[1]))
     tokens = _tokens(weights)
-    theirs = _layout(value.shape[1], tokens, ours, _tokens(model.state_dict()))
+    theirs = _known_layout(model, value.shape[1], tokens, size)
+    if theirs is None:
+        theirs = _layout(value.shape[1], tokens, ours, _tokens(model.state_dict()))
     if theirs == ours:
         return Fitted()
     positions = dict(zip(theirs.prefix, value[:, : len(theirs.prefix)].unbind(1), strict=True))
@@ -109,6 +117,22 @@ def _own_layout(model: nn.Module, count: int, grid: Size) -> Layout:
         f"the model's own has {count} entries for {grid[0]}×{grid[1]} patches: which tokens the "
         "others belong to is unknown"
     )
+
+
+def _known_layout(
+    model: nn.Module, count: int, tokens: tuple[tuple[str, int], ...], size: ImageSize | None
+) -> Layout | None:
+    """The layout of ``count`` entries for images of ``size``, cut into patches as by ``model``.
+
+    None where it isn't known, or they are others.
+    """
+    patch = getattr(model.patch_embed, "patch_size", None)
+    if size is None or patch is None:
+        return None
+    patches = patch if isinstance(patch, tuple) else (patch, patch)
+    rows, columns = (side // p for side, p in zip(height_width(size), patches, strict=True))
+    fitting = [p for p in _prefixes(tokens) if len(p) + rows * columns == count]
+    return Layout(fitting[0], (rows, columns)) if fitting else None
 
 
 def _layout(
@@ -167,6 +191,25 @@ def _fit_map(own: Tensor, value: Tensor) -> Fitted:
         return Fitted()
     how = "{}×{} to {}×{}".format(*sizes[0], *sizes[1])
     return Fitted({"pos_embed": new}, {"pos_embed": how})
+
+
+def positions_at(pos_embed: Tensor, grid: Size, height: int, width: int) -> Tensor:
+    """Position embeddings (1, K + patches, D) of ``grid``, interpolated to ``height`` × ``width``
+    patches; those of the K tokens in front stay. As :func:`interpolate_grid`, by two matrices: the
+    gradient is the same in each run."""
+    if (height, width) == (grid[0], grid[1]):
+        return pos_embed
+    number = pos_embed.shape[1] - grid[0] * grid[1]
+    rows, columns = _resampling(grid[0], height, pos_embed), _resampling(grid[1], width, pos_embed)
+    patches = pos_embed[0, number:].unflatten(0, grid)
+    patches = torch.einsum("ir,jc,rcd->ijd", rows, columns, patches).flatten(0, 1)
+    return torch.cat((pos_embed[:, :number], patches[None]), dim=1)
+
+
+def _resampling(old: int, new: int, like: Tensor) -> Tensor:
+    """What bicubic interpolation from ``old`` to ``new`` places takes of each, (new, old)."""
+    each = torch.eye(old, device=like.device).view(1, old, old, 1)
+    return _interpolate(each, (new, 1))[0, :, :, 0].T.to(like.dtype)
 
 
 def interpolate_grid(x: Tensor, old: Size, new: Size) -> Tensor:

@@ -31,7 +31,8 @@ def adapted(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     """
     state_dict = state_dict.get("model", state_dict)
     found = {_facebook_name(name.removeprefix("module.")): x for name, x in state_dict.items()}
-    return found | fit_positions(model, found).tensors
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (None,))[1:]
+    return found | fit_positions(model, found, size or None).tensors
 
 
 def _facebook_name(name: str) -> str:

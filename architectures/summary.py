@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from architectures.sizes import ImageSize, height_width, size_text
 from errors import OptionError, first_line
 
 
@@ -22,23 +23,31 @@ class ModelSummary:
     """Multiply-accumulates of one image."""
 
 
-def summarise(model: nn.Module, input_size: int, num_classes: int | None = None) -> ModelSummary:
-    """Count parameters, and the multiply-accumulates of one image of ``input_size`` pixels.
+def summarise(
+    model: nn.Module,
+    input_size: ImageSize,
+    num_classes: int | None = None,
+    *,
+    in_chans: int = 3,
+) -> ModelSummary:
+    """Count parameters, and the multiply-accumulates of one image of ``input_size`` pixels and
+    ``in_chans`` channels.
 
     Counting runs on shapes alone where the model allows it. Raises OptionError if the model doesn't
     take images of that size, or needs more than images, or (with ``num_classes``) answers with
     other things than a logit for each class: an encoder of timm's gives features.
     """
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    shape = in_chans, *height_width(input_size)
     try:
-        macs, answer = _count_macs(model, input_size, torch.device("meta"))
+        macs, answer = _count_macs(model, shape, torch.device("meta"))
     except Exception:  # of any kind: the size is wrong, or the model can't do without real values
         try:
-            macs, answer = _count_macs(model, input_size, next(model.parameters()).device)
+            macs, answer = _count_macs(model, shape, next(model.parameters()).device)
         except Exception as error:
             _check_arguments(model, name)
             raise OptionError(
-                "input_size", f"{input_size} doesn't fit {name}: {first_line(error)}"
+                "input_size", f"{size_text(input_size)} doesn't fit {name}: {first_line(error)}"
             ) from error
     if num_classes is not None:
         _check_answer(answer, name, num_classes)
@@ -67,11 +76,11 @@ def _check_answer(answer: Any, name: str, num_classes: int) -> None:
     )
 
 
-def _count_macs(model: nn.Module, input_size: int, device: torch.device) -> tuple[int, Any]:
-    """Multiply-accumulates of one image, and what the model answers."""
+def _count_macs(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> tuple[int, Any]:
+    """Multiply-accumulates of one image of ``shape`` (C, H, W), and what the model answers."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     tensors = {name: x.detach().to(device) for name, x in tensors.items()}
-    image = torch.zeros(1, 3, input_size, input_size, device=device)
+    image = torch.zeros(1, *shape, device=device)
     was_training = model.training
     model.eval()
     try:

@@ -13,7 +13,9 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
+from architectures.first_conv import adapt_first_convs
 from architectures.position_embeddings import TOKENS, Fitted, fit_positions
+from architectures.sizes import ImageSize
 from errors import CheckpointError, first_names
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,11 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 
 def load_pretrained_weights(
-    model: nn.Module, state_dict: Mapping[str, Any], *, allow_partial: bool = False
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    *,
+    allow_partial: bool = False,
+    size: ImageSize | None = None,
 ) -> LoadReport:
     """Copy ``state_dict`` into ``model``, in place, and say what was done.
 
@@ -77,7 +83,8 @@ def load_pretrained_weights(
     (by timm's function for published weights of it), and position embeddings are fitted
     (:func:`architectures.position_embeddings.fit_positions`). A model with LayerScale gets scales
     of 1 from weights that know none, and one without takes a ViT's scales into the layers that they
-    multiply: it computes what the weights did.
+    multiply: it computes what the weights did. The first convolution of weights for three colours
+    is adapted to the model's channels (:mod:`architectures.first_conv`).
 
     These alone may be new in the model, or be left out of the checkpoint:
 
@@ -91,6 +98,7 @@ def load_pretrained_weights(
         model: what is to be filled; unchanged after an error.
         state_dict: tensors by name; what is no tensor is left out.
         allow_partial: load what fits where other parts are missing or left over.
+        size: of the images, in pixels, that the weights were trained for, where that is known.
 
     Raises:
         CheckpointError: less than a tenth of the model's values would be loaded: the checkpoint is
@@ -101,7 +109,7 @@ def load_pretrained_weights(
     given = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): x for name, x in state_dict.items()}
     source = _unwrapped({n: x for n, x in given.items() if isinstance(x, Tensor)}, own)
     report = LoadReport()
-    known, changes = _in_its_terms(model, own, source, report)
+    known, changes = _in_its_terms(model, own, source, report, size)
     new = _matched(own, known, changes, report)
     _without_half_a_classifier(model, new, report)
     if sum(x.numel() for x in new.values()) < 0.1 * sum(x.numel() for x in own.values()):
@@ -142,14 +150,18 @@ def _unwrapped(source: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
 
 
 def _in_its_terms(
-    model: nn.Module, own: Mapping[str, Tensor], source: dict[str, Tensor], report: LoadReport
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    source: dict[str, Tensor],
+    report: LoadReport,
+    size: ImageSize | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``source`` with the names and position embedding of ``model``, whose tensors are ``own``, and
     what had to be changed, and how. Positions that can't be fitted go into the report."""
     # DINOv2's name; timm's function would take the positions apart on meeting it.
     source = {name.replace("register_tokens", "reg_token"): x for name, x in source.items()}
     try:
-        positions = fit_positions(model, source)
+        positions = fit_positions(model, source, size)
     except CheckpointError as error:
         del source["pos_embed"]
         report.skipped["pos_embed"] = str(error)
@@ -161,7 +173,7 @@ def _in_its_terms(
             changes[name] = f"{_shape(source[name])} to {_shape(known[name])}"
     if not any(_LAYER_SCALE.search(name) for name in own):
         known = _with_scales_in_layers(known, changes)
-    return known, changes
+    return adapt_first_convs(model, own, known, changes), changes
 
 
 def _matched(

@@ -18,43 +18,44 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from augmentation.bands import window_of_bands
 from augmentation.crops import (
     ATTEMPTS,
     random_offsets,
     random_rectangle,
     resize,
-    resize_short_side,
+    resize_around,
     take_crops,
 )
-from augmentation.draws import Draws, between
-from augmentation.erasing import draws_per_image, erase, noise_table, random_boxes
+from augmentation.draws import Draws
+from augmentation.erasing import erase, noise_table
+from augmentation.keep_ratio import keep_ratio_crop
 from augmentation.pixel_ops import GEOMETRY, LEVELS
-from augmentation.policy import KINDS, ON_DEVICE, Policy
-from augmentation.preprocessing import SMALL, Preprocessing
-from augmentation.protocol import Parts, Plan, StoreTransform, Transform
-from augmentation.transforms import TrainTransform, erasing_probability, margin, pillow_filter
-from augmentation.windows import is_made_whole, short_side, window
-from samplers import NUM_REPEATS
+from augmentation.plans import CROP, Planner
+from augmentation.policy import KINDS
+from augmentation.preprocessing import Preprocessing
+from augmentation.protocol import RGB, Parts, Plan, StoreTransform, Transform
+from augmentation.steps import mean_colour
+from augmentation.transforms import TrainTransform, margin, pillow_filter
+from augmentation.windows import around, is_made_whole, window
+from config import one_by_one
 from utils import derive_seed
 
 if TYPE_CHECKING:
     from config import AugmentOptions
 
-# What an image's numbers are for: each has a stream of its own.
-CROP, FLIP, POLICY, JITTER, ERASE = range(5)
-KERNEL = 12
-
 # Levels that a CPU works on at a time, so that its caches hold them: two images of 224 pixels.
 CHUNK = 2 * 3 * 224**2
 
-# Operations and arguments of one layer, (B,) each.
-Layer = tuple[np.ndarray, np.ndarray]
-
 
 class Normalise:
-    """uint8 (B, 3, S, S) to float32, by mean and std, as torchvision's transforms do."""
+    """uint8 or uint16 (B, C, H, W) to float32, by mean and std, as torchvision's transforms do.
+
+    The greatest level becomes 1: 255 or 65535.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self.form = preprocessing.form
         self._constants = {
             "mean": torch.tensor(preprocessing.mean)[:, None, None],
             "std": torch.tensor(preprocessing.std)[:, None, None],
@@ -78,7 +79,7 @@ class Normalise:
         values = torch.empty_like(images, dtype=torch.float32)
         at_once = _at_once(images)
         for part, result in zip(images.split(at_once), values.split(at_once), strict=True):
-            result.copy_(part).div_(255).sub_(mean).div_(std)
+            result.copy_(part).div_(self.form.levels).sub_(mean).div_(std)
         return values
 
 
@@ -97,32 +98,24 @@ class BatchAugment(Normalise, StoreTransform):
         self.options = options
         self.seed = seed
         self.background = preprocessing.background
-        self.size = preprocessing.input_size
+        self.size = preprocessing.size
         self.least = self.size if options.jpeg_scaling == "on" else None
-        self.pads = self.size <= SMALL or options.src
+        self.is_small = preprocessing.is_small
+        self.keeps_ratio = options.train_crop_mode != "rrc"
+        self.pads = (self.is_small or options.src) and not self.keeps_ratio
         self.margin = margin(self.size)
-        self.policy = None
-        self.jitter = options.color_jitter or 0.0
-        if not options.ThreeAugment and options.aa is not None:
-            self.policy = Policy(options.aa, preprocessing, options.train_interpolation)
-            if not options.aa.startswith("3a"):
-                self.jitter = 0.0
-        fill = [min(255, round(255 * m)) for m in preprocessing.mean]
-        self._constants["fill"] = torch.tensor(fill, dtype=torch.uint8)
-        self.erasing = erasing_probability(options)
-        if self.erasing > 0 and options.remode != "const":
+        self.planner = Planner(preprocessing, options, seed)
+        self._constants["fill"] = torch.tensor(mean_colour(preprocessing), dtype=torch.uint8)
+        if self.planner.erasing > 0 and options.remode != "const":
             generator = torch.Generator().manual_seed(derive_seed(seed, "noise") % 2**63)
-            self._constants["noise"] = noise_table(self.size, generator)
-
-    def _draws(self, purpose: int, epoch: int, positions: np.ndarray, count: int) -> Draws:
-        return Draws(derive_seed(self.seed, "sample", epoch), purpose, positions, count)
+            self._constants["noise"] = noise_table(self.size, generator, self.form.channels)
 
     # --- on the host, per image ------------------------------------------------------------------
 
     def apply(self, image: Tensor | Parts, epoch: int, position: int) -> Tensor:
-        """The crop: uint8 (3, H, W) to uint8 (3, S, S)."""
+        """The crop: uint8 or uint16 (C, H, W) to the same of (C, *size)."""
         image = image if isinstance(image, Parts) else Parts(image)
-        draws = self._draws(CROP, epoch, np.array([position]), 2 * ATTEMPTS + 3)
+        draws = self.planner.draws(CROP, epoch, np.array([position]), 2 * ATTEMPTS + 3)
         options, size = self.options, self.size
         interpolation = options.train_interpolation
         if interpolation == "random":
@@ -130,37 +123,39 @@ class BatchAugment(Normalise, StoreTransform):
         if self.pads:
             if self._grows_huge(image.size):
                 return self._window(image.whole().pixels, interpolation, draws)
-            image = self.padded(resize_short_side(image, size, interpolation, self.least))
-            top, left = random_offsets(draws, image.shape[1] - size, image.shape[2] - size)
-            return image[:, top[0] : top[0] + size, left[0] : left[0] + size]
+            image = self.padded(resize_around(image, size, interpolation, self.least))
+            rows, columns = image.shape[1] - size[0], image.shape[2] - size[1]
+            top, left = (int(place[0]) for place in random_offsets(draws, rows, columns))
+            return image[:, top : top + size[0], left : left + size[1]]
+        if self.keeps_ratio:
+            return keep_ratio_crop(image, draws, options, size, interpolation, self.least)
         box = random_rectangle(draws, *image.size, options.scale, options.ratio)
-        return resize(image.part(box, self.least), (size, size), interpolation)
+        return resize(image.part(box, self.least), size, interpolation)
 
     def _grows_huge(self, size: Sequence[int]) -> bool:
         """Whether an image of this height and width is too narrow to be resized as a whole."""
-        return not is_made_whole(size[::-1], short_side(size[::-1], self.size))
+        return not is_made_whole(size[::-1], around(size[::-1], self.size[::-1]))
 
     def _window(self, image: Tensor, interpolation: str, draws: Draws) -> Tensor:
         """The crop of an image that grows huge, with Pillow's filters."""
-        resized = short_side((image.shape[2], image.shape[1]), self.size)
-        rows, columns = (length + 2 * self.margin - self.size for length in resized[::-1])
-        top, left = (int(place[0]) - self.margin for place in random_offsets(draws, rows, columns))
-        fill = (0, 0, 0) if self.size <= SMALL else None
-        cut = window(
-            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()),
-            resized,
-            (left, top),
-            self.size,
-            pillow_filter(interpolation),
-            fill,
+        resized = around((image.shape[2], image.shape[1]), self.size[::-1])
+        rows, columns = (
+            old + 2 * self.margin - new for old, new in zip(resized[::-1], self.size, strict=True)
         )
-        return pil_to_tensor(cut)
+        top, left = (int(place[0]) - self.margin for place in random_offsets(draws, rows, columns))
+        fill = (0,) * len(image) if self.is_small else None
+        corner, resample = (left, top), pillow_filter(interpolation)
+        if self.form != RGB:
+            return window_of_bands(image, resized, corner, self.size[::-1], resample, fill)
+        whole = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return pil_to_tensor(window(whole, resized, corner, self.size[::-1], resample, fill))
 
     # --- on the host or the device, images that are kept ------------------------------------------
 
     def for_store(self) -> "BatchAugment | None":
-        """Itself where the crop moves whole pixels and images are always resized alike."""
-        alike = self.options.train_interpolation != "random"
+        """Itself where the crop moves whole pixels, images are always resized alike and come once
+        each."""
+        alike = self.options.train_interpolation != "random" and not self.options.aug_splits
         return self if self.pads and alike else None
 
     def keep(self, image: Tensor | Parts) -> Tensor:
@@ -168,11 +163,11 @@ class BatchAugment(Normalise, StoreTransform):
         if self._grows_huge(image.size):
             return image.whole().pixels
         interpolation = self.options.train_interpolation
-        return resize_short_side(image, self.size, interpolation, self.least)
+        return resize_around(image, self.size, interpolation, self.least)
 
     def padded(self, images: Tensor) -> Tensor:
         """(…, 3, H, W) with its margin: black around small images, mirrored in ``src``."""
-        if self.size <= SMALL:
+        if self.is_small:
             return F.pad(images, [self.margin] * 4)
         # There is no reflection of bytes.
         return F.pad(images.float(), [self.margin] * 4, mode="reflect").to(images.dtype)
@@ -180,66 +175,20 @@ class BatchAugment(Normalise, StoreTransform):
     def take(
         self, images: Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
     ) -> Tensor:
-        draws = self._draws(CROP, epoch, positions, 2 * ATTEMPTS + 3)
-        rows, columns = (side - self.size for side in images.shape[2:])
+        draws = self.planner.draws(CROP, epoch, positions, 2 * ATTEMPTS + 3)
+        rows, columns = images.shape[2] - self.size[0], images.shape[3] - self.size[1]
         return take_crops(images, indices, *random_offsets(draws, rows, columns), self.size)
 
     # --- on the host, per batch ------------------------------------------------------------------
 
     def plan(self, epoch: int, positions: np.ndarray) -> Plan:
-        """What is to be done with the images at these places of the epoch."""
-        options = self.options
-        draws = self._draws(FLIP, epoch, positions, 2)
-        flips = draws.uniform(2) < (options.hflip, options.vflip)
-        layers = [*self._policy_layers(epoch, positions), *self._jitter_layers(epoch, positions)]
-        kinds = np.zeros((len(positions), len(layers)), dtype=np.int64)
-        arguments = np.zeros(kinds.shape, dtype=np.float32)
-        for number, (kind, argument) in enumerate(layers):
-            kinds[:, number], arguments[:, number] = kind, argument
-        if options.train_interpolation == "random":
-            draws = self._draws(KERNEL, epoch, positions, len(layers) or 1)
-            cubic = draws.uniform(len(layers)) < 0.5
-        else:
-            cubic = np.full(kinds.shape, options.train_interpolation == "bicubic")
-        return Plan(flips, kinds, arguments, cubic, *self._boxes(epoch, positions))
-
-    def _policy_layers(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        if self.options.ThreeAugment:
-            draws = self._draws(POLICY, epoch, positions, 2)
-            choice = np.array([KINDS.index(k) for k in ("grey", "solarize", "blur")])
-            kinds = choice[(draws.uniform() * 3).astype(np.int64)]
-            std = between(draws.uniform(), 0.1, 2.0)
-            return [(kinds, np.where(kinds == choice[1], 128, std))]
-        if self.policy is None:
-            return []
-        draws = self._draws(POLICY, epoch, positions, self.policy.draws)
-        kinds, arguments = self.policy.draw(draws)
-        return list(zip(kinds.T, arguments.T, strict=True))
-
-    def _jitter_layers(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """Brightness, contrast and saturation, in an order of each image's own."""
-        if not self.jitter:
-            return []
-        draws = self._draws(JITTER, epoch, positions, 6)
-        names = ("brightness", "contrast", "saturation")
-        order = np.argsort(draws.uniform(3), axis=1)  # (B, 3)
-        kinds = np.array([KINDS.index(k) for k in names])[order]
-        factors = between(draws.uniform(3), max(0.0, 1 - self.jitter), 1 + self.jitter)
-        return list(zip(kinds.T, factors.T, strict=True))
-
-    def _boxes(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        options, batch = self.options, len(positions)
-        if not self.erasing > 0:
-            return np.zeros((batch, 0, 4), dtype=np.int64), np.zeros((batch, 0), dtype=np.int64)
-        draws = self._draws(ERASE, epoch, positions, draws_per_image(options.recount))
-        spared = options.resplit & (positions % NUM_REPEATS == 0)
-        return random_boxes(draws, self.erasing, options.recount, self.size, spared)
+        return self.planner.plan(epoch, positions)
 
     # --- on the device, per batch ----------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(self, images: Tensor, plan: Plan | None = None) -> Tensor:
-        """uint8 (B, 3, S, S) to float32, normalised; augmented if there is a ``plan``."""
+        """uint8 or uint16 (B, C, H, W) to float32, normalised; augmented if there is a ``plan``."""
         if plan is None:
             return super().__call__(images)
         values = super().__call__(self.alter(images, plan))
@@ -250,17 +199,24 @@ class BatchAugment(Normalise, StoreTransform):
 
     @torch.no_grad()
     def alter(self, images: Tensor, plan: Plan) -> Tensor:
-        """Flips and the policy: uint8 to uint8 images, new ones if there is anything to do."""
+        """Splits, flips, geometry and colours: uint8 to uint8 images, new ones if there is anything
+        to do."""
+        if len(plan.flips) > len(images):
+            images = images.repeat(len(plan.flips) // len(images), 1, 1, 1)
         if not (plan.flips.any() or plan.kinds.any()):
             return images
         images = flipped(images, plan.flips)
-        arguments = torch.from_numpy(plan.arguments).to(images.device, non_blocking=True)
+        arguments, warps = (
+            torch.from_numpy(values).to(images.device, non_blocking=True)
+            for values in (plan.arguments, plan.warps)
+        )
         for layer in range(plan.kinds.shape[1]):
             for kind in np.unique(plan.kinds[:, layer]):
                 if kind:
                     which = plan.kinds[:, layer] == kind
                     cubic = plan.cubic[:, layer]
-                    self._operate(KINDS[kind], images, arguments[:, layer], which, cubic)
+                    given = warps if KINDS[kind] == "perspective" else arguments[:, layer]
+                    self._operate(KINDS[kind], images, given, which, cubic)
         return images
 
     def _operate(
@@ -282,8 +238,10 @@ class BatchAugment(Normalise, StoreTransform):
 def flipped(images: Tensor, flips: np.ndarray) -> Tensor:
     """Images flipped left to right and upside down, (B, 2) bool; always new ones."""
     images = images.clone()
+    # CUDA has no indexing of uint16; which bits move where doesn't depend on their meaning.
+    moved = images.view(torch.int16) if images.dtype == torch.uint16 else images
     for axis, flip in zip((3, 2), flips.T, strict=True):
-        _change(images, flip, lambda part, _, axis=axis: part.flip(axis))
+        _change(moved, flip, lambda part, _, axis=axis: part.flip(axis))
     return images
 
 
@@ -315,7 +273,7 @@ def _at_once(images: Tensor) -> int:
 
 def supports(options: "AugmentOptions") -> bool:
     """Whether all of a recipe's augmentation can be done on batches."""
-    return options.ThreeAugment or options.aa is None or bool(ON_DEVICE.fullmatch(options.aa))
+    return not one_by_one(options)
 
 
 def augments_by_batch(options: "AugmentOptions") -> bool:

@@ -1,4 +1,4 @@
-"""Crops of uint8 tensors: where they lie, and how an image is brought to size.
+"""Crops of tensors: where they lie, and how an image is brought to size.
 
 Randomness comes in as ``Draws``, the places of the crops go out: what is drawn and what is done
 with it stay apart.
@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from architectures.sizes import ImageSize
+from augmentation.bands import rounded
 from augmentation.draws import Draws, between
 from augmentation.protocol import Box, Cut, Parts
-from augmentation.windows import short_side
+from augmentation.windows import around
 
 ATTEMPTS = 10  # tries at a rectangle that fits, as in timm and torchvision
 
@@ -61,44 +63,56 @@ def random_offsets(draws: Draws, rows: int, columns: int) -> tuple[np.ndarray, n
 
 
 def take_crops(
-    images: Tensor, indices: np.ndarray, top: np.ndarray, left: np.ndarray, size: int
+    images: Tensor,
+    indices: np.ndarray,
+    top: np.ndarray,
+    left: np.ndarray,
+    size: tuple[int, int],
 ) -> Tensor:
-    """Square crops of many images: uint8 (N, 3, H, W) to (B, 3, size, size) on their device.
+    """Crops of many images: (N, C, H, W) to (B, C, *size) on their device.
 
     ``indices``, ``top`` and ``left``, (B,) each: which images, and where their crops begin.
     """
     if images.device.type == "cpu":
         return _take_on_host(images, indices, top, left, size)
-    device, side = images.device, torch.arange(size, device=images.device)
+    device = images.device
+    rows, columns = (torch.arange(side, device=device) for side in size)
     which, top_, left_ = (
         torch.from_numpy(x).to(device, non_blocking=True)[:, None, None]  # (B, 1, 1)
         for x in (indices, top, left)
     )
-    # Advanced indexing puts the channels last: (B, S, S, 3).
-    cut = images[which, :, top_ + side[:, None], left_ + side]
+    # Advanced indexing puts the channels last: (B, H, W, C).
+    cut = images[which, :, top_ + rows[:, None], left_ + columns]
     return cut.permute(0, 3, 1, 2).contiguous()
 
 
 def _take_on_host(
-    images: Tensor, indices: np.ndarray, top: np.ndarray, left: np.ndarray, size: int
+    images: Tensor,
+    indices: np.ndarray,
+    top: np.ndarray,
+    left: np.ndarray,
+    size: tuple[int, int],
 ) -> Tensor:
     # Rows of a slice are copied whole, which beats an index for every pixel.
     source = images.numpy()
-    result = np.empty((len(indices), 3, size, size), dtype=np.uint8)
+    result = np.empty((len(indices), images.shape[1], *size), dtype=source.dtype)
     places = zip(indices.tolist(), top.tolist(), left.tolist(), strict=True)
     for place, (i, y, x) in enumerate(places):
-        result[place] = source[i, :, y : y + size, x : x + size]
+        result[place] = source[i, :, y : y + size[0], x : x + size[1]]
     return torch.from_numpy(result)
 
 
 def resize(cut: Cut, size: Sequence[int], interpolation: str) -> Tensor:
-    """To uint8 (3, *size), antialiased; interpolation "bilinear" or "bicubic"."""
+    """To (C, *size) of the same type, antialiased; interpolation "bilinear" or "bicubic"."""
     if cut.inner is not None:
         return pil_to_tensor(resize_by_pillow(cut, size, Image.Resampling[interpolation.upper()]))
     image = cut.pixels
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    return F.interpolate(image[None], size=tuple(size), mode=interpolation, antialias=True)[0]
+    deep = image.dtype == torch.uint16
+    values = image[None].float() if deep else image[None]
+    values = F.interpolate(values, size=tuple(size), mode=interpolation, antialias=True)[0]
+    return rounded(values) if deep else values
 
 
 def resize_by_pillow(cut: Cut, size: Sequence[int], resample: Image.Resampling) -> Image.Image:
@@ -109,12 +123,12 @@ def resize_by_pillow(cut: Cut, size: Sequence[int], resample: Image.Resampling) 
     return image.resize(tuple(size[::-1]), resample, cut.inner)
 
 
-def resize_short_side(
-    image: Parts, size: int, interpolation: str, least: int | None = None
+def resize_around(
+    image: Parts, size: tuple[int, int], interpolation: str, least: ImageSize | None = None
 ) -> Tensor:
-    """uint8 (3, H, W) with a short side of ``size`` pixels; the long one as torchvision's.
+    """(C, H, W) in its proportions, just large enough for ``size`` (height, width).
 
     ``least``: the image may be decoded at a part of its size, as of ``Parts``.
     """
-    width, height = short_side(image.size[::-1], size)
+    width, height = around(image.size[::-1], size[::-1])
     return resize(image.whole(least), (height, width), interpolation)

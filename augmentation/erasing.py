@@ -18,7 +18,7 @@ def draws_per_image(most: int) -> int:
 
 
 def random_boxes(
-    draws: Draws, probability: float, most: int, size: int, spared: np.ndarray
+    draws: Draws, probability: float, most: int, size: tuple[int, int], spared: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes to erase, (B, most, 4) int64 as y0, y1, x0, x1, and where their noise begins.
 
@@ -36,29 +36,29 @@ def random_boxes(
     erased = (draws.uniform() < probability) & ~spared
     count = 1 + (draws.uniform() * most).astype(np.int64)
     # (B, K, ATTEMPTS), of which the first that fits is taken.
-    area = size**2 * between(draws.uniform(most, ATTEMPTS), *AREA) / count[:, None, None]
+    area = size[0] * size[1] * between(draws.uniform(most, ATTEMPTS), *AREA) / count[:, None, None]
     aspect = np.exp(between(draws.uniform(most, ATTEMPTS), *np.log(ASPECT)))
     heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (heights < size) & (widths < size)
+    fits = (heights < size[0]) & (widths < size[1])
     first = fits.argmax(2)[..., None]
     height = np.take_along_axis(heights, first, 2)[..., 0].astype(np.int64)  # (B, K)
     width = np.take_along_axis(widths, first, 2)[..., 0].astype(np.int64)
-    top, left = draws.below(size - height + 1), draws.below(size - width + 1)
+    top, left = draws.below(size[0] - height + 1), draws.below(size[1] - width + 1)
     wanted = erased[:, None] & fits.any(2) & (np.arange(most) < count[:, None])
     boxes = np.zeros((len(erased), most, 4), dtype=np.int64)
     boxes[wanted] = np.stack([top, top + height, left, left + width], -1)[wanted]
     return boxes, (draws.uniform(most) * NOISE).astype(np.int64)
 
 
-def noise_table(size: int, generator: torch.Generator) -> Tensor:
-    """Standard normal noise, from every place of which a whole image can be filled."""
-    return torch.randn(NOISE + 3 * size**2, generator=generator)
+def noise_table(size: tuple[int, int], generator: torch.Generator, channels: int = 3) -> Tensor:
+    """Standard normal noise, from every place of which an image of ``size`` can be filled."""
+    return torch.randn(NOISE + channels * size[0] * size[1], generator=generator)
 
 
 def erase(
     values: Tensor, boxes: np.ndarray, starts: np.ndarray, mode: str, noise: Tensor | None
 ) -> Tensor:
-    """Fill the boxes of normalised images, (B, 3, S, S) float32, in place.
+    """Fill the boxes of normalised images, (B, C, H, W) float32, in place.
 
     Args:
         values: the images.
@@ -83,7 +83,7 @@ def _fill_on_host(
     mode: str,
     noise: Tensor | None,
 ) -> None:
-    size, pixels = values.shape[-1], values.numpy()
+    shape, pixels = values.shape[1:], values.numpy()
     table = None if mode == "const" else noise.numpy()
     places = zip(which.tolist(), boxes.tolist(), starts.tolist(), strict=True)
     for i, (y0, y1, x0, x1), start in places:
@@ -91,9 +91,9 @@ def _fill_on_host(
         if table is None:
             box[:] = 0
         elif mode == "rand":
-            box[:] = table[start : start + 3, None, None]
+            box[:] = table[start : start + len(box), None, None]
         else:
-            own = table[start : start + 3 * size**2].reshape(3, size, size)
+            own = table[start : start + shape.numel()].reshape(shape)
             box[:] = own[:, y0:y1, x0:x1]
 
 
@@ -105,18 +105,18 @@ def _fill_on_device(
     mode: str,
     noise: Tensor | None,
 ) -> None:
-    device, size = values.device, values.shape[-1]
-    side = torch.arange(size, device=device)
+    device, shape = values.device, values.shape[1:]
+    down, right = (torch.arange(side, device=device) for side in shape[1:])
     index, edges = (torch.from_numpy(x).to(device, non_blocking=True) for x in (which, boxes))
     y0, y1, x0, x1 = edges[..., None].unbind(1)  # (n, 1)
-    rows, columns = (side >= y0) & (side < y1), (side >= x0) & (side < x1)
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (n, 1, S, S)
+    rows, columns = (down >= y0) & (down < y1), (right >= x0) & (right < x1)
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (n, 1, H, W)
     if mode == "const":
         filling = torch.zeros((), device=device)
     else:
-        length = 3 if mode == "rand" else 3 * size**2
+        length = shape[0] if mode == "rand" else shape.numel()
         begin = torch.from_numpy(starts).to(device, non_blocking=True)
         own = noise.unfold(0, length, 1)[begin]  # (n, length)
-        # (n, 3, 1, 1) or (n, 3, S, S)
-        filling = own.view(-1, 3, 1, 1) if mode == "rand" else own.view(-1, 3, size, size)
+        # (n, C, 1, 1) or (n, C, H, W)
+        filling = own.view(-1, shape[0], 1, 1) if mode == "rand" else own.view(-1, *shape)
     values[index] = torch.where(inside, filling, values[index])

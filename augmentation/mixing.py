@@ -49,6 +49,7 @@ class Mixer:
         switch_prob: chance of cutmix where both are on.
         mode: "batch" draws once for all, "pair" once for image i and its partner B-1-i, "elem" for
             each image.
+        off_epoch: nothing is mixed once that many epochs are done; 0: to the end.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Mixer:
         prob: float = 1.0,
         switch_prob: float = 0.5,
         mode: str = "batch",
+        off_epoch: int = 0,
     ) -> None:
         self.num_classes = num_classes
         self.mixup = mixup
@@ -68,16 +70,22 @@ class Mixer:
         self.prob = prob
         self.switch_prob = switch_prob
         self.mode = mode
+        self.off_epoch = off_epoch
+
+    def in_epoch(self, epoch: int) -> "Mixer | None":
+        """Itself, or None where that epoch, counted from 0, isn't mixed."""
+        return None if 0 < self.off_epoch <= epoch else self
 
     def __call__(self, images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Mix a batch; a pure function of its arguments. Odd batch sizes work.
 
-        images: (B, C, H, W), any device; targets: (B,) int64. Returns new images and soft targets
-        (B, num_classes) float32.
+        images: (B, C, H, W), any device; targets: (B,) int64, or several labels (B, num_classes).
+        Returns new images and soft targets (B, num_classes) float32.
         """
         batch, _, height, width = images.shape
         mix = self.draw(batch, height, width, seed)
-        return mix_images(images, mix), mix_targets(one_hot(targets, self.num_classes), mix)
+        hard = one_hot(targets, self.num_classes) if targets.ndim == 1 else targets.float()
+        return mix_images(images, mix), mix_targets(hard, mix)
 
     # --- drawing, on the host ---------------------------------------------------------------------
 
@@ -153,7 +161,7 @@ def mix_images(images: Tensor, mix: Mix) -> Tensor:
 
 
 def mix_targets(hard: Tensor, mix: Mix) -> Tensor:
-    """One-hot targets (B, num_classes) with those of the partners, by their share of the pixels."""
+    """Targets of 0 or 1 (B, num_classes) with those of the partners, by their share of pixels."""
     weight = torch.from_numpy(mix.lam).float().to(hard.device, non_blocking=True)[:, None]
     return torch.lerp(hard.flip(0), hard, weight)
 
@@ -171,4 +179,5 @@ def build_mixer(options: "AugmentOptions", num_classes: int) -> Mixer | None:
         prob=options.mixup_prob,
         switch_prob=options.mixup_switch_prob,
         mode=options.mixup_mode,
+        off_epoch=options.mixup_off_epoch,
     )

@@ -1,8 +1,9 @@
-"""What Pillow does to an image, done to a batch: uint8 (n, 3, H, W) in and out, on any device.
+"""What Pillow does to an image, done to a batch: uint8 (n, C, H, W) in and out, on any device.
 
-Each function takes one argument per image, (n,) float32. Results are Pillow's to one level of 255,
-except for rotation, whose cubic kernel differs a little, and blurring, which is Gaussian here and
-three box filters there.
+Each function takes one argument per image, (n,) float32, ``perspective`` eight of them. Results are
+Pillow's to one level of 255, except for rotation and perspective, whose cubic kernel differs a
+little, the hue, of which a few pixels in a thousand are off by one of 255 steps, and ``blur``,
+which is Gaussian here and three box filters there.
 """
 
 import math
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augmentation import host
+from augmentation.sampling import middles, sampled
+from augmentation.warp import perspective
 
 RED, GREEN, BLUE = 0.299, 0.587, 0.114  # ITU-R 601-2, as Pillow's mode L
 BLUR_REACH = 6  # pixels: three std of the widest blur, 2 pixels
@@ -44,7 +47,9 @@ def _blend(other: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(n, 3, H, W) to (n, 1, H, W) float32, whole numbers."""
+    """(n, 3, H, W) to (n, 1, H, W) float32, whole numbers; greys are their own."""
+    if x.shape[1] == 1:
+        return x.float()
     red, green, blue = x.split(1, dim=1)
     return (red * RED).add_(green, alpha=GREEN).add_(blue, alpha=BLUE).add_(0.5).floor_()
 
@@ -137,20 +142,52 @@ def grey(x: Tensor, _: Tensor) -> Tensor:
     return _to_bytes(_luma(x)).expand_as(x)
 
 
-def blur(x: Tensor, std: Tensor) -> Tensor:
-    """Gaussian blur of ``std`` pixels (at most 2)."""
+def hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue by a share of the circle, from -0.5 to 0.5, as Pillow's mode HSV has it."""
+    red, green, blue = x.float().split(1, dim=1)  # (n, 1, H, W)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    span = value - torch.minimum(torch.minimum(red, green), blue)
+    # How far each channel is from the greatest, as a share.
+    from_red, from_green, from_blue = ((value - c) / span.clamp(min=1) for c in (red, green, blue))
+    sixths = torch.where(
+        red == value,
+        from_blue - from_green,
+        torch.where(green == value, 2 + from_red - from_blue, 4 + from_green - from_red),
+    )
+    # 255 steps, of which 256 are a turn where they are added up.
+    steps = (sixths / 6 % 1 * 255).floor_()
+    steps = (steps + _each((turn * 255).trunc())) % 256
+    share = (span / value.clamp(min=1) * 255).floor_() / 255
+    place = steps * (6 / 255)
+    channels = []
+    for start in (5, 3, 1):
+        k = (start + place) % 6
+        lack = torch.minimum(k, 4 - k).clamp_(0, 1)
+        channels.append((value * (1 - share * lack)).add_(0.5).floor_())
+    return torch.where(span > 0, _to_bytes(torch.cat(channels, 1)), x)
+
+
+def gaussian(x: Tensor, std: Tensor) -> Tensor:
+    """Gaussian blur of ``std`` pixels (at most 2), the image mirrored around it (torchvision's)."""
+    return blur(x, std, "reflect")
+
+
+def blur(x: Tensor, std: Tensor, around: str = "replicate") -> Tensor:
+    """Gaussian blur of ``std`` pixels (at most 2); ``around`` the image, as ``F.pad`` has it."""
     n, channels, height, width = x.shape
-    at = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=x.device)
+    # What is mirrored must be less than the image.
+    reach = min(BLUR_REACH, height - 1, width - 1) if around == "reflect" else BLUR_REACH
+    at = torch.arange(-reach, reach + 1, device=x.device)
     kernel = torch.exp(-0.5 * (at / std[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)  # (3n, 13)
     # Every channel of every image is a group of its own: (1, 3n, H, W).
     values = x.float().view(1, n * channels, height, width)
     along_rows, along_columns = kernel[:, None, None, :], kernel[:, None, :, None]
     for weight, margin in (
-        (along_rows, (BLUR_REACH, BLUR_REACH, 0, 0)),
-        (along_columns, (0, 0, BLUR_REACH, BLUR_REACH)),
+        (along_rows, (reach, reach, 0, 0)),
+        (along_columns, (0, 0, reach, reach)),
     ):
-        values = F.conv2d(F.pad(values, margin, mode="replicate"), weight, groups=n * channels)
+        values = F.conv2d(F.pad(values, margin, mode=around), weight, groups=n * channels)
     return _to_levels(values.view_as(x).add_(0.5))
 
 
@@ -189,16 +226,12 @@ def _shift_columns(x: Tensor, shift: Tensor, cubic: bool, fill: Tensor) -> Tenso
     return moved.transpose(2, 3).contiguous()
 
 
-def _middles(size: int, like: Tensor) -> Tensor:
-    return torch.arange(size, device=like.device) + 0.5
-
-
 def shear_x(x: Tensor, factor: Tensor, cubic: bool, fill: Tensor) -> Tensor:
-    return _shift_rows(x, factor[:, None] * _middles(x.shape[2], x), cubic, fill)
+    return _shift_rows(x, factor[:, None] * middles(x.shape[2], x), cubic, fill)
 
 
 def shear_y(x: Tensor, factor: Tensor, cubic: bool, fill: Tensor) -> Tensor:
-    return _shift_columns(x, factor[:, None] * _middles(x.shape[3], x), cubic, fill)
+    return _shift_columns(x, factor[:, None] * middles(x.shape[3], x), cubic, fill)
 
 
 def translate_x(x: Tensor, pixels: Tensor, cubic: bool, fill: Tensor) -> Tensor:
@@ -216,15 +249,11 @@ def rotate(x: Tensor, degrees: Tensor, cubic: bool, fill: Tensor) -> Tensor:
     _, _, height, width = x.shape
     angle = degrees * (-math.pi / 180)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    down = (_middles(height, x) - height / 2)[:, None]
-    right = _middles(width, x) - width / 2
+    down = (middles(height, x) - height / 2)[:, None]
+    right = middles(width, x) - width / 2
     columns = cos * right + sin * down  # (n, H, W), pixels from the middle
     rows = cos * down - sin * right
-    grid = torch.stack([columns * (2 / width), rows * (2 / height)], -1)  # (n, H, W, 2)
-    inside = ((columns.abs() <= width / 2) & (rows.abs() <= height / 2))[:, None]
-    kernel = "bicubic" if cubic else "bilinear"
-    turned = F.grid_sample(x.float(), grid, mode=kernel, padding_mode="border", align_corners=False)
-    return torch.where(inside, _to_levels(turned), fill[:, None, None])
+    return sampled(x, columns, rows, cubic, fill)
 
 
 LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -240,6 +269,8 @@ LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sharpness": sharpness,
     "grey": grey,
     "blur": blur,
+    "gaussian": gaussian,
+    "hue": hue,
 }
 GEOMETRY: dict[str, Geometry] = {
     "rotate": rotate,
@@ -247,4 +278,5 @@ GEOMETRY: dict[str, Geometry] = {
     "shear_y": shear_y,
     "translate_x": translate_x,
     "translate_y": translate_y,
+    "perspective": perspective,
 }

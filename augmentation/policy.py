@@ -1,15 +1,17 @@
 """Automatic augmentation by the batch: timm's policies drawn for all images at once."""
 
+import math
 import re
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from timm.data.auto_augment import AugmentOp, RandAugment
+from torch import Tensor
 
 from augmentation.draws import Draws
 from augmentation.pixel_ops import GEOMETRY, LEVELS
 from augmentation.preprocessing import Preprocessing
-from augmentation.transforms import build_policy
+from augmentation.steps import TABLES, TablePolicy, build_policy, mean_colour
 
 # Operations in the order of their numbers in a plan; 0 is no operation.
 KINDS = ("none", *LEVELS, *GEOMETRY)
@@ -27,7 +29,6 @@ _KIND_OF = {
     "TranslateX": "translate_x",
     "TranslateY": "translate_y",
 }
-ON_DEVICE = re.compile(r"(rand|original|v0|3a).*")
 
 
 def kind_of(name: str) -> int:
@@ -36,9 +37,12 @@ def kind_of(name: str) -> int:
 
 
 def argument(
-    name: str, level: np.ndarray, draws: Draws, size: int, hparams: dict[str, Any]
+    name: str, level: np.ndarray, draws: Draws, size: tuple[int, int], hparams: dict[str, Any]
 ) -> np.ndarray:
-    """The argument of timm's operation ``name`` at ``level`` (0 to 10, or above), (B,)."""
+    """The argument of timm's operation ``name`` at ``level`` (0 to 10, or above), (B,).
+
+    ``size``: height and width of the images.
+    """
     share, sign = level / 10, draws.sign()
     if name.startswith("Rotate"):
         return share * 30 * sign
@@ -47,7 +51,7 @@ def argument(
     if name.startswith("Translate"):
         # timm's Rel is a share of the side, its other a number of pixels.
         relative = name.endswith("Rel")
-        reach = hparams.get("translate_pct", 0.45) * size
+        reach = hparams.get("translate_pct", 0.45) * size[name.startswith("TranslateX")]
         reach = reach if relative else hparams["translate_const"]
         return share * reach * sign
     if name.startswith("Posterize"):
@@ -72,6 +76,26 @@ def argument(
     return np.zeros_like(level)
 
 
+class PolicyDraws(Protocol):
+    """What a policy does with each image of a batch."""
+
+    @property
+    def draws(self) -> int:
+        """Random numbers per image, at most."""
+        ...
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Kinds of operations, (B, L) int64 (0: none), and their arguments, (B, L) float32."""
+        ...
+
+
+def build_policy_draws(name: str, preprocessing: Preprocessing, interpolation: str) -> PolicyDraws:
+    """The policy ``name``. Raises OptionError (``build_policy``) for one that doesn't exist."""
+    if name in TABLES:
+        return TableDraws(name, preprocessing)
+    return Policy(name, preprocessing, interpolation)
+
+
 class Policy:
     """What timm's automatic augmentation ``name`` would do, for a batch of images at once.
 
@@ -80,7 +104,7 @@ class Policy:
 
     def __init__(self, name: str, preprocessing: Preprocessing, interpolation: str) -> None:
         policy = build_policy(name, preprocessing, interpolation)
-        self.size = preprocessing.input_size
+        self.size = preprocessing.size
         if isinstance(policy, RandAugment):
             self.ops: list[AugmentOp] = list(policy.ops)
             self.layers = policy.num_layers
@@ -138,3 +162,45 @@ class Policy:
         with np.errstate(divide="ignore"):
             keys = np.log(draws.uniform(len(self.ops))) / np.maximum(self.weights, 1e-300)
         return np.argsort(-keys, axis=1)[:, : self.layers]
+
+
+class TableDraws:
+    """AutoAugment's policy for CIFAR-10 or SVHN: one of 25 pairs of operations for each image, with
+    torchvision's magnitudes."""
+
+    def __init__(self, name: str, preprocessing: Preprocessing) -> None:
+        policy = TablePolicy(name, mean_colour(preprocessing), "bilinear")
+        space = policy._augmentation_space(10, preprocessing.size)
+        rows = [[_entry(*operation, space) for operation in row] for row in policy.policies]
+        # (25, 2) each
+        self.kinds, self.prob, self.arguments, self.signs, self.offsets = np.moveaxis(
+            np.array(rows), 2, 0
+        )
+
+    @property
+    def draws(self) -> int:
+        """Random numbers per image."""
+        return 5
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Kinds of operations, (B, 2) int64 (0: none), and their arguments, (B, 2) float32."""
+        row = (draws.uniform() * len(self.kinds)).astype(np.int64)
+        applied = draws.uniform(2) < self.prob[row]
+        sign = np.where(self.signs[row] > 0, draws.sign(2), 1.0)
+        arguments = self.offsets[row] + sign * self.arguments[row]
+        kinds = np.where(applied, self.kinds[row], 0).astype(np.int64)
+        return kinds, arguments.astype(np.float32)
+
+
+def _entry(
+    name: str, prob: float, magnitude: int | None, space: dict[str, tuple[Tensor, bool]]
+) -> tuple[float, ...]:
+    """Kind, probability, argument, whether that has a sign, and what it is added to."""
+    levels, signed = space[name]
+    level = float(levels[magnitude]) if magnitude is not None else 0.0
+    if name.startswith("Translate"):
+        level = int(level)  # whole pixels
+    elif name == "Solarize":
+        level = math.ceil(level)  # Pillow compares levels with it
+    factor = _KIND_OF[name] in ("saturation", "contrast", "brightness", "sharpness")
+    return kind_of(name), prob, level, signed, float(factor)

@@ -14,9 +14,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from architectures.sizes import ImageSize
+
 
 class Plan(NamedTuple):
-    """What is to be done with each image of a batch; arrays of the host."""
+    """What is to be done with each image of a batch; arrays of the host.
+
+    With S augmentation splits it has S × B rows: all images as they are, then all of them again for
+    each further split; B images that meet it are repeated first.
+    """
 
     flips: np.ndarray
     """(B, 2) bool: left to right, upside down."""
@@ -30,6 +36,8 @@ class Plan(NamedTuple):
     """(B, K, 4) int64: y0, y1, x0, x1 that are erased; empty where nothing is."""
     noise: np.ndarray
     """(B, K) int64: where in the table of noise a box begins."""
+    warps: np.ndarray
+    """(B, 8) float32: coefficients of the perspective; empty where there is none."""
 
     def of(self, part: slice) -> "Plan":
         """The plan of some of the images."""
@@ -38,7 +46,7 @@ class Plan(NamedTuple):
     def altered(self) -> "Plan":
         """What is left when the images have been altered: to erase."""
         none = np.zeros_like(self.flips)
-        return self._replace(flips=none, kinds=self.kinds[:, :0])
+        return self._replace(flips=none, kinds=self.kinds[:, :0], warps=self.warps[:, :0])
 
 
 Box = tuple[int, int, int, int]
@@ -65,23 +73,42 @@ class Parts:
         self.pixels = pixels
         self.size = pixels.shape[1], pixels.shape[2]
 
-    def part(self, box: Box, least: int | None = None) -> Cut:
+    def part(self, box: Box, least: ImageSize | None = None) -> Cut:
         """A part of the upright image.
 
         ``least``: it may be decoded at a part of its size, as long as both sides keep so many
-        pixels; None: as it is.
+        pixels, or its height and width each theirs; None: as it is.
         """
         top, left, height, width = box
         return Cut(self.pixels[:, top : top + height, left : left + width])
 
-    def whole(self, least: int | None = None) -> Cut:
+    def whole(self, least: ImageSize | None = None) -> Cut:
         """All of the image, as of :meth:`part`."""
         return self.part((0, 0, *self.size), least)
+
+
+class Form(NamedTuple):
+    """The kind of images that a model takes."""
+
+    channels: int = 3
+    """Three are red, green and blue, one is grey; others are the bands of a file."""
+    bit_depth: int = 8
+    """8 (0-255) or 16 (0-65535) bits of each pixel and channel."""
+
+    @property
+    def levels(self) -> int:
+        """The greatest value, which becomes 1."""
+        return 2**self.bit_depth - 1
+
+
+RGB = Form()
 
 
 class Transform:
     """How the images of a data set become tensors."""
 
+    form: Form = RGB
+    """What is decoded; of other forms than RGB ``apply`` takes uint8 or uint16 (C, H, W)."""
     decode_as: Literal["PIL", "tensor"] = "PIL"
     """What ``apply`` takes: an RGB Pillow image, or uint8 (3, H, W)."""
     takes_parts: bool = False
@@ -90,9 +117,11 @@ class Transform:
     """What transparent images are decoded on, as of ``pipeline.decoding.decode``."""
     by_batch: bool = False
     """Whether augmentation is left to the device, which does it by the batch."""
+    alone: str = ""
+    """The option because of which it can't be, as ``config.one_by_one`` has it."""
 
     def apply(self, image: Any, epoch: int, position: int) -> Tensor:
-        """A decoded image as (3, S, S), augmented for its position of the epoch.
+        """A decoded image as (3, H, W), augmented for its position of the epoch.
 
         float32 is ready for the model; uint8 is still to be normalised, and to be augmented
         where there is a ``plan``.
@@ -118,8 +147,8 @@ class Transform:
 class StoreTransform(Transform):
     """A transform whose images can be kept ready and taken by the batch (``pipeline.cache``)."""
 
-    size: int
-    """Pixels of a side of what the model takes, and of the short side of what is kept."""
+    size: tuple[int, int]
+    """Height and width of what the model takes; what is kept lies just around it."""
 
     def keep(self, image: Any) -> Tensor:
         """A decoded image as it is kept, uint8 (3, H, W): all that is the same in each epoch.
@@ -135,7 +164,7 @@ class StoreTransform(Transform):
     def take(
         self, images: Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
     ) -> Tensor:
-        """As ``apply``, of many images at once: uint8 (B, 3, S, S) on their device.
+        """As ``apply``, of many images at once: uint8 (B, 3, H, W) on their device.
 
         Args:
             images: (N, 3, H, W) as of ``padded``.

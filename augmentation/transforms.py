@@ -3,32 +3,30 @@
 import contextlib
 import logging
 import random
-import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
-from timm.data.auto_augment import (
-    augment_and_mix_transform,
-    auto_augment_transform,
-    rand_augment_transform,
-)
+from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import (
     RandomResizedCropAndInterpolation,
     interp_mode_to_str,
-    str_to_pil_interp,
 )
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from architectures.sizes import ImageSize, size_text
+from augmentation.bands import window_of_bands
 from augmentation.crops import resize_by_pillow
+from augmentation.keep_ratio import KeepRatioCrop
 from augmentation.preprocessing import SMALL, Preprocessing
-from augmentation.protocol import Parts, StoreTransform, Transform
-from augmentation.windows import Size, centre, long_side, short_side, window
-from errors import OptionError
+from augmentation.protocol import RGB, Parts, StoreTransform, Transform
+from augmentation.steps import colours, geometry
+from augmentation.windows import Size, around, centre, window, within
+from config import one_by_one
 from samplers import NUM_REPEATS
 from utils import derive_seed, seed_host
 
@@ -39,14 +37,19 @@ logger = logging.getLogger(__name__)
 
 
 class PaddedRandomCrop:
-    """Short side to ``size`` pixels, a border of a few around, a random square of it.
+    """Resized just around ``size`` (height, width), a border of a few pixels, a random part of it.
 
     Interpolation "random" draws bilinear or bicubic. The border is black, or the mirrored image.
     Draws and pixels are those of torchvision's ``Resize`` and ``RandomCrop``.
     """
 
     def __init__(
-        self, size: int, interpolation: str, *, mirror: bool, least: int | None = None
+        self,
+        size: tuple[int, int],
+        interpolation: str,
+        *,
+        mirror: bool,
+        least: ImageSize | None = None,
     ) -> None:
         names = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
         self.size, self.margin, self.least = size, margin(size), least
@@ -56,15 +59,16 @@ class PaddedRandomCrop:
     def __call__(self, image: Image.Image | Parts) -> Image.Image:
         resample = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
         parts = image if isinstance(image, Parts) else None
-        resized = short_side(parts.size[::-1] if parts else image.size, self.size)
+        size = self.size[::-1]
+        resized = around(parts.size[::-1] if parts else image.size, size)
         if parts:
             cut = parts.whole(self.least)
             as_it_is = cut.pixels.shape[1:] if cut.inner is None else resized[::-1]
             image = resize_by_pillow(cut, as_it_is, resample)
-        room = [length + 2 * self.margin - self.size + 1 for length in resized]
+        room = [old + 2 * self.margin - new + 1 for old, new in zip(resized, size, strict=True)]
         top, left = (int(torch.randint(0, room[axis], (1,))) for axis in (1, 0))
         corner = left - self.margin, top - self.margin
-        return window(image, resized, corner, self.size, resample, self.fill)
+        return window(image, resized, corner, size, resample, self.fill)
 
 
 class RandomResizedCrop:
@@ -73,7 +77,9 @@ class RandomResizedCrop:
     ``least``: the crop may be decoded at a part of its size, as of ``Parts``.
     """
 
-    def __init__(self, size: int, options: "AugmentOptions", least: int | None) -> None:
+    def __init__(
+        self, size: tuple[int, int], options: "AugmentOptions", least: ImageSize | None
+    ) -> None:
         self.crop = RandomResizedCropAndInterpolation(
             size, options.scale, options.ratio, options.train_interpolation
         )
@@ -90,33 +96,14 @@ class RandomResizedCrop:
         return resize_by_pillow(image.part(box, self.least), self.crop.size, resample)
 
 
-def margin(size: int) -> int:
-    """Pixels of the border that the random crop of ``size`` pixels may show."""
-    return max(1, size // 8) if size <= SMALL else 4
+def margin(size: tuple[int, int]) -> int:
+    """Pixels of the border that the random crop of ``size`` (height, width) may show."""
+    return max(1, min(size) // 8) if max(size) <= SMALL else 4
 
 
 def pillow_filter(name: str) -> Image.Resampling:
     """Pillow's filter of an interpolation by name."""
     return Image.Resampling[name.upper()]
-
-
-class ThreeAugment:
-    """Grey, solarised or blurred, with equal chance (DeiT III, arXiv:2204.07118, section 3)."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return random.choice((self.grey, self.solarise, self.blur))(image)
-
-    @staticmethod
-    def grey(image: Image.Image) -> Image.Image:
-        return image.convert("L").convert("RGB")
-
-    @staticmethod
-    def solarise(image: Image.Image) -> Image.Image:
-        return ImageOps.solarize(image)
-
-    @staticmethod
-    def blur(image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def erasing_probability(options: "AugmentOptions") -> float:
@@ -125,11 +112,14 @@ def erasing_probability(options: "AugmentOptions") -> float:
 
 
 class TrainTransform(Transform):
-    """A training image, augmented: RGB PIL image -> (3, S, S) float32, normalised.
+    """A training image, augmented: RGB PIL image -> (3, H, W) float32, normalised.
 
     ``apply`` seeds the draws; a plain call draws from the host's global generators as they stand.
     ``erase=False`` leaves out random erasing, as ``apply`` does for the first copy of repeated
     augmentation where ``resplit`` is set.
+
+    With ``aug_splits`` the result is (splits, 3, H, W): the same crop and flips, first as they are,
+    then augmented anew each (timm's ``AugMixDataset``); ``resplit`` then spares the first.
 
     Colour jitter is part of ThreeAugment and of training without a policy. As in timm and DeiT a
     policy (``aa``) takes its place, except for the policy "3a".
@@ -142,21 +132,10 @@ class TrainTransform(Transform):
     ) -> None:
         self.seed = seed
         self.background = preprocessing.background
-        steps = [*_crop(preprocessing.input_size, options)]
-        if options.hflip > 0:
-            steps.append(transforms.RandomHorizontalFlip(options.hflip))
-        if options.vflip > 0:
-            steps.append(transforms.RandomVerticalFlip(options.vflip))
-        jitter = options.color_jitter
-        if options.ThreeAugment:
-            steps.append(ThreeAugment())
-        elif options.aa is not None:
-            steps.append(build_policy(options.aa, preprocessing, options.train_interpolation))
-            jitter = jitter if options.aa.startswith("3a") else None
-        if jitter:
-            steps.append(transforms.ColorJitter(jitter, jitter, jitter))
-        steps.append(_to_tensor(preprocessing))
-        self.augment = transforms.Compose(steps)
+        crop = _crop(preprocessing.size, options)
+        self.base = transforms.Compose([*crop, *geometry(preprocessing, options)])
+        self.augment = transforms.Compose(colours(preprocessing, options))
+        self.to_tensor = _to_tensor(preprocessing)
         self.erasing = RandomErasing(
             erasing_probability(options),
             mode=options.remode,
@@ -164,13 +143,23 @@ class TrainTransform(Transform):
             device="cpu",
         )
         self.resplit = options.resplit
+        self.splits = options.aug_splits
+        self.alone = one_by_one(options)
 
     def __call__(self, image: Image.Image | Parts, erase: bool = True) -> torch.Tensor:
-        tensor = self.augment(image)
+        base = self.base(image)
+        if not self.splits:
+            return self._finish(self.augment(base), erase)
+        clean = self._finish(base, erase and not self.resplit)
+        others = [self._finish(self.augment(base), erase) for _ in range(self.splits - 1)]
+        return torch.stack([clean, *others])
+
+    def _finish(self, image: Image.Image, erase: bool) -> torch.Tensor:
+        tensor = self.to_tensor(image)
         return self.erasing(tensor) if erase and self.erasing.probability > 0 else tensor
 
     def apply(self, image: Image.Image | Parts, epoch: int, position: int) -> torch.Tensor:
-        erase = not (self.resplit and position % NUM_REPEATS == 0)
+        erase = bool(self.splits) or not (self.resplit and position % NUM_REPEATS == 0)
         with _host_generators(derive_seed(self.seed, "sample", epoch, position)):
             return self(image, erase=erase)
 
@@ -188,12 +177,15 @@ def _host_generators(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _crop(size: int, options: "AugmentOptions") -> list[Callable]:
+def _crop(size: tuple[int, int], options: "AugmentOptions") -> list[Callable]:
     least = size if options.jpeg_scaling == "on" else None
     interpolation = options.train_interpolation
-    if size <= SMALL:
+    if options.train_crop_mode != "rrc":
+        return [KeepRatioCrop(size, options, least)]
+    if max(size) <= SMALL:
         logger.info(
-            "input of %d pixels: padded random crop in place of the random resized crop", size
+            "input of %s pixels: padded random crop in place of the random resized crop",
+            size_text(size),
         )
         return [PaddedRandomCrop(size, interpolation, mirror=False, least=least)]
     if options.src:
@@ -204,11 +196,17 @@ def _crop(size: int, options: "AugmentOptions") -> list[Callable]:
 
 def _to_tensor(preprocessing: Preprocessing) -> Callable:
     normalise = transforms.Normalize(preprocessing.mean, preprocessing.std)
-    return transforms.Compose([transforms.ToTensor(), normalise])
+    form = preprocessing.form
+    scale = transforms.ToTensor() if form == RGB else partial(_scaled, levels=form.levels)
+    return transforms.Compose([scale, normalise])
+
+
+def _scaled(image: torch.Tensor, levels: int) -> torch.Tensor:
+    return image.float().div_(levels)
 
 
 class CentreCrop(StoreTransform):
-    """RGB PIL image -> (3, S, S) uint8, the centre of the resized image; normalised elsewhere.
+    """RGB PIL image -> (3, H, W) uint8, the centre of the resized image; normalised elsewhere.
 
     ``crop_mode`` says what is resized. The pixels are timm's.
     """
@@ -216,17 +214,22 @@ class CentreCrop(StoreTransform):
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self.background = preprocessing.background
-        self.size = preprocessing.input_size
-        self.side = preprocessing.resized_side
+        self.size = preprocessing.size
+        self.target = preprocessing.resized_size[::-1]
         self.resample = pillow_filter(preprocessing.interpolation)
         self.resized_to = _RESIZED[preprocessing.crop_mode]
         self.fill = preprocessing.border
+        self.form = preprocessing.form
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The part that the model sees, an RGB image of S × S pixels."""
-        resized = self.resized_to(image.size, self.side)
-        left, top = (centre(length, self.size) for length in resized)
-        return window(image, resized, (left, top), self.size, self.resample, self.fill)
+        """The part that the model sees, an RGB image of the input's size."""
+        return window(image, *self._place(image.size), self.resample, self.fill)
+
+    def _place(self, image: Size) -> tuple[Size, Size, Size]:
+        """What an image's size becomes, and left and top and size of what is cut out of that."""
+        resized, size = self.resized_to(image, self.target), self.size[::-1]
+        left, top = (centre(length, side) for length, side in zip(resized, size, strict=True))
+        return resized, (left, top), size
 
     def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
         return self.keep(image)
@@ -234,8 +237,12 @@ class CentreCrop(StoreTransform):
     def for_store(self) -> "CentreCrop":
         return self
 
-    def keep(self, image: Image.Image) -> torch.Tensor:
-        return functional.pil_to_tensor(self.crop(image))
+    def keep(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        if self.form == RGB:
+            return functional.pil_to_tensor(self.crop(image))
+        height, width = image.shape[1:]
+        place = self._place((width, height))
+        return window_of_bands(image, *place, self.resample, self.fill)
 
     def take(
         self, images: torch.Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
@@ -244,65 +251,34 @@ class CentreCrop(StoreTransform):
 
 
 # By crop mode.
-_RESIZED: dict[str, Callable[[Size, int], Size]] = {
-    "center": short_side,
-    "squash": lambda size, side: (side, side),
-    "border": long_side,
+_RESIZED: dict[str, Callable[[Size, Size], Size]] = {
+    "center": around,
+    "squash": lambda size, target: target,
+    "border": within,
 }
 
 
 class EvalTransform(Transform):
-    """RGB PIL image -> (3, S, S) float32, normalised: the centre, as of ``CentreCrop``."""
+    """A decoded image -> (C, H, W) float32, normalised: the centre, as of ``CentreCrop``."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.background = preprocessing.background
-        self.crop = CentreCrop(preprocessing).crop
+        self.form = preprocessing.form
+        centre_crop = CentreCrop(preprocessing)
+        self.crop = centre_crop.crop if self.form == RGB else centre_crop.keep
         self.normalise = _to_tensor(preprocessing)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         return self.normalise(self.crop(image))
 
-    def apply(self, image: Image.Image, epoch: int, position: int) -> torch.Tensor:
+    def apply(self, image: Image.Image | torch.Tensor, epoch: int, position: int) -> torch.Tensor:
         return self.normalise(self.crop(image))
-
-
-_NUMBER = r"\d+(\.\d+)?"
-_POLICY = re.compile(
-    rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3a|3aw)))*"
-    rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
-    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
-    r"|trivial"
-)
-
-
-def build_policy(name: str, preprocessing: Preprocessing, interpolation: str) -> Callable:
-    """The automatic augmentation ``name``, PIL -> PIL. Raises OptionError for an unknown one."""
-    # timm passes over sections that it doesn't know.
-    if not _POLICY.fullmatch(name):
-        raise OptionError(
-            "aa",
-            f"{name!r} is not a policy; e.g. rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, "
-            "original-mstd0.5, v0, trivial or none",
-        )
-    if name == "trivial":
-        return transforms.TrivialAugmentWide()
-    params: dict[str, Any] = {
-        "translate_const": int(preprocessing.input_size * 0.45),
-        "img_mean": tuple(min(255, round(255 * m)) for m in preprocessing.mean),
-    }
-    if interpolation != "random":
-        params["interpolation"] = str_to_pil_interp(interpolation)
-    if name.startswith("rand"):
-        return rand_augment_transform(name, params)
-    if name.startswith("augmix"):
-        return augment_and_mix_transform(name, {**params, "translate_pct": 0.3})
-    return auto_augment_transform(name, params)
 
 
 def build_transform(
     is_train: bool, preprocessing: Preprocessing, augment: "AugmentOptions", *, seed: int = 0
 ) -> TrainTransform | EvalTransform:
-    """RGB PIL image -> (3, S, S) float32: augmented for training, else the centre crop.
+    """RGB PIL image -> (3, H, W) float32: augmented for training, else the centre crop.
 
     ``seed`` is that of the training draws.
     """

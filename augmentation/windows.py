@@ -14,6 +14,7 @@ from PIL import Image
 MOST_PIXELS = 1 << 24  # of a resized image that is made whole
 
 Size = tuple[int, int]
+"""Width and height, as Pillow has them."""
 
 
 def short_side(size: Size, side: int) -> Size:
@@ -23,10 +24,21 @@ def short_side(size: Size, side: int) -> Size:
     return (side, long) if width <= height else (long, side)
 
 
-def long_side(size: Size, side: int) -> Size:
-    """``size`` (width, height) with a long side of ``side`` pixels, rounded as timm does; at least
-    1 pixel each."""
-    ratio = max(size) / side
+def around(size: Size, target: Size) -> Size:
+    """``size`` in its proportions as small as ``target`` allows that lies within it.
+
+    Squares are rounded as by torchvision's ``Resize``, others as by timm's ``ResizeKeepRatio``.
+    """
+    if target[0] == target[1]:
+        return short_side(size, target[0])
+    ratio = min(size[0] / target[0], size[1] / target[1])
+    return round(size[0] / ratio), round(size[1] / ratio)
+
+
+def within(size: Size, target: Size) -> Size:
+    """``size`` in its proportions as large as it fits into ``target``, rounded as timm does; at
+    least 1 pixel each."""
+    ratio = max(size[0] / target[0], size[1] / target[1])
     return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
 
 
@@ -45,22 +57,23 @@ def window(
     image: Image.Image,
     resized: Size,
     corner: tuple[int, int],
-    side: int,
+    size: Size,
     resample: Image.Resampling,
     fill: Sequence[int] | None = (0, 0, 0),
 ) -> Image.Image:
-    """A square of an RGB image after resizing.
+    """A rectangle of an image after resizing.
 
     Args:
         image: of any size.
         resized: width and height that it is resized to.
-        corner: left and top of the square in the resized image; it may lie partly outside.
-        side: of the square, in pixels.
+        corner: left and top of the rectangle in the resized image; it may lie partly outside.
+        size: width and height of the rectangle.
         resample: Pillow's filter.
-        fill: the colour outside; None: the image is mirrored there, without its border pixels.
+        fill: the colour outside, a value for each channel; None: the image is mirrored there,
+            without its border pixels.
     """
     box = [max(0, place) for place in corner]  # what lies inside
-    box += [min(length, place + side) for length, place in zip(resized, corner, strict=True)]
+    box += [min(whole, c + side) for whole, c, side in zip(resized, corner, size, strict=True)]
     if is_made_whole(image.size, resized):
         part = image if image.size == resized else image.resize(resized, resample)
         part = part.crop(tuple(box))
@@ -68,12 +81,13 @@ def window(
         scale = [length / new for length, new in zip(image.size, resized, strict=True)] * 2
         source = np.minimum(np.multiply(box, scale), image.size * 2)
         part = image.resize((box[2] - box[0], box[3] - box[1]), resample, tuple(source.tolist()))
-    if part.size == (side, side):
+    if part.size == size:
         return part
     left, top = box[0] - corner[0], box[1] - corner[1]
     if fill is None:
-        margins = (top, side - top - part.height), (left, side - left - part.width), (0, 0)
-        return Image.fromarray(np.pad(np.asarray(part), margins, mode="reflect"))
-    whole = Image.new("RGB", (side, side), tuple(fill))
+        pixels = np.asarray(part)
+        margins = (top, size[1] - top - part.height), (left, size[0] - left - part.width), (0, 0)
+        return Image.fromarray(np.pad(pixels, margins[: pixels.ndim], mode="reflect"))
+    whole = Image.new(image.mode, size, tuple(fill) if len(fill) > 1 else fill[0])
     whole.paste(part, (left, top))
     return whole

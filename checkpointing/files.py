@@ -10,9 +10,11 @@ A checkpoint is one file of tensors and primitives, with a checksum of all its b
 ``config``      the resolved options of the run
 ``class_names``, ``preprocessing``, ``metrics``   what a user of the model needs
 ``hub_config``  of a model from the hub or a folder: what builds it without them
+``thresholds``, ``ema_thresholds``   of a multi-label run: each class's best one of validation
 ``split``       what ``--val-fraction`` held out: seed, numbers of the images, images to train on
 ``on_signal``   whether a signal asked for it; no rollback goes back to it
 ``bad_images``  "path: reason" of images that could not be read
+``tracking``    of a run with ``--log-to``: its key, project and name in the trackers
 ``versions``    of torch, torchvision, timm and Python that wrote it
 =============== ====================================================================================
 """
@@ -29,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpointing import address
+from checkpointing import adapters, address
 from checkpointing.archive import check_archive
 from checkpointing.digest import SealedFile, check_safetensors, is_verified
 from checkpointing.form import FORMS, wrong_form
@@ -48,6 +50,7 @@ _LIGHTNING = (
     "lightning.fabric.utilities.data",
 )
 _PREFIXES = ("module.", "_orig_mod.")
+CLASSIFICATION, MULTILABEL = "classification", "multilabel"  # the values of --task
 # Where checkpoints have their weights, and the average of them: ours and DeiT's, timm's and
 # Lightning's, what tutorials write, DeepSpeed's, DINO's.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights")
@@ -215,7 +218,8 @@ def named(source: str | Path) -> Iterator[None]:
 
 
 def weights_of(content: Mapping[str, Any], *, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile.
+    """The state dict in a checkpoint, without the prefixes of DDP and torch.compile, and with
+    adapters of low rank in the layers that they belong to.
 
     With ``ema`` the moving average; CheckpointError if there is none.
     """
@@ -238,6 +242,9 @@ def weights_of(content: Mapping[str, Any], *, ema: bool = False) -> dict[str, to
         raise CheckpointError(
             f"the checkpoint holds no weights: its entries are {first_names(list(content), 8)}"
         )
+    if adapters.has_adapters(weights):
+        options = content.get("config")
+        return adapters.merged(weights, options if isinstance(options, Mapping) else {})
     return weights
 
 
@@ -279,6 +286,17 @@ def model_of(content: Mapping[str, Any]) -> str | None:
     """The model that a checkpoint of this project names; None of one from elsewhere."""
     name = content.get("config", {}).get("model")
     return name if isinstance(name, str) else None
+
+
+def task_of(content: Mapping[str, Any]) -> str:
+    """What the model of a checkpoint of this project was trained for: an option of ``--task``."""
+    return content.get("config", {}).get("task", CLASSIFICATION)
+
+
+def thresholds_of(content: Mapping[str, Any], *, ema: bool = False) -> tuple[float, ...] | None:
+    """The thresholds of a multi-label checkpoint, or of its average (``ema``), one per class."""
+    found = content.get("ema_thresholds" if ema else "thresholds")
+    return None if found is None else tuple(found)
 
 
 def class_names_of(content: Mapping[str, Any]) -> list[str] | None:

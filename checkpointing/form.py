@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from config import background_colour, by_name, convert, is_option
+from config.channel_rules import BIT_DEPTHS
 from errors import CheckpointError, OptionError, first_names, printable
 
 MOST_VALUES = 10_000_000
@@ -23,6 +24,7 @@ MOST_BITS = 1024
 """Bits of a whole number; states of random generators have 128."""
 
 _TEXTS = "a list of names"
+_PROBABILITIES = "a list of numbers in 0–1, one per class"
 # Entries that are looked at wherever they are: what they must be, and what that is called.
 FORMS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "config": (Mapping, "the options of a run"),
@@ -33,7 +35,10 @@ FORMS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "split": (Mapping, "a table"),
     "versions": (Mapping, "a table"),
     "hub_config": (Mapping, "a table"),
+    "tracking": (Mapping, "a table"),
     "bad_images": ((list, tuple), "a list"),
+    "thresholds": ((list, tuple), _PROBABILITIES),
+    "ema_thresholds": ((list, tuple), _PROBABILITIES),
 }
 # Those that other programs have too, and mean something else by: of a run of ours they are tables.
 _STATE = ("model", "model_ema", "optimizer", "schedule", "scaler", "rng")
@@ -71,7 +76,7 @@ def wrong_form(content: Mapping[Any, Any]) -> str | None:
     names = content.get("class_names")
     if names is not None and not all(isinstance(name, str) for name in names):
         return f"its class_names are {_names(list(names))}, not {_TEXTS}"
-    checks = (_wrong_preprocessing, _wrong_progress, _wrong_split, _wrong_run)
+    checks = (_wrong_preprocessing, _wrong_task, _wrong_progress, _wrong_split, _wrong_run)
     return next((problem for check in checks if (problem := check(content))), None)
 
 
@@ -153,6 +158,11 @@ def _wrong_preprocessing(content: Mapping[str, Any]) -> str | None:
     for name, option in (*_PREPROCESSING.items(), *((x, x) for x in ("crop_mode", "background"))):
         if name in values and (problem := _wrong_value(option, values[name])):
             return f"the {name} of its preprocessing{problem}"
+    if len(values["mean"]) != len(values["std"]):
+        return "its preprocessing has means and stds of different numbers of channels"
+    depth = values.get("bit_depth", BIT_DEPTHS[0])
+    if type(depth) is not int or depth not in BIT_DEPTHS:
+        return f"the bit_depth of its preprocessing is {_shown(depth)}"
     return None
 
 
@@ -169,9 +179,27 @@ def _wrong_value(option: str, value: Any) -> str | None:
         return f": {printable(error.message)}" if len(error.message) < 200 else " is another"
     # Options take text for a number, none, and one value for all channels.
     kind = tuple if option in ("mean", "std") else str if isinstance(converted, str) else float
-    kind = int if option == "input_size" else kind
+    if option == "input_size":
+        sides = value if isinstance(value, tuple) else (value,)
+        return None if all(type(side) is int for side in sides) else f" is {_shown(value)}"
     fits = isinstance(value, kind) or (kind is float and type(value) is int)
-    return None if fits and (kind is not tuple or len(value) == 3) else f" is {_shown(value)}"
+    return None if fits else f" is {_shown(value)}"
+
+
+def _wrong_task(content: Mapping[str, Any]) -> str | None:
+    options = content.get("config") or {}
+    ours = "preprocessing" in content and "task" in options  # elsewhere it may mean anything
+    if ours and (problem := _wrong_value("task", options["task"])):
+        return f"the task of its config{problem}"
+    for name in ("thresholds", "ema_thresholds"):
+        values = content.get(name)
+        if values is None:
+            continue
+        count = len(content.get("class_names") or ())
+        fits = all(isinstance(x, float) and 0 <= x <= 1 for x in values)
+        if not fits or len(values) != count:
+            return f"its {name} are not {_PROBABILITIES}"
+    return None
 
 
 def _wrong_progress(content: Mapping[str, Any]) -> str | None:
@@ -211,7 +239,7 @@ def _wrong_run(content: Mapping[str, Any]) -> str | None:
         for key, value in (content.get(name) or {}).items():
             if not _is_plain(value, (type(None), bool, int, float)):
                 return f"the {shortened(key)} of its {name} is {_shown(value)}, not a number"
-    for name in ("config", "metrics", "versions", "hub_config"):
+    for name in ("config", "metrics", "versions", "hub_config", "tracking"):
         for key, value in (content.get(name) or {}).items():
             if not _is_plain(value):
                 return f"the {shortened(key)} of its {name} is {_shown(value)}"

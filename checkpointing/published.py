@@ -3,6 +3,9 @@
 =================================== ================================================================
 ``timm/NAME`` or ``timm/NAME.TAG``  a model of timm's, or of ours, with the weights timm publishes
 ``hf-hub:OWNER/NAME``               a repository on the hub, at a revision with ``@REVISION``
+``torchvision/NAME``                a model of torchvision's; ``NAME.WEIGHTS`` names others of it
+``transformers/OWNER/NAME``         a classifier of the transformers library, of the hub; or of a
+                                    folder, ``transformers/FOLDER``
 ``FOLDER`` or ``local-dir:FOLDER``  ``config.json`` and ``model.safetensors`` or
                                     ``pytorch_model.bin``
 =================================== ================================================================
@@ -16,11 +19,14 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from huggingface_hub import errors as hub
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from architectures.factory import has_published_weights, published_cfg
-from architectures.hub import FOLDER, HUB, description, reached
+from architectures.hub import FOLDER, HUB, reached
+from architectures.libraries import description, library_of
+from architectures.library_model import LIBRARIES
+from architectures.weights import load_pretrained_weights
 from checkpointing.digest import check_safetensors
 from checkpointing.sharded import REST
 from errors import CheckpointError, OptionError, first_line, first_names
@@ -47,7 +53,7 @@ def is_published(source: str | Path) -> bool:
     path = Path(source).expanduser()
     if path.exists():
         return (path / "config.json").is_file() and not (path / REST).is_file()
-    return source.startswith((TIMM, HUB, FOLDER))
+    return source.startswith((TIMM, HUB, FOLDER, *LIBRARIES))
 
 
 def short_name(source: str | Path) -> str:
@@ -69,12 +75,20 @@ def read_published(source: str | Path) -> Published:
             check_safetensors(weights)
         cfg = published_cfg(name)
         _refuse_what_cannot_classify(name, cfg)
-        with reached(name):
-            model = timm.create_model(name, pretrained=True)
+        model = _with_weights(name, cfg)
     except Exception as error:  # timm and torch raise many types for files that aren't as expected
         cause = error.__cause__ if isinstance(error, OptionError) and error.__cause__ else error
         raise CheckpointError(f"{source}: {_reason(cause, cfg)}") from None
     return Published(name, model.state_dict(), cfg | model.pretrained_cfg, description(name))
+
+
+def _with_weights(name: str, cfg: Mapping[str, Any]) -> nn.Module:
+    if (library := library_of(name)) is None:
+        with reached(name):
+            return timm.create_model(name, pretrained=True)
+    model = library.build(name, cfg["num_classes"], {})
+    load_pretrained_weights(model, library.published_weights(name))
+    return model
 
 
 def name_for_timm(source: str) -> str:
@@ -90,6 +104,8 @@ def name_for_timm(source: str) -> str:
     if source.startswith(HUB):
         return source
     name = models.resolve_name(source.removeprefix(TIMM))
+    if name.startswith(LIBRARIES):
+        return name
     architecture, dot, tag = name.partition(".")
     tags = [c.tag for c in timm.models.get_arch_pretrained_cfgs(architecture).values() if c.tag]
     if dot and tag not in tags:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config.channel_rules import leave_out_colours
 from config.convert import convert
 from config.declared import all_options, by_name
 from config.files import read_yaml
+from config.multilabel import fit_task
 from config.options import (
     AugmentOptions,
     DataOptions,
@@ -139,6 +141,8 @@ def resolve(
         values |= layer
         origin |= dict.fromkeys(layer, where)
     _fit_warmup(values, origin)
+    fit_task(values, origin, COMMAND_LINE)
+    leave_out_colours(values, origin)
     return from_flat(values, origin)
 
 

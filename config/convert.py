@@ -8,6 +8,7 @@ import typing
 from typing import Any, Literal
 
 from config.declared import UNIONS, Option
+from config.metrics import metric_key
 from errors import OptionError, shown
 
 MOST_TEXT = 10_000  # characters of a value
@@ -15,6 +16,7 @@ _INT64 = 2**63
 # What values out of range may mean, and what to do.
 _OF_BYTES = ": that is of pixels in 0–255, divide it by 255"
 _OUTSIDE = {("mean", "high"): _OF_BYTES, ("std", "high"): _OF_BYTES}
+_CHANNELS = ": height and width; for other channels than three, --in-chans"
 # Values that DeiT and timm know, and what to take.
 _INSTEAD = {("sched", "tanh"): ": take cosine"}
 
@@ -31,6 +33,8 @@ def convert(opt: Option, raw: Any) -> Any:
         raise OptionError(
             opt.name, f"expected {opt.type_name}, got {shown(raw)}{instead}"
         ) from None
+    if opt.name == "best_metric":
+        value = metric_key(value)
     for element in value if isinstance(value, tuple) else (value,):
         if isinstance(element, str):
             _check_text(opt, element)
@@ -38,6 +42,9 @@ def convert(opt: Option, raw: Any) -> Any:
             _check_bounds(opt, element)
     if isinstance(value, tuple):
         _check_length(opt, len(value))
+        members = typing.get_args(opt.type) if typing.get_origin(opt.type) in UNIONS else ()
+        if (int in members and len(set(value)) == 1) or (float in members and len(value) == 1):
+            return value[0]  # one number stands for as many equal ones
     return value
 
 
@@ -79,7 +86,8 @@ def _check_length(opt: Option, count: int) -> None:
     least, most = opt.bounds["length"]
     if not least <= count <= most:
         wanted = f"{least}" if least == most else f"{least} to {most}"
-        raise OptionError(opt.name, f"takes {wanted} values, got {count}")
+        hint = _CHANNELS if opt.name == "input_size" else ""
+        raise OptionError(opt.name, f"takes {wanted} values, got {count}{hint}")
 
 
 # --- types: each function raises ValueError where ``raw`` is no value of its type -----------------

@@ -40,8 +40,10 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        """Its type for people, e.g. ``float``, ``error|skip`` or ``int|auto``."""
-        return "|".join(_type_names(self.type))
+        """Its type for people, e.g. ``float``, ``error|skip`` or ``int|auto``; of one
+        number or several, ``int …``."""
+        names = _type_names(self.type)
+        return "|".join(name for name in names if f"{name} …" not in names)
 
     @property
     def default_text(self) -> str:
@@ -62,7 +64,7 @@ def _type_names(tp: Any) -> list[str]:
 
 def value_text(value: Any) -> str:
     """A value of an option for people; empty where there is nothing to show."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return " ".join(value_text(element) for element in value)
     if isinstance(value, float):
         return f"{value:.5g}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.convert import convert
 from config.declared import all_options, by_name, is_option, nearest_option
+from config.keywords import KEYWORD_OPTIONS, as_pairs
 from config.nested import flat_instead
 from config.yaml_reader import Entry, given_twice, read_entries
 from errors import OptionError, UserError, shortened, shown
@@ -49,13 +50,15 @@ def _values(path: Path, content: list[Entry]) -> dict[str, Any]:
     """The options in the file's ``content``, each converted to its type."""
     values: dict[str, Any] = {}
     for entry in content:
-        if entry.inner:
+        named = is_option(entry.key) and by_name(entry.key).name in KEYWORD_OPTIONS
+        if entry.inner and not named:
             raise OptionError("config", f"{path}, line {entry.line}: {flat_instead(entry)}")
         name = _option_name(path, entry)
         if name in values:
             raise given_twice("config", path, entry.key)
         try:
-            values[name] = convert(by_name(name), entry.value)
+            value = as_pairs(entry.value) if entry.inner else entry.value
+            values[name] = convert(by_name(name), value)
         except OptionError as error:
             hint = (
                 "" if entry.value is not None else "; leave the line out, or quote a name: 'null'"

@@ -83,6 +83,16 @@ class RunOptions:
         low=1,
         transient=True,
     )
+    val_interval: int = option(
+        1, "epochs between validations; the last epoch always ends with one", low=1
+    )
+    stop_after: float | None = option(
+        None,
+        "stop and save after that many hours of this session, where a machine ends it later; "
+        "--resume continues",
+        above=0,
+        transient=True,
+    )
     device: str = option("auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps")
     seed: int = option(0, "seed of everything random", low=0, high=2**32 - 1)
     deterministic: bool = option(
@@ -103,25 +113,61 @@ class RunOptions:
 class ModelOptions:
     """Model"""
 
-    model: str = option("deit_base_patch16_224", "name: deit_small, cait_S24_224, any timm model …")
-    pretrained: bool = option(False, "start from timm's published weights")
+    model: str = option(
+        "deit_base_patch16_224",
+        "name: deit_small, cait_S24_224, any timm model, torchvision/NAME, "
+        "transformers/NAME_OR_FOLDER …",
+    )
+    model_kwargs: tuple[str, ...] = option(
+        (), "NAME=VALUE …: arguments that the model is built with, e.g. depth=4 qkv_bias=false"
+    )
+    global_pool: str = option(
+        "", "how features of all places become one vector: avg, token, max … (default: the model's)"
+    )
+    pretrained: bool = option(False, "start from the model's published weights")
     finetune: str = option(
         "", "checkpoint file or https URL to start from, matched by name and shape"
     )
     allow_partial: bool = option(
         False, "--finetune: go on where parts of the model or the checkpoint are left over"
     )
-    input_size: int = option(
+    input_size: int | tuple[int, ...] = option(
         224,
-        "height and width of the images the model sees, pixels (with weights: theirs)",
+        "side of the images that the model sees, or their height and width, pixels (with weights: "
+        "theirs)",
         low=1,
         high=8192,
+        length=(1, 2),
+    )
+    train_sizes: tuple[str, ...] = option(
+        (),
+        "SIZE:EPOCHS …, train at that size once so many epochs are done, e.g. 128:0 160:30 224:60; "
+        "evaluation stays at --input-size",
+    )
+    in_chans: int = option(
+        3,
+        "channels of the images: 3 colours, 1 grey, or the bands of TIFF, NPY and PNG files (with "
+        "weights: theirs)",
+        low=1,
+        high=1024,
     )
 
     # Regularisation.
     drop: float = option(0.0, "dropout rate", low=0, below=1)
     drop_path: float = option(0.1, "stochastic depth rate", low=0, below=1)
     drop_block: float | None = option(None, "DropBlock rate (CNNs)", low=0, below=1)
+    head_init_scale: float | None = option(
+        None, "factor of the values that the classifier head starts with", low=0
+    )
+    bn_momentum: float | None = option(
+        None,
+        "batch norm: share of a batch in the running statistics (default: the model's)",
+        above=0,
+        high=1,
+    )
+    bn_eps: float | None = option(
+        None, "batch norm: what is added to the variance (default: the model's)", above=0, high=1
+    )
 
     # Which parameters are trained.
     attn_only: bool = option(False, "train only attention, head and position embedding")
@@ -130,6 +176,20 @@ class ModelOptions:
     )
     unfreeze_at: tuple[str, ...] = option(
         (), "EPOCHS:PATTERN, train those parameters once that many epochs are done"
+    )
+    lora: int = option(
+        0,
+        "train adapters of that rank in the linear layers, and the head, the rest fixed (LoRA); "
+        "0: train the layers themselves",
+        low=0,
+        high=1024,
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA: the adapters' result counts alpha / rank times (default: the rank)", above=0
+    )
+    lora_targets: tuple[str, ...] = option(
+        (),
+        "LoRA: patterns of layer names, e.g. '*.attn.qkv' (default: all linear layers but heads)",
     )
 
     # How it is computed.
@@ -151,10 +211,22 @@ class ModelOptions:
         "of these that is possible",
     )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of ``input_size``."""
+        size = self.input_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
 
 @dataclass(frozen=True)
 class DataOptions:
     """Data"""
+
+    task: Literal["classification", "multilabel"] = option(
+        "classification",
+        "one class per image, or any number of them, none included (multilabel; see "
+        "docs/multilabel.md)",
+    )
 
     # The data set.
     data_path: str = option(
@@ -179,6 +251,16 @@ class DataOptions:
         "",
         "CSV: name of the column that says train, val or test, or none (default: split, set, "
         "is_train … where its values say so)",
+    )
+    label_columns: tuple[str, ...] = option(
+        (),
+        "multilabel CSV: names, or patterns, of the columns of classes, each with 0 or 1 (default: "
+        "without a column of labels, all others)",
+    )
+    label_separator: str = option(
+        "",
+        "multilabel CSV: what stands between the labels of an image: '|', space, … , or json, or "
+        "none: one label each (default: found where it is clear)",
     )
     inat_category: Literal[
         "kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"
@@ -281,9 +363,10 @@ class DataOptions:
     )
 
     # Order and preprocessing.
-    sampler: Literal["shuffle", "balanced"] = option(
+    sampler: Literal["shuffle", "balanced", "undersample"] = option(
         "shuffle",
-        "order of training: each image once per epoch, or drawn with all classes equally likely",
+        "order of training: each image once per epoch, drawn with all classes equally likely, or "
+        "as many images of each class as the rarest has (others each epoch)",
     )
     eval_crop_ratio: float = option(
         0.875,
@@ -305,19 +388,28 @@ class DataOptions:
         "what transparent images are composited on: a colour by name or as #rrggbb, or drop: the "
         "colours under it as they are, as in timm (with weights: theirs)",
     )
+    bit_depth: int = option(
+        8,
+        "bits that are kept of each pixel and channel: 8, or 16, of which 65535 becomes 1 (with "
+        "weights: theirs)",
+        low=8,
+        high=16,
+    )
     mean: tuple[float, ...] | None = option(
         None,
-        "normalisation mean, one or three values in 0–1 (default: the model's or data set's)",
+        "normalisation mean, one value in 0–1 or one for each channel (default: the model's or "
+        "data set's)",
         low=0,
         high=1,
-        length=(1, 3),
+        length=(1, 1024),
     )
     std: tuple[float, ...] | None = option(
         None,
-        "normalisation std, one or three values in 0–1 (default: the model's or data set's)",
+        "normalisation std, one value in 0–1 or one for each channel (default: the model's or "
+        "data set's)",
         above=0,
         high=1,
-        length=(1, 3),
+        length=(1, 1024),
     )
 
 
@@ -326,10 +418,35 @@ class AugmentOptions:
     """Augmentation"""
 
     # Colours, policies, and where they are computed.
-    color_jitter: float | None = option(0.3, "brightness, contrast and saturation jitter", low=0)
+    color_jitter: float | tuple[float, ...] | None = option(
+        0.3,
+        "jitter of brightness, contrast and saturation: one number for all, or one each, and a "
+        "fourth, up to 0.5, of the hue",
+        low=0,
+        length=(1, 4),
+    )
+    color_jitter_prob: float = option(
+        1.0, "probability that an image's colours are jittered", low=0, high=1
+    )
+    grayscale_prob: float = option(0.0, "probability of a grey image", low=0, high=1)
+    blur_prob: float = option(
+        0.0,
+        "probability of a Gaussian blur of 0.1 to 2 pixels",
+        low=0,
+        high=1,
+        aliases=("gaussian-blur-prob",),
+    )
     aa: str | None = option(
         "rand-m9-mstd0.5-inc1",
-        "automatic augmentation: a timm policy (rand-…, augmix-…, original, v0), trivial, or none",
+        "automatic augmentation: a timm policy (rand-…, augmix-…, original, v0), AutoAugment's for "
+        "small images (cifar10, svhn), trivial, or none",
+    )
+    transform: str = option(
+        "", "name of a transform of your own, which a --plugin registers: after crop and flips"
+    )
+    albumentations: str = option(
+        "",
+        "YAML file of a pipeline as albumentations.save writes it: after crop and flips",
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = option(
         "bicubic", "interpolation when training images are resized"
@@ -342,7 +459,7 @@ class AugmentOptions:
     augment_on: Literal["auto", "cpu", "device"] = option(
         "auto",
         "where training images are augmented: cpu, one by one with Pillow; device, batch by batch "
-        "(auto, but for --aa augmix and trivial)",
+        "(auto, but for --aa augmix and trivial, --transform and --albumentations)",
     )
     repeated_aug: bool = option(
         True, "repeated augmentation: three differently augmented copies per image"
@@ -355,6 +472,11 @@ class AugmentOptions:
     )
 
     # Crops and flips.
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] = option(
+        "rrc",
+        "random resized crop; or resized with its proportions, of which --scale and --ratio change "
+        "some, and cut out in the middle (rkrc) or at a random place (rkrr)",
+    )
     src: bool = option(False, "simple random crop in place of the random resized crop")
     scale: tuple[float, ...] = option(
         (0.08, 1.0),
@@ -371,13 +493,31 @@ class AugmentOptions:
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1)
+    rotate: float = option(
+        0.0, "turn by up to that many degrees, the mean colour around", low=0, high=180
+    )
+    perspective: float = option(
+        0.0,
+        "distort the perspective: each corner moves inwards by up to that share of half a side",
+        low=0,
+        high=0.9,
+    )
 
     # Random erasing.
     reprob: float = option(0.25, "probability of random erasing", low=0, high=1)
     remode: Literal["pixel", "rand", "const"] = option("pixel", "what random erasing fills in")
     recount: int = option(1, "greatest number of erased rectangles per image", low=1)
     resplit: bool = option(
-        False, "do not erase from the first of the copies of repeated augmentation"
+        False,
+        "do not erase from the first of the copies of repeated augmentation, or with --aug-splits "
+        "from the clean one",
+    )
+    aug_splits: int = option(
+        0,
+        "each image that many times in a batch: cropped and flipped alike, the first clean, the "
+        "others augmented; 0: once, augmented",
+        low=0,
+        high=16,
     )
 
     # Mixup and cutmix.
@@ -395,25 +535,53 @@ class AugmentOptions:
     mixup_mode: Literal["batch", "pair", "elem"] = option(
         "batch", "mix with one random draw per batch, pair or image"
     )
+    mixup_off_epoch: int = option(
+        0, "mix nothing once that many epochs are done; 0: to the end", low=0
+    )
 
 
 @dataclass(frozen=True)
 class LossOptions:
     """Loss and distillation"""
 
-    loss: Literal["auto", "ce", "bce", "focal", "quality-focal"] = option(
-        "auto", "auto: cross-entropy, or BCE with --bce-loss or --cosub"
+    loss: Literal["auto", "ce", "bce", "focal", "quality-focal", "asl"] = option(
+        "auto",
+        "auto: cross-entropy, or BCE with --bce-loss, --cosub or --task multilabel; asl: "
+        "multilabel's asymmetric loss",
     )
     bce_loss: bool = option(
         False, "DeiT III's binary cross-entropy: every class of a mixed image is a full 1"
     )
-    smoothing: float = option(0.1, "label smoothing", low=0, below=1)
+    smoothing: float = option(
+        0.1, "label smoothing (multilabel: 0 where nobody set it)", low=0, below=1
+    )
     focal_gamma: float = option(2.0, "focusing exponent of the focal losses", low=0)
-    class_weights: Literal["none", "balanced"] = option(
-        "none", "weight the loss of a class by the inverse of its frequency"
+    class_weights: str = option(
+        "none",
+        "weight of each class in the loss: balanced, by the inverse of its frequency; effective:B, "
+        "of its effective number of images with 0 ≤ B < 1; NAME=W,NAME=W, the others 1; or a CSV, "
+        "JSON or text file with the weight of each",
+    )
+    pos_weight: str = option(
+        "",
+        "multilabel: factor of the loss where a label is there: a number, balanced (negatives / "
+        "positives of each class), or a file with NAME FACTOR on each line",
+    )
+    asl_gamma_neg: float = option(4.0, "asl: focusing exponent of absent labels", low=0)
+    asl_gamma_pos: float = option(1.0, "asl: focusing exponent of present labels", low=0)
+    asl_clip: float = option(
+        0.05,
+        "asl: margin below which the probability of an absent label costs nothing",
+        low=0,
+        below=1,
     )
     cosub: bool = option(
         False, "cosub: two submodels drawn by stochastic depth, each the teacher of the other"
+    )
+    jsd_loss: bool = option(
+        False,
+        "AugMix's loss of --aug-splits: cross-entropy of the clean images, and the Jensen-Shannon "
+        "divergence of all splits",
     )
 
     # Distillation.
@@ -438,6 +606,9 @@ class OptimOptions:
         None, "optimiser betas", low=0, below=1, length=(1, 3)
     )
     momentum: float = option(0.9, "momentum (SGD and its variants)", low=0, below=1)
+    opt_kwargs: tuple[str, ...] = option(
+        (), "NAME=VALUE …: further arguments of the optimiser, e.g. nesterov=true amsgrad=true"
+    )
     weight_decay: float = option(
         0.05, "weight decay; biases, norms and embeddings have none", low=0
     )
@@ -548,7 +719,9 @@ class SaveOptions:
     keep: int = option(2, "number of newest checkpoints kept, besides the best", low=1)
     best_metric: str = option(
         "test_acc1",
-        "log key that decides which checkpoint is best (…loss: lower is better)",
+        "log key that decides which checkpoint is best, with or without test_: macro_f1, "
+        "balanced_acc, worst_class_acc … (…loss: lower is better; multilabel: test_map where "
+        "nobody set it)",
         aliases=("monitor",),
     )
     early_stop: int = option(
@@ -568,6 +741,26 @@ class LogOptions:
         False, "TensorBoard: histograms of weights and gradients per epoch"
     )
     tb_graph: bool = option(False, "TensorBoard: graph of the model")
+    log_to: tuple[str, ...] = option(
+        (),
+        "trackers that get what TensorBoard gets of options, steps and epochs: wandb, mlflow, "
+        "trackio, each a package to install",
+    )
+    log_project: str = option(
+        "image-classification", "--log-to: the project there, for MLflow the experiment"
+    )
+    log_name: str = option("", "--log-to: name of the run there (default: that of its folder)")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info",
+        "least severe messages on the console and in run.log; debug: those of libraries too",
+    )
+    profile: int = option(
+        0,
+        "trace that many updates of an epoch with torch.profiler, once warm, into profile/ of the "
+        "run's folder; 0: none",
+        low=0,
+        transient=True,
+    )
 
 
 @dataclass(frozen=True)

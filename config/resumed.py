@@ -27,8 +27,28 @@ ON_RESUME = (
     ),
     OnResume(
         "refused",
-        ("opt",),
+        ("task",),
+        "the weights have learned another task",
+    ),
+    OnResume(
+        "refused",
+        ("opt", "opt_kwargs"),
         "its state doesn't fit another optimiser",
+    ),
+    OnResume(
+        "refused",
+        ("model_kwargs", "global_pool", "bn_eps"),
+        "the weights belong to another form of the model",
+    ),
+    OnResume(
+        "refused",
+        ("in_chans", "bit_depth"),
+        "the weights have learned other images",
+    ),
+    OnResume(
+        "refused",
+        ("lora", "lora_alpha", "lora_targets"),
+        "the adapters belong to other layers or another scale",
     ),
     OnResume(
         "refused",
@@ -42,7 +62,7 @@ ON_RESUME = (
     ),
     OnResume(
         "kept",
-        ("pretrained", "finetune", "allow_partial"),
+        ("pretrained", "finetune", "allow_partial", "head_init_scale"),
         "the weights are the checkpoint's; those it started from are not read again",
     ),
     OnResume(
@@ -61,6 +81,7 @@ ON_RESUME = (
         (
             *("data_path", "data_set", "inat_category", "download"),
             *("image_root", "image_column", "label_column", "split_column"),
+            *("label_columns", "label_separator"),
         ),
         "the classes must be the same, in the same order; images that came are trained on, those "
         "that were held out stay so, wherever the folder is now",
@@ -87,6 +108,7 @@ ON_RESUME = (
         ("stop_at_epoch",),
         "in epochs of the whole run: repeated, it trains nothing more",
     ),
+    OnResume("taken anew", ("stop_after",), "in hours of each session"),
     OnResume(
         "taken anew",
         ("start_epoch",),
@@ -130,6 +152,11 @@ ON_RESUME = (
     ),
     OnResume(
         "taken anew",
+        ("val_interval",),
+        "from here on",
+    ),
+    OnResume(
+        "taken anew",
         ("early_stop", "early_stop_delta"),
         "a run that has stopped has stopped: a larger patience, 0, another `--best-metric` or "
         "more epochs go on",
@@ -151,23 +178,35 @@ ON_RESUME = (
     ),
     OnResume(
         "taken anew",
+        ("train_sizes",),
+        "the size of the epoch under way too: it follows from the number of the epoch",
+    ),
+    OnResume(
+        "taken anew",
         ("eval_crop_ratio", "crop_mode", "interpolation"),
         "scores before and after are of unlike images",
     ),
     OnResume(
         "taken anew",
-        ("drop", "drop_path", "drop_block", "train_mode"),
+        ("drop", "drop_path", "drop_block", "bn_momentum", "train_mode"),
         "from here on",
     ),
     OnResume(
         "taken anew",
         (
             *("color_jitter", "aa", "train_interpolation", "jpeg_scaling", "augment_on"),
-            *("ThreeAugment", "src", "scale", "ratio", "hflip", "vflip"),
-            *("reprob", "remode", "recount", "resplit"),
+            *("color_jitter_prob", "grayscale_prob", "blur_prob", "rotate", "perspective"),
+            *("ThreeAugment", "train_crop_mode", "src", "scale", "ratio", "hflip", "vflip"),
+            *("reprob", "remode", "recount", "resplit", "aug_splits"),
             *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
+            "mixup_off_epoch",
         ),
         "from here on",
+    ),
+    OnResume(
+        "taken anew",
+        ("transform", "albumentations"),
+        "from here on; the plug-in and the file are read anew",
     ),
     OnResume(
         "taken anew",
@@ -179,6 +218,8 @@ ON_RESUME = (
         "taken anew",
         (
             *("loss", "bce_loss", "smoothing", "focal_gamma", "class_weights", "cosub"),
+            "jsd_loss",
+            *("pos_weight", "asl_gamma_neg", "asl_gamma_pos", "asl_clip"),
             *("teacher_model", "teacher_path", "distillation_type", "distillation_alpha"),
             "distillation_tau",
         ),
@@ -191,6 +232,11 @@ ON_RESUME = (
     ),
     OnResume(
         "taken anew",
+        ("log_to", "log_project", "log_name"),
+        "the same tracked run goes on; another project or name begins another one",
+    ),
+    OnResume(
+        "taken anew",
         (
             *("config", "print_config", "output_dir", "resume", "eval", "device", "plugin"),
             *("deterministic", "grad_checkpointing", "channels_last", "compile", "compile_mode"),
@@ -199,6 +245,7 @@ ON_RESUME = (
             *("cache_dir", "cache_gb"),
             *("class_map", "valid_labels", "real_labels", "max_image_pixels"),
             *("print_epoch", "log_interval", "tensorboard", "tb_histograms", "tb_graph"),
+            *("log_level", "profile"),
             *("distributed", "dist_url", "dist_eval", "dist_timeout", "dist_start_timeout"),
             *("fsdp", "sync_bn"),
         ),

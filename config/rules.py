@@ -3,8 +3,14 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from config import augmentation_rules, channel_rules
 from config.background import background_colour
+from config.class_weights import parse_class_weights
 from config.declared import by_name
+from config.keywords import keyword_conflicts
+from config.metrics import unknown_metric
+from config.multilabel import is_multilabel, multilabel_conflicts
+from config.train_sizes import stages
 from errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,17 +29,8 @@ FUSED_OPTIMIZERS = {
     "fusedmomentum": "momentum",
 }
 
-# The log keys of an epoch that --best-metric may name.
-METRICS = (
-    "test_acc1",
-    "test_acc5",
-    "test_loss",
-    "ema_acc1",
-    "ema_acc5",
-    "ema_loss",
-    "train_loss",
-    "train_acc1",
-)
+# Where --log-to sends what TensorBoard gets.
+TRACKERS = ("wandb", "mlflow", "trackio")
 
 Errors = Iterator[OptionError]
 
@@ -68,6 +65,13 @@ def _binary_cross_entropy(config: "Config") -> Errors:
         )
     if loss.bce_loss and loss.loss not in ("auto", "bce"):
         yield OptionError("bce_loss", f"contradicts --loss {loss.loss}: leave one out")
+
+
+def _class_weights(config: "Config") -> Errors:
+    try:
+        parse_class_weights(config.loss.class_weights)
+    except OptionError as error:
+        yield error
 
 
 def _cosub(config: "Config") -> Errors:
@@ -123,6 +127,13 @@ def _initial_weights(config: "Config") -> Errors:
         yield OptionError("pretrained", "and --finetune both name where to start: leave one out")
 
 
+def _train_sizes(config: "Config") -> Errors:
+    try:
+        stages(config.model.train_sizes)
+    except OptionError as error:
+        yield error
+
+
 def _freezing(config: "Config") -> Errors:
     model = config.model
     if model.unfreeze_at and not model.freeze:
@@ -135,41 +146,21 @@ def _freezing(config: "Config") -> Errors:
         yield OptionError("attn_only", "and --freeze both say what is fixed: leave one out")
 
 
+def _lora(config: "Config") -> Errors:
+    model = config.model
+    if not model.lora or config.run.eval:
+        return
+    if model.attn_only:
+        yield OptionError("lora", "and --attn-only both say what is trained: leave one out")
+    if config.dist.fsdp:
+        yield OptionError(
+            "lora",
+            "with --fsdp: adapters leave little to share, use plain torchrun with "
+            "--grad-checkpointing",
+        )
+
+
 # --- data and augmentation ------------------------------------------------------------------------
-
-
-def _repeated_augmentation(config: "Config") -> Errors:
-    repeated = config.augment.repeated_aug
-    if repeated and config.data.sampler == "balanced":
-        yield OptionError(
-            "sampler",
-            "balanced draws every image on its own, repeated augmentation three times: "
-            "add --no-repeated-aug",
-        )
-    if config.augment.resplit and not repeated:
-        yield OptionError(
-            "resplit",
-            "means the copies of repeated augmentation: add --repeated-aug or leave it out",
-        )
-
-
-def _augmentation_device(config: "Config") -> Errors:
-    augment = config.augment
-    one_by_one = not augment.ThreeAugment and (augment.aa or "").startswith(("augmix", "trivial"))
-    if augment.augment_on == "device" and one_by_one:
-        yield OptionError(
-            "augment_on", f"{augment.aa} takes one image at a time: use cpu, or another --aa"
-        )
-    if config.data.cache == "device" and (augment.augment_on == "cpu" or one_by_one):
-        yield OptionError(
-            "cache", "device needs --augment-on device: images would come back one by one"
-        )
-
-
-def _three_augment(config: "Config") -> Errors:
-    augment = config.augment
-    if augment.ThreeAugment and augment.aa is not None and "aa" in config.explicit():
-        yield OptionError("ThreeAugment", "takes the place of --aa: leave one out, or --aa none")
 
 
 def _batch_size(config: "Config") -> Errors:
@@ -193,12 +184,6 @@ def _background(config: "Config") -> Errors:
         background_colour(config.data.background)
     except OptionError as error:
         yield error
-
-
-def _normalisation(config: "Config") -> Errors:
-    for name, value in (("mean", config.data.mean), ("std", config.data.std)):
-        if value is not None and len(value) == 2:
-            yield OptionError(name, "takes one or three values, got 2")
 
 
 # --- schedule, epochs and checkpoints -------------------------------------------------------------
@@ -249,13 +234,20 @@ def _best_metric(config: "Config") -> Errors:
     metric = config.save.best_metric
     if metric.startswith("ema_") and not config.ema.model_ema:
         yield OptionError("best_metric", f"{metric} needs --model-ema")
-    if metric not in METRICS:
-        nearest = did_you_mean(metric, METRICS)
-        yield OptionError(
-            "best_metric",
-            f"{metric!r} is not logged; one of {', '.join(METRICS)}"
-            + (f" ({nearest})" if nearest else ""),
-        )
+    if wrong := unknown_metric(metric, config.data.task):
+        yield OptionError("best_metric", wrong)
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+
+def _trackers(config: "Config") -> Errors:
+    for name in config.log.log_to:
+        if name not in TRACKERS:
+            known = f"one of {', '.join(TRACKERS)}"
+            yield OptionError(
+                "log_to", f"{name!r} is no tracker: {did_you_mean(name, TRACKERS, otherwise=known)}"
+            )
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -294,25 +286,29 @@ def _fsdp_conflicts(config: "Config") -> Iterator[tuple[str, str]]:
 
 
 _SUBJECTS = (
+    multilabel_conflicts,
     _binary_cross_entropy,
     _talking_heads,
+    _class_weights,
     _cosub,
     _distillation,
-    _repeated_augmentation,
-    _augmentation_device,
-    _three_augment,
+    *augmentation_rules.SUBJECTS,
     _fsdp,
     _batch_size,
     _ranges,
     _schedule,
     _evaluation,
     _start_epoch,
-    _normalisation,
+    *channel_rules.SUBJECTS,
     _background,
     _initial_weights,
     _rollback,
+    _train_sizes,
     _freezing,
+    _lora,
+    keyword_conflicts,
     _best_metric,
+    _trackers,
 )
 
 
@@ -345,11 +341,15 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
     distills = loss.distillation_type != "none"
     cuts = augment.cutmix > 0 or augment.cutmix_minmax is not None
     mixes = augment.mixup > 0 or cuts
+    jittered = augmentation_rules.jitters(augment)
+    # One strength is part of the DeiT recipe, whose policy takes its place.
+    several = isinstance(augment.color_jitter, tuple) and any(augment.color_jitter)
     restarts = ("restart_epochs", "restart_mul", "restart_decay")
     average = ("model_ema_decay", "model_ema_warmup", "model_ema_force_cpu")
     inat = config.data.data_set.upper().startswith("INAT")
     table = ("image_root", "image_column", "label_column", "split_column")
     labels = ("class_map", "valid_labels", "real_labels")
+    multilabel = ("label_columns", "label_separator", "pos_weight")
     return (
         ("--sched multistep", sched == "multistep", ("decay_milestones",)),
         ("--sched step", sched == "step", ("decay_epochs",)),
@@ -359,10 +359,14 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
         ("--sched poly", sched == "poly", ("poly_power",)),
         ("--lr-noise", noise, ("lr_noise_pct", "lr_noise_std")),
         ("--clip-grad", config.optim.clip_grad is not None, ("clip_mode",)),
+        ("--task multilabel", is_multilabel(config), multilabel),
+        ("--loss asl", loss.loss == "asl", ("asl_gamma_neg", "asl_gamma_pos", "asl_clip")),
         ("--loss focal", loss.loss in ("focal", "quality-focal"), ("focal_gamma",)),
         ("--distillation-type", distills, ("teacher_model", "distillation_alpha")),
         ("--distillation-type soft", loss.distillation_type == "soft", ("distillation_tau",)),
-        ("--mixup or --cutmix", mixes, ("mixup_prob", "mixup_mode")),
+        ("--mixup or --cutmix", mixes, ("mixup_prob", "mixup_mode", "mixup_off_epoch")),
+        ("jitter: --aa none, 3a or --ThreeAugment", jittered, ("color_jitter_prob",)),
+        ("--aa none, 3a or --ThreeAugment", jittered or not several, ("color_jitter",)),
         ("--mixup and --cutmix", augment.mixup > 0 and cuts, ("mixup_switch_prob",)),
         ("--reprob", augment.reprob > 0, ("remode", "recount")),
         ("--model-ema", config.ema.model_ema, average),
@@ -372,4 +376,6 @@ def _needs(config: "Config") -> tuple[tuple[str, bool, tuple[str, ...]], ...]:
         ("--data-set CSV", config.data.data_set.upper() == "CSV", table),
         ("--eval", config.run.eval, labels),
         ("--finetune", bool(config.model.finetune), ("allow_partial",)),
+        ("--lora", config.model.lora > 0, ("lora_alpha", "lora_targets")),
+        ("--log-to", bool(config.log.log_to), ("log_project", "log_name")),
     )

@@ -6,7 +6,8 @@ text means is up to the option that gets it, as on the command line.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,37 @@ def read_entries(path: Path, option: str, *, pipes: bool = False) -> list[Entry]
     """
     import yaml
 
+    with _parsed(path, option, _loader(), pipes) as (loader, node):
+        if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise OptionError(option, f"{path}: expected 'option: value' lines")
+        _refuse_many_values(node, option, path)
+        # Of several equal keys the last would count, and nothing would say so.
+        for key, count in Counter(_key(key) for key, _ in node.value).items():
+            if count > 1:
+                raise given_twice(option, path, key)
+        return _entries(loader, node)
+
+
+def read_values(path: Path, option: str) -> Any:
+    """What a YAML file holds, in plain values as YAML 1.1 has them; bounds and errors are those of
+    :func:`read_entries`."""
+    with _parsed(path, option, _bounded_loader()) as (loader, node):
+        if node is None:
+            return None
+        _refuse_many_values(node, option, path)
+        return loader.construct_document(node)
+
+
+@contextmanager
+def _parsed(
+    path: Path, option: str, loader_type: type, pipes: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """A loader of a file and the file's node, None where it is empty; inside, errors of YAML are
+    errors of ``option``."""
+    import yaml
+
     try:
         if pipes and bounded.is_handed_pipe(path):
             text = bounded.read_pipe(path, MOST_BYTES).decode("utf-8-sig")
@@ -56,18 +88,8 @@ def read_entries(path: Path, option: str, *, pipes: bool = False) -> list[Entry]
         raise OptionError(option, f"{path} isn't text in UTF-8: name a YAML file") from None
     loader = None
     try:
-        loader = _loader()(text)
-        node = loader.get_single_node()
-        if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _NULL):
-            return []
-        if not isinstance(node, yaml.MappingNode):
-            raise OptionError(option, f"{path}: expected 'option: value' lines")
-        _refuse_many_values(node, option, path)
-        # Of several equal keys the last would count, and nothing would say so.
-        for key, count in Counter(_key(key) for key, _ in node.value).items():
-            if count > 1:
-                raise given_twice(option, path, key)
-        return _entries(loader, node)
+        loader = loader_type(text)
+        yield loader, loader.get_single_node()
     except yaml.YAMLError as error:
         raise OptionError(option, f"{path}{_place_and_problem(error, text)}") from None
     except (ValueError, OverflowError) as error:  # PyYAML's, of a character that there isn't
@@ -133,8 +155,8 @@ def _key(node: Any) -> str:
 def _loader() -> type:
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """The safe loader, to which a word is a text, whatever it is said to be."""
+    class Loader(_bounded_loader()):
+        """To which a word is a text, whatever it is said to be."""
 
         yaml_implicit_resolvers = {
             first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
@@ -148,6 +170,17 @@ def _loader() -> type:
             "tag:yaml.org,2002:map": yaml.SafeLoader.construct_yaml_map,
             None: yaml.SafeLoader.construct_undefined,
         }
+
+    return Loader
+
+
+@cache
+def _bounded_loader() -> type:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, with bounds."""
+
         depth = composed = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:

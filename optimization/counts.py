@@ -1,6 +1,8 @@
 """Exact results of an evaluation, counted in integers."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,44 @@ class Evaluation:
     """(C,) int64, right answers."""
     count_per_class: Tensor
     """(C,) int64, images."""
+    predicted_per_class: Tensor
+    """(C,) int64, answers."""
+
+    def of_classes(self, places: Sequence[int]) -> "Evaluation":
+        """The results of some classes."""
+        per_class = ("correct_per_class", "count_per_class", "predicted_per_class")
+        return replace(self, **{name: getattr(self, name)[list(places)] for name in per_class})
+
+    def table(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """A header and a row for each class; its accuracy in %, empty without images."""
+        rows: list[tuple[Any, ...]] = [("class", "images", "correct", "accuracy")]
+        counts, hits = self.count_per_class.tolist(), self.correct_per_class.tolist()
+        for name, count, right in zip(names, counts, hits, strict=True):
+            rows.append((name, count, right, f"{100 * right / count:.2f}" if count else ""))
+        return rows
+
+    def scores(self) -> dict[str, float]:
+        """What is logged, by the second part of its key.
+
+        ``balanced_acc`` is the mean of the accuracies per class, in %, and ``worst_class_acc`` the
+        least, both of the classes with images. ``macro_f1`` is the mean F1 in %, 2 TP / (images +
+        answers), of the classes with images or answers, as scikit-learn has it.
+        """
+        right, images, answers = (
+            counts.double()
+            for counts in (self.correct_per_class, self.count_per_class, self.predicted_per_class)
+        )
+        accuracies = (right / images)[images > 0]
+        f1 = (2 * right / (images + answers))[images + answers > 0]
+        none = not len(accuracies)
+        return {
+            "loss": self.loss,
+            "acc1": self.acc1,
+            **({} if self.acc5 is None else {"acc5": self.acc5}),
+            "balanced_acc": 0.0 if none else 100 * accuracies.mean().item(),
+            "macro_f1": 0.0 if none else 100 * f1.mean().item(),
+            "worst_class_acc": 0.0 if none else 100 * accuracies.min().item(),
+        }
 
 
 class Counts:
@@ -39,8 +79,8 @@ class Counts:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes = num_classes
-        # Right answers and images of each class.
-        self.per_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)
+        # Right answers, images and answers of each class.
+        self.per_class = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
         # Loss in units, top-5 hits, losses that are not finite.
         self.sums = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -50,9 +90,10 @@ class Counts:
         finite = torch.isfinite(losses)
         self.sums[0] += (torch.where(finite, losses, 0.0) / LOSS_UNIT).round().long().sum()
         self.sums[2] += (~finite).sum()
-        hits = logits.argmax(1) == targets
-        self.per_class[0].index_add_(0, targets, hits.long())
-        self.per_class[1].index_add_(0, targets, torch.ones_like(targets))
+        answers, ones = logits.argmax(1), torch.ones_like(targets)
+        self.per_class[0].index_add_(0, targets, (answers == targets).long())
+        self.per_class[1].index_add_(0, targets, ones)
+        self.per_class[2].index_add_(0, answers, ones)
         if self.num_classes >= 5:
             self.sums[1] += (logits.topk(5).indices == targets[:, None]).sum()
 
@@ -63,7 +104,7 @@ class Counts:
 
     def result(self) -> Evaluation:
         loss_units, top5, bad = self.sums.tolist()
-        right, count = self.per_class.sum(1).tolist()
+        right, count, _ = self.per_class.sum(1).tolist()
         return Evaluation(
             loss=float("nan") if bad or not count else loss_units * LOSS_UNIT / count,
             acc1=100.0 * right / max(count, 1),
@@ -71,6 +112,7 @@ class Counts:
             count=count,
             correct_per_class=self.per_class[0].cpu(),
             count_per_class=self.per_class[1].cpu(),
+            predicted_per_class=self.per_class[2].cpu(),
         )
 
 

@@ -1,5 +1,6 @@
 """The optimiser, from timm's registry."""
 
+import inspect
 import logging
 from collections.abc import Collection
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import OptimOptions, optimizer_name
+from config import OptimOptions, keywords, optimizer_name
 from distributed.wrapping import is_sharded
-from errors import OptionError, did_you_mean
+from errors import OptionError, did_you_mean, first_names
 from optimization.groups import parameter_groups
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def build_optimizer(
         log.warning("--opt %s: %s is used, the same update without apex", options.opt, name)
     info, optimizer_class = registered(name)
     arguments = _arguments(name, info, options, required)
+    arguments |= _further(name, optimizer_class, options)
     devices = {p.device.type for p in model.parameters()}
     # Fused SGD has no form for sharded tensors.
     fits = not (is_sharded(model) and optimizer_class is torch.optim.SGD)
@@ -122,6 +124,17 @@ def _arguments(
             "opt_betas", f"--opt {name} takes {info.num_betas} values, got {len(betas)}"
         )
     return arguments
+
+
+def _further(name: str, optimizer_class: type, options: OptimOptions) -> dict[str, Any]:
+    """The arguments of ``--opt-kwargs``. Raises OptionError for one that it doesn't take."""
+    given = keywords("opt_kwargs", options.opt_kwargs)
+    known = [n for n in inspect.signature(optimizer_class.__init__).parameters if n != "self"]
+    for argument in given:
+        if argument not in known:
+            hint = did_you_mean(argument, known, otherwise=f"it takes {first_names(known, 8)}")
+            raise OptionError("opt_kwargs", f"--opt {name} takes no {argument!r}: {hint}")
+    return given
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

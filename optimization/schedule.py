@@ -42,8 +42,9 @@ class Schedule(ABC):
         for group in optimizer.param_groups:
             group["lr"] = self.last * group.get("lr_scale", 1.0)
 
-    def end_epoch(self, metric: float | None) -> None:  # noqa: B027  (only plateau looks at it)
-        """Take note of an epoch's metric; None where nothing was measured."""
+    def end_epoch(self, metric: float | None, epochs: int = 1) -> None:  # noqa: B027  (for plateau)
+        """Take note of an epoch's metric, ``epochs`` after the last one that had any; None where
+        nothing was measured."""
 
     def restart(self) -> None:
         """Forget that the rate was lowered, for another one that was asked for."""
@@ -279,13 +280,13 @@ class PlateauSchedule(Schedule):
             return span.warmup_lr + t * (self.level - span.warmup_lr) / span.warmup
         return self.level
 
-    def end_epoch(self, metric: float | None) -> None:
+    def end_epoch(self, metric: float | None, epochs: int = 1) -> None:
         if metric is None:
             return
         if self._is_better(metric):
             self.best, self.bad_epochs = metric, 0
         else:
-            self.bad_epochs += 1
+            self.bad_epochs += epochs
         if self.bad_epochs > self.options.patience_epochs:
             self.bad_epochs = 0
             lowered = max(self.level * self.options.decay_rate, self.span.min_lr)

@@ -23,10 +23,14 @@ _LAYOUT = {ord(character): None for character in "\n\t"}
 _MOVES = re.compile(r"(\n|\x1b\[A)+")  # of tqdm, from bar to bar
 # Libraries speak up from warnings on.
 _QUIET = ("timm", "matplotlib", "PIL", "torch", "submitit", "httpx", "httpx2", "huggingface_hub")
+_QUIET += ("mlflow", "alembic")
 
 
 class MessageHandler(logging.Handler):
-    """Writes messages to standard output, above a progress bar if one is drawn."""
+    """Writes messages to standard output, above a progress bar if one is drawn.
+
+    One with a true attribute ``on_bar`` is shown by the bar already.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         # A message is one line: a name in it that holds line ends doesn't write others.
@@ -37,6 +41,8 @@ class MessageHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
+        if getattr(record, "on_bar", False):
+            return
         try:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(self.format(record), flush=True)
@@ -51,7 +57,10 @@ def say(line: str, *, error: bool = False) -> None:
 
 
 def show_messages(formatter: logging.Formatter, level: int) -> None:
-    """Messages from ``level`` up go to standard output too, until :func:`console` is left."""
+    """Messages from ``level`` up go to standard output too, until :func:`console` is left.
+
+    Libraries are heard from warnings on, with ``level`` DEBUG from INFO on.
+    """
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, MessageHandler)]:
         root.removeHandler(handler)
@@ -59,8 +68,9 @@ def show_messages(formatter: logging.Formatter, level: int) -> None:
     handler.setFormatter(formatter)
     root.addHandler(handler)
     root.setLevel(level)
+    libraries = logging.INFO if level <= logging.DEBUG else max(level, logging.WARNING)
     for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(libraries)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,23 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from augmentation.protocol import Plan, StoreTransform
+from augmentation.protocol import RGB, Plan, StoreTransform, Transform
 from errors import OptionError
+from pipeline.bands import decode_bands
 from pipeline.dataset import Batch, opened
 from pipeline.decoding import decode_tensor
 from pipeline.loader import Loader
 from pipeline.memory import MemorySource, Store, check_memory, is_small, read_all
+
+
+def check_crops(transform: Transform) -> None:
+    """Raise OptionError unless the device can cut the crops of ``transform``."""
+    if transform.for_store() is None:
+        raise OptionError(
+            "cache",
+            "device needs crops that move whole pixels (--input-size 32 or less, or --src; neither "
+            "--train-crop-mode rkrc nor rkrr) and a fixed --train-interpolation: use ram",
+        )
 
 
 def apply_cache(
@@ -43,16 +54,14 @@ def apply_cache(
             where = "device" if device.type == "cuda" else "ram"
     if where == "none":
         return loader
-    if where == "device" and transform is None:
-        raise OptionError(
-            "cache",
-            "device needs crops that move whole pixels (--input-size 32 or less, or --src) and a "
-            "fixed --train-interpolation: use ram",
-        )
-    check_memory(dataset.source)
-    background = dataset.transform.background
-    if transform is None:
+    if where == "device":
+        check_crops(dataset.transform)
+    check_memory(dataset.source, dataset.transform.form)
+    background, form = dataset.transform.background, dataset.transform.form
+    if transform is None and form == RGB:
         decoded = read_all(dataset, lambda image: decode_tensor(image, background), visible)
+    elif transform is None:
+        decoded = read_all(dataset, lambda image: decode_bands(image, form, background), visible)
     else:
         decoded = read_all(dataset, lambda image: transform.keep(opened(image, transform)), visible)
     if transform is not None and decoded.in_one_size(transform.size):
@@ -142,6 +151,8 @@ class CachedLoader:
             images = images[_on_device_of(images, good)]
             indices, positions = indices[good], positions[good]
         targets = self.store.targets[_on_device_of(self.store.targets, indices)]
+        if targets.ndim == 2:
+            targets = targets.float()
         return Batch(
             images, targets, torch.from_numpy(indices), torch.from_numpy(positions), bad, plan
         )

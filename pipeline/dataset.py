@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from augmentation.protocol import Plan, Transform
-from errors import DataError, first_names, printable
+from augmentation.protocol import RGB, Plan, Transform
+from errors import DataError, OptionError, first_names, printable
+from pipeline.bands import decode_bands
+from pipeline.class_lists import check_same_classes, missing_classes, unlearnt_labels
 from pipeline.decoding import (
     DECODERS,
     lacks_file_handles,
@@ -16,7 +18,7 @@ from pipeline.decoding import (
     open_parts,
 )
 from pipeline.limits import BadImageError, limit_pixels, most_pixels
-from pipeline.sources.base import Drawn, Source, Subset, image_numbers
+from pipeline.sources.base import Drawn, Source, Subset, Target, image_numbers
 from pipeline.sources.registry import open_source
 from pipeline.workers import WorkerProgress
 from samplers import SampleKey
@@ -32,9 +34,12 @@ class Batch(NamedTuple):
     """A batch on the host. ``images`` is (0, 3, 0, 0) where every image of it was left out."""
 
     images: torch.Tensor
-    """(B, 3, H, W): float32, normalised; or uint8, with what is left to do in ``plan``."""
+    """(B, C, H, W): float32, normalised; or uint8 or uint16, with what is left to do in ``plan``.
+    Of training with S augmentation splits (S × B, C, H, W), all clean images first, unless the plan
+    has that."""
     targets: torch.Tensor
-    """(B,) int64."""
+    """(B,) int64; of ``--task multilabel`` (B, K) float32, 1 where an image has a label. (0,) where
+    every image was left out."""
     indices: torch.Tensor
     """(B,) int64, indices of the data set."""
     positions: torch.Tensor
@@ -49,8 +54,8 @@ class Sample(NamedTuple):
     """An image of a batch."""
 
     image: torch.Tensor | None
-    """(3, H, W), or None where it couldn't be read and has no replacement."""
-    target: int
+    """(C, H, W), or None where it couldn't be read and has no replacement."""
+    target: Target
     index: int
     epoch: int
     position: int
@@ -95,7 +100,7 @@ class ImageDataset(torch.utils.data.Dataset[Sample]):
 
     @property
     def targets(self) -> np.ndarray | None:
-        """Labels, (N,) int64, or None where a label is only known when its image is read."""
+        """As of ``Source.targets``: None where a label is only known when its image is read."""
         return self.source.targets
 
     @property
@@ -172,6 +177,8 @@ def opened(encoded: Any, transform: Transform) -> Any:
 
     Raises BadImageError, and OSError as ``pipeline.decoding.decode`` does.
     """
+    if transform.form != RGB:
+        return decode_bands(encoded, transform.form, transform.background)
     if transform.takes_parts:
         return open_parts(encoded, transform.background, transform.decode_as)
     return DECODERS[transform.decode_as](encoded, transform.background)
@@ -215,12 +222,16 @@ def build_parts(
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the validation part, as :func:`build_dataset` gives each.
 
-    A set of which a share is held out is read once for both.
+    A set of which a share is held out is read once for both. Raises DataError as well for a
+    validation part with classes that the training part lacks.
     """
     train = build_dataset(True, data, seed=seed, held_out=held_out)
     if isinstance(train.source, Drawn):
         return train, _dataset(train.source.other_part(), False, data)
-    return train, build_dataset(False, data, seed=seed, held_out=held_out)
+    val = build_dataset(False, data, seed=seed, held_out=held_out)
+    check_same_classes(data.data_set, train.source, val.source)
+    val.source.findings = (*val.source.findings, *unlearnt_labels(train.source, val.source))
+    return train, val
 
 
 def _dataset(source: Source, is_train: bool, data: "DataOptions") -> ImageDataset:
@@ -228,7 +239,21 @@ def _dataset(source: Source, is_train: bool, data: "DataOptions") -> ImageDatase
         raise DataError(
             f"{data.data_set}: the {'training' if is_train else 'validation'} part is empty"
         )
+    if not is_train:
+        source.findings = (*source.findings, *missing_classes(source))
+    _check_task(source, data)
     return ImageDataset(source, is_train=is_train, on_bad_image=data.on_bad_image)
+
+
+def _check_task(source: Source, data: "DataOptions") -> None:
+    """Raise OptionError if the labels of a source are those of another ``--task``."""
+    several = source.targets is not None and source.targets.ndim == 2
+    if several and data.task != "multilabel":
+        raise OptionError(
+            "task", f"{data.data_set} gives images any number of labels: add --task multilabel"
+        )
+    if data.task == "multilabel" and not several:
+        raise OptionError("task", f"{data.data_set} gives each image one label: leave it out")
 
 
 def findings(*parts: ImageDataset) -> list[str]:
@@ -241,7 +266,11 @@ def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
     """Images per class, (C,) int64, and lines to log; one that warns starts with "warning:"."""
     if dataset.targets is None:
         return np.zeros(0, dtype=np.int64), ["images per class: unknown before they are read"]
-    counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
+    several = dataset.targets.ndim == 2
+    if several:
+        counts = dataset.targets.sum(0, dtype=np.int64)
+    else:
+        counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
     least, most = counts.argmin(), counts.argmax()
     if len(counts) <= FEW_CLASSES:
         each = zip(dataset.classes, counts, strict=True)
@@ -255,6 +284,8 @@ def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
     if empty:
         lines.append(f"warning: no images of {len(empty)} classes: {first_names(empty)}")
     present = counts[counts > 0]
+    if several:
+        return counts, [_labels_per_image(dataset.targets), *lines]
     if present.max() >= IMBALANCE * present.min():
         lines.append(
             f"warning: the most frequent class has {present.max() / present.min():.0f} times the "
@@ -263,16 +294,39 @@ def summarise_classes(dataset: ImageDataset) -> tuple[np.ndarray, list[str]]:
     return counts, lines
 
 
+def _labels_per_image(targets: np.ndarray) -> str:
+    """A line of how many labels (N, K) images have."""
+    each = targets.sum(1, dtype=np.int64)
+    return (
+        f"labels per image: {each.mean():.2f} on average, {each.max()} at most; "
+        f"{(each == 0).sum()} images have none"
+    )
+
+
 def collate(
     samples: list[Sample],
     plan: Callable[[int, np.ndarray], Plan | None] = lambda epoch, positions: None,
 ) -> Batch:
     """The readable samples as a batch, with the names of the unreadable ones, and their plan."""
     good = [sample for sample in samples if sample.image is not None]
-    columns = ([s.target for s in good], [s.index for s in good], [s.position for s in good])
+    columns = ([s.index for s in good], [s.position for s in good])
     return Batch(
-        torch.stack([s.image for s in good]) if good else torch.empty(0, 3, 0, 0),
+        _images([s.image for s in good]) if good else torch.empty(0, 3, 0, 0),
+        _targets([s.target for s in good]),
         *(torch.tensor(column, dtype=torch.int64) for column in columns),
         [line for sample in samples for line in sample.bad],
-        plan(good[0].epoch, np.array(columns[2])) if good else None,
+        plan(good[0].epoch, np.array(columns[1])) if good else None,
     )
+
+
+def _images(images: list[torch.Tensor]) -> torch.Tensor:
+    """(B, 3, H, W), or of images in S splits (S × B, 3, H, W): all of the first, then the next."""
+    batch = torch.stack(images)
+    return batch.transpose(0, 1).flatten(0, 1) if batch.ndim == 5 else batch
+
+
+def _targets(targets: list[Target]) -> torch.Tensor:
+    """(B,) int64, or (B, K) float32."""
+    if targets and isinstance(targets[0], np.ndarray):
+        return torch.from_numpy(np.stack(targets)).float()
+    return torch.tensor(targets, dtype=torch.int64)

@@ -17,6 +17,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.MpoImagePlugin import MpoImageFile
 
+from architectures.sizes import ImageSize
 from augmentation.protocol import Box, Cut, Parts
 from config import DROP, background_colour
 from errors import lacks_host_memory, os_error_text
@@ -66,17 +67,17 @@ def decode(source: Any, background: str = "white") -> Image.Image:
         warnings.simplefilter("ignore")
         try:
             with naming_lack_of_memory(), _opened(source) as image:
-                _keep_within_limit(image)
+                keep_within_limit(image)
                 image.load()
                 rgb = _to_rgb(image, background)
                 return _upright(image, rgb, is_file=image is not source)
         except BadImageError:
             raise
         except Exception as error:
-            raise _bad_image(error) from None
+            raise bad_image(error) from None
 
 
-def _bad_image(error: Exception) -> Exception:
+def bad_image(error: Exception) -> Exception:
     """What to raise for an error while an image is read; one of the process stays as it is."""
     return error if lacks_file_handles(error) else BadImageError(_reason(error))
 
@@ -115,14 +116,14 @@ def is_transparent(source: Any) -> bool:
             with naming_lack_of_memory(), _opened(source) as image:
                 if not image.has_transparency_data:
                     return False
-                _keep_within_limit(image)
+                keep_within_limit(image)
                 image.load()
                 alphas = (_alpha(strip) for _, strip in _strips(image))
                 return any(a is not None and a.getextrema()[0] < 255 for a in alphas)
         except BadImageError:
             raise
         except Exception as error:
-            raise _bad_image(error) from None
+            raise bad_image(error) from None
 
 
 @contextlib.contextmanager
@@ -151,7 +152,7 @@ def _refuse_other_formats(image: Image.Image) -> None:
         raise BadImageError(f"{form} files are not read: convert it to PNG or JPEG")
 
 
-def _keep_within_limit(image: Image.Image) -> None:
+def keep_within_limit(image: Image.Image) -> None:
     """Have a large JPEG file decoded at a part of its size. Raises BadImageError."""
     width, height = image.size
     if width * height <= most_pixels() or not isinstance(image, JpegImageFile):
@@ -204,7 +205,7 @@ def open_parts(image: Any, background: str = "white", form: str = "tensor") -> A
             if isinstance(image, io.BufferedReader | io.BytesIO):
                 return _parts_of(image, background, form)
         except OSError as error:
-            raise _bad_image(error) from None
+            raise bad_image(error) from None
         return _in_form(decode(image, background), form)
 
 
@@ -242,7 +243,7 @@ class JpegParts(Parts):
         sides = (frame.height, frame.width)
         self.size = sides[::-1] if frame.turn >= 5 else sides
 
-    def part(self, box: Box, least: int | None = None) -> Cut:
+    def part(self, box: Box, least: ImageSize | None = None) -> Cut:
         """See ``Parts``. Raises BadImageError."""
         turn = self.frame.turn
         factor = 1 if least is None else jpeg.factor_for(*box[2:], least)
@@ -289,15 +290,24 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _upright(image: Image.Image, rgb: Image.Image, *, is_file: bool) -> Image.Image:
     """``rgb``, the pixels of ``image``, turned as its EXIF data say."""
-    turn = None
-    # Broken EXIF data is no reason to lose an image whose pixels are fine.
-    with contextlib.suppress(Exception):
-        turn = _TURNS.get(_orientation(image, is_file=is_file))
+    turn = turn_of(image, is_file=is_file)
     if turn is None:
         return rgb
     rgb = rgb.transpose(turn)
     rgb.info = {}  # or it would be turned once more
     return rgb
+
+
+def turn_of(image: Image.Image, *, is_file: bool) -> Image.Transpose | None:
+    """How an image's EXIF data say that it is to be turned.
+
+    Args:
+        is_file: nobody has changed them since the file was opened.
+    """
+    # Broken EXIF data is no reason to lose an image whose pixels are fine.
+    with contextlib.suppress(Exception):
+        return _TURNS.get(_orientation(image, is_file=is_file))
+    return None
 
 
 def _orientation(image: Image.Image, *, is_file: bool) -> int | None:
@@ -316,7 +326,7 @@ def _orientation(image: Image.Image, *, is_file: bool) -> int | None:
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     """RGB on ``background``; ``image`` itself where it is that already."""
-    full = _full_scale(image) if _is_deep(image) else 0.0
+    full = full_scale(image) if is_deep(image) else 0.0
     width, height = image.size
     if width * height <= _STRIP or (image.mode == "RGB" and not image.has_transparency_data):
         return _strip_to_rgb(image, background, full)
@@ -341,8 +351,8 @@ def _strip_to_rgb(image: Image.Image, background: str, full: float) -> Image.Ima
 def _without_alpha(image: Image.Image, full: float) -> Image.Image:
     """RGB, the colours under what is transparent as they are; ``full`` is white in deep greys."""
     mode = image.mode
-    if _is_deep(image):
-        values = np.rint(_values(image).clip(0) * (255 / full)).astype(np.uint8)
+    if is_deep(image):
+        values = np.rint(deep_values(image).clip(0) * (255 / full)).astype(np.uint8)
         return Image.fromarray(values).convert("RGB")
     if mode == "LAB":
         space, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -356,7 +366,7 @@ def _without_alpha(image: Image.Image, full: float) -> Image.Image:
 
 def _alpha(image: Image.Image) -> Image.Image | None:
     """How opaque each pixel is, "L"; None where nothing says so."""
-    if _is_deep(image):
+    if is_deep(image):
         key = image.info.get("transparency")
         if not isinstance(key, int):
             return None
@@ -366,19 +376,19 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return image.convert("RGBA").getchannel("A")
 
 
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether it has greys of more than 8 bits."""
     return image.mode.startswith(("I", "F"))
 
 
-def _values(image: Image.Image) -> np.ndarray:
+def deep_values(image: Image.Image) -> np.ndarray:
     """Deep greys as numbers, (H, W) float64."""
     return np.nan_to_num(np.asarray(image, dtype=np.float64))
 
 
-def _full_scale(image: Image.Image) -> float:
+def full_scale(image: Image.Image) -> float:
     """What is white in an image of deep greys: the full range that mode and values suggest."""
-    peak = max(_values(strip).max() for _, strip in _strips(image))
+    peak = max(deep_values(strip).max() for _, strip in _strips(image))
     ranges = (65535,) if image.mode.startswith("I;16") else (255, 65535)
     if image.mode == "F":
         ranges = (1, *ranges)

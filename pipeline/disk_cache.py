@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import PIL
 import torch
 import torchvision
 
-from augmentation.crops import resize_short_side
+from augmentation.crops import resize_around
 from augmentation.protocol import Parts, Transform
 from augmentation.transforms import CentreCrop
 from errors import OptionError, os_error_text
@@ -44,7 +45,7 @@ from pipeline.image_file import (
 from pipeline.limits import BadImageError
 from pipeline.loader import Loader
 from pipeline.memory import probes, size_of
-from pipeline.sources.base import FileSource, Source, Subset
+from pipeline.sources.base import FileSource, Source, Subset, Target, target_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,11 @@ def small_pixels(encoded: Any, side: int, background: str, *, scaled: bool) -> n
     with naming_lack_of_memory():
         if not side or min(image.size) <= side:
             return _rows_of(image.whole().pixels)
-        return _rows_of(resize_short_side(image, side, "bicubic", side if scaled else None))
+        return _rows_of(resize_around(image, (side, side), "bicubic", side if scaled else None))
 
 
 def exact_pixels(encoded: Any, transform: CentreCrop) -> np.ndarray:
-    """What evaluation sees of an image, uint8 (S, S, 3). Raises BadImageError."""
+    """What evaluation sees of an image, uint8 (H, W, 3). Raises BadImageError."""
     image = decode(encoded, transform.background)
     with naming_lack_of_memory():
         return _rows_of(transform.keep(image))
@@ -119,7 +120,7 @@ def disk_cached(loader: Loader, options: DiskOptions, *, visible: bool = True) -
     if isinstance(transform, CentreCrop):
         prepare = partial(exact_pixels, transform=transform)
         how = repr(transform.preprocessing)
-        needed = len(dataset) * (3 * transform.size**2 + ROW_BYTES)
+        needed = len(dataset) * (3 * math.prod(transform.size) + ROW_BYTES)
         transform = KeptCrop()
     else:
         background, side = transform.background, options.side
@@ -181,7 +182,7 @@ class DiskSource(Source):
     def open(self, index: int) -> np.ndarray:
         return self.read(index)[0]
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int) -> tuple[np.ndarray, Target]:
         if self.images is None:
             image, label = self.source.read(index)
             return self.prepare(image), label
@@ -189,11 +190,12 @@ class DiskSource(Source):
         row, seen = self.images.row(number)
         pixels = self.images.pixels(number, row)
         if pixels is not None:
-            return pixels, row.label if self.targets is None else int(self.targets[index])
+            return pixels, row.label if self.targets is None else target_of(self.targets, index)
         stamp = self.images.stamp(number)  # a file that changes from here on is seen next time
         image, label = self.source.read(index)
         pixels = self.prepare(image)
-        self.images.add(number, pixels, label, stamp, seen)
+        # Several labels are known beforehand, and so nobody asks for them here.
+        self.images.add(number, pixels, label if isinstance(label, int) else 0, stamp, seen)
         return pixels, label
 
     def sample_id(self, index: int) -> str:

@@ -1,6 +1,7 @@
 """Image formats: which files are images, and what reading some of them takes."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline import headers
+from pipeline import arrays, dicom, headers, levels
 from pipeline.limits import (
     EMPTY,
     BadImageError,
@@ -26,19 +27,20 @@ from pipeline.limits import (
 # (EPS starts Ghostscript), many are hardly ever used. TGA has no signature, so it comes last.
 SERVED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # by the HTTP service too
 FORMATS = (*SERVED, "JPEG2000", "HEIF", "DIB", "TGA")
+# NPY, NPZ and DICOM files are read beside these wherever images are (``levels.image_of_array``).
 
 # Extensions of files that are read as images, in lower case.
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp")
     + (".dib", ".gif", ".tif", ".tiff", ".tga", ".webp", ".jp2", ".j2k", ".avif", ".avifs")
-    + (".heic", ".heif", ".hif")
+    + (".heic", ".heif", ".hif", *arrays.EXTENSIONS, *dicom.EXTENSIONS)
 )
 
 # Extensions of images that aren't read: raw files of cameras, drawings, layers.
 UNREADABLE = frozenset(
     (".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef", ".nrw")
     + (".orf", ".pef", ".raf", ".rw2", ".sr2", ".srw", ".x3f", ".svg", ".svgz", ".eps", ".ai")
-    + (".psd", ".psb", ".xcf", ".jxl", ".jxr", ".wdp", ".exr", ".hdr", ".dcm", ".nii")
+    + (".psd", ".psb", ".xcf", ".jxl", ".jxr", ".wdp", ".exr", ".hdr", ".nii")
 )
 
 # Pillow's format, the package that reads it, and the extensions of its files.
@@ -73,6 +75,8 @@ with contextlib.suppress(ImportError):
 
 def package_for(extension: str) -> str | None:
     """The package that images with this extension need and that isn't installed, else None."""
+    if extension in dicom.EXTENSIONS:
+        return None if importlib.util.find_spec(dicom.PACKAGE) else dicom.PACKAGE
     for form, package, extensions in _PACKAGES:
         if extension in extensions:
             Image.init()
@@ -149,6 +153,9 @@ def _parsed(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     if head.startswith(headers.JPEG):
         file.seek(0)
         return _parsed_jpeg(file.read())
+    image = levels.image_of_array(file)
+    if image is not None:
+        return image
     _check_header(file, head)
     image = _opened(file, head, readable(formats))
     if image.format in headers.COST:
@@ -167,6 +174,8 @@ def _opened(file: BinaryIO, head: bytes, formats: tuple[str, ...]) -> Image.Imag
         pass
     except Image.DecompressionBombError as error:
         raise _too_large(error) from None
+    if "TIFF" in formats and head.startswith(headers.TIFF):
+        return levels.image_of_tiff(file)
     raise BadImageError(what_it_is(file))
 
 

@@ -33,6 +33,7 @@ _UNIT_BYTES |= {16: 8, 17: 8, 18: 8}
 _ORIENTATION = 0x0112
 _ENTRIES = {b"II*\0": struct.Struct("<HHLL"), b"MM\0*": struct.Struct(">HHLL")}
 _TILE_SIDES = (322, 323)
+_SEGMENT_TAGS = (273, 279, 324, 325)  # where strips and tiles are, and their lengths
 _VALUE = {12: 4, 20: 8}  # bytes of an entry that hold its value, by the bytes of the entry
 _MOST_PARTS = 1 << 16  # segments or chunks, which Pillow reads one by one
 _SMALL_PART = 256  # bytes
@@ -179,6 +180,48 @@ def check_tags(file: BinaryIO) -> None:
     _check_tile(order, directory[:whole], entry.size)
     if total > size + _SLACK:
         raise BadImageError(f"a TIFF directory whose tags take {total:,} bytes of {size:,}")
+
+
+def count_directories(file: BinaryIO, most: int, most_segments: int) -> int:
+    """How many images a TIFF file holds, at least 1 (TIFF 6.0, section 2; BigTIFF).
+
+    Raises BadImageError for more than ``most``, and for directories of one whose tags fill the
+    memory: more than ``most_segments`` strips or tiles, or MOST_SLOW_BYTES of other values.
+    """
+    file.seek(0)
+    head = file.read(16)
+    order, big = "<" if head.startswith(b"II") else ">", head[2:3] == b"+" or head[3:4] == b"+"
+    number, place = (
+        struct.Struct(order + ("Q" if big else "H")),
+        struct.Struct(order + ("Q" if big else "L")),
+    )
+    entry = struct.Struct(order + ("HHQ8x" if big else "HHL4x"))
+    try:
+        (start,) = place.unpack_from(head, 8 if big else 4)
+        for count in range(most + 1):
+            if not start:
+                return max(1, count)
+            file.seek(start)
+            (tags,) = number.unpack(file.read(number.size))
+            if tags > _MOST_TAGS:
+                break
+            _check_directory(file.read(tags * entry.size), entry, most_segments)
+            (start,) = place.unpack(file.read(place.size))
+    except (struct.error, OSError, OverflowError):
+        raise BadImageError("a damaged TIFF file") from None
+    raise BadImageError(f"a TIFF file of more than {most:,} images, or of odd ones")
+
+
+def _check_directory(directory: bytes, entry: struct.Struct, most_segments: int) -> None:
+    total = 0
+    for tag, kind, number in entry.iter_unpack(directory):
+        if tag in _SEGMENT_TAGS:
+            if number > most_segments:
+                raise BadImageError(f"a TIFF image of {number:,} strips or tiles")
+        else:
+            total += number * _UNIT_BYTES.get(kind, 0)
+    if total > MOST_SLOW_BYTES:
+        raise BadImageError(f"a TIFF directory whose tags take {total:,} bytes")
 
 
 def check_exif(exif: bytes) -> int | None:

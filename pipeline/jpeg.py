@@ -9,6 +9,7 @@ import io
 import numpy as np
 from PIL.JpegImagePlugin import JpegImageFile
 
+from architectures.sizes import ImageSize, height_width
 from pipeline.headers import Frame
 
 try:
@@ -30,9 +31,11 @@ def is_fast() -> bool:
     return simplejpeg is not None
 
 
-def factor_for(height: int, width: int, least: int) -> int:
-    """The part of its sides, one over this, that leaves both sides at least ``least`` pixels."""
-    return next((f for f in FACTORS if min(height, width) >= f * least), 1)
+def factor_for(height: int, width: int, least: ImageSize) -> int:
+    """The part of its sides, one over this, that leaves both sides at least ``least`` pixels, or
+    height and width each theirs."""
+    rows, columns = height_width(least)
+    return next((f for f in FACTORS if height >= f * rows and width >= f * columns), 1)
 
 
 def decode(

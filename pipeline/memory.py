@@ -1,6 +1,7 @@
 """Decoded images in memory: as they are, or ready in one tensor; and whether they fit."""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from augmentation.protocol import RGB, Form
 from errors import DataError, OptionError
+from pipeline.bands import decode_bands
 from pipeline.dataset import ImageDataset
 from pipeline.decoding import decode_tensor, naming_lack_of_memory
 from pipeline.formats import open_image
 from pipeline.limits import BadImageError
 from pipeline.progress import ProgressBar
-from pipeline.sources.base import ArraySource, FileSource, Source, Subset
+from pipeline.sources.base import ArraySource, FileSource, Source, Subset, Target
 from utils import cores
 
 # What ``--cache auto`` takes for small.
@@ -31,9 +34,9 @@ class Store:
     """All images of a data set in one tensor."""
 
     images: torch.Tensor
-    """(N, 3, H, W) uint8, with the margins that crops need."""
+    """(N, C, H, W) uint8 or uint16, with the margins that crops need."""
     targets: torch.Tensor
-    """(N,) int64, on the same device."""
+    """(N,) int64 or (N, K) uint8, on the same device."""
     bad: dict[int, str]
     """"path: reason" of each image that can't be read, by number; its pixels are zero."""
 
@@ -43,8 +46,8 @@ class MemorySource(Source):
 
     Args:
         source: where the images came from.
-        images: uint8 (3, H, W) each, of any sizes; None for one that can't be read.
-        targets: (N,) int64.
+        images: uint8 or uint16 (C, H, W) each, of any sizes; None for one that can't be read.
+        targets: (N,) int64, or (N, K) uint8.
     """
 
     decoded = True
@@ -56,20 +59,22 @@ class MemorySource(Source):
         self.classes = source.classes
         self.targets = targets
         self.shapes = np.array([(0, 0) if p is None else p.shape[1:] for p in images])
-        sizes = 3 * self.shapes.prod(1)
+        first = next(image for image in images if image is not None)
+        self.channels = len(first)
+        sizes = self.channels * self.shapes.prod(1)
         ends = np.cumsum(sizes)
         self.starts = ends - sizes
-        self.bytes_in_memory = int(ends[-1])
-        self.pixels = torch.empty(self.bytes_in_memory, dtype=torch.uint8).share_memory_()
+        self.bytes_in_memory = int(ends[-1]) * first.element_size()
+        self.pixels = torch.empty(int(ends[-1]), dtype=first.dtype).share_memory_()
         for index, image in enumerate(images):
             if image is not None:
                 self._pixels_of(index).copy_(image.permute(1, 2, 0))
 
     def _pixels_of(self, index: int) -> torch.Tensor:
-        """(H, W, 3), a part of ``pixels``."""
-        height, width = self.shapes[index].tolist()
+        """(H, W, C), a part of ``pixels``."""
+        shape = (*self.shapes[index].tolist(), self.channels)
         start = int(self.starts[index])
-        return self.pixels[start : start + 3 * height * width].view(height, width, 3)
+        return self.pixels[start : start + math.prod(shape)].view(shape)
 
     def open(self, index: int) -> Any:
         # One that couldn't be read is tried again, for the reason.
@@ -88,21 +93,24 @@ class Decoded:
     """All images of a data set, as one pass over its files gives them."""
 
     images: list[torch.Tensor | None]
-    """uint8 (3, H, W) each; None for one that can't be read."""
+    """uint8 or uint16 (C, H, W) each; None for one that can't be read."""
     targets: np.ndarray
-    """(N,) int64."""
+    """(N,) int64, or (N, K) uint8."""
     bad: dict[int, str]
     """"path: reason" of each image that can't be read, by number."""
 
-    def in_one_size(self, side: int) -> bool:
-        """Whether all images have the same shape, with a short side of ``side`` pixels."""
+    def in_one_size(self, size: tuple[int, int]) -> bool:
+        """Whether all images have the same shape, just around ``size`` (height, width)."""
         shapes = {image.shape for image in self.images if image is not None}
-        return len(shapes) == 1 and min(shapes.pop()[1:]) == side
+        if len(shapes) != 1:
+            return False
+        over = [length - side for length, side in zip(shapes.pop()[1:], size, strict=True)]
+        return min(over) == 0
 
     def stacked(self) -> torch.Tensor:
-        """(N, 3, H, W) uint8; zeros for those that can't be read."""
-        shape = next(image.shape for image in self.images if image is not None)
-        images = torch.zeros(len(self.images), *shape, dtype=torch.uint8)
+        """(N, C, H, W); zeros for those that can't be read."""
+        first = next(image for image in self.images if image is not None)
+        images = torch.zeros(len(self.images), *first.shape, dtype=first.dtype)
         for place, image in zip(images, self.images, strict=True):
             if image is not None:
                 place.copy_(image)
@@ -118,7 +126,7 @@ def read_all(
     error, and where no image can.
     """
 
-    def read(index: int) -> tuple[torch.Tensor | str, int]:
+    def read(index: int) -> tuple[torch.Tensor | str, Target]:
         try:
             image, target = dataset.source.read(index)
             with naming_lack_of_memory():
@@ -126,7 +134,9 @@ def read_all(
         except (BadImageError, OSError) as error:
             return f"{dataset.sample_id(index)}: {error}", 0
 
-    decoded = Decoded([], np.zeros(len(dataset), dtype=np.int64), {})
+    known = dataset.targets
+    labels = np.zeros(len(dataset), dtype=np.int64) if known is None else np.zeros_like(known)
+    decoded = Decoded([], labels, {})
     bar = ProgressBar("cache", len(dataset), unit="image", visible=visible)
     pool = ThreadPoolExecutor(max_workers=min(THREADS, cores()))
     try:
@@ -181,12 +191,14 @@ def size_of(image: Any) -> tuple[int, int]:
         return 0, 0
 
 
-def check_memory(source: Source) -> None:
-    """Raise OptionError if a few images show that all of them won't fit."""
+def check_memory(source: Source, form: Form = RGB) -> None:
+    """Raise OptionError if a few images, decoded in ``form``, show that all of them won't fit."""
     sizes = []
     for number in probes(source):
         try:
-            sizes.append(decode_tensor(source.read(number)[0]).numel())
+            image = source.read(number)[0]
+            pixels = decode_tensor(image) if form == RGB else decode_bands(image, form)
+            sizes.append(pixels.nbytes)
         except (BadImageError, OSError):
             continue
     # Twice: as they are read, and as they are kept.

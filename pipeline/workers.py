@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from augmentation.protocol import RGB, Form
 from distributed.liveness import process_runs
 from utils import cores
 
@@ -115,12 +116,14 @@ def auto_num_workers(local_world_size: int) -> int:
 # --- shared memory -------------------------------------------------------------------------------
 
 
-def batch_bytes(batch_size: int, input_size: int, *, by_batch: bool) -> int:
+def batch_bytes(batch_size: int, size: tuple[int, int], *, by_batch: bool, form: Form = RGB) -> int:
     """Bytes of a training batch on its way from a worker.
 
-    Its images are uint8 where they are augmented by the batch on the device, else float32.
+    ``size``: height and width of its images, which have the depth of ``form`` where they are
+    augmented by the batch on the device, else are float32.
     """
-    return batch_size * 3 * input_size**2 * (1 if by_batch else 4)
+    depth = form.bit_depth // 8 if by_batch else 4
+    return batch_size * form.channels * math.prod(size) * depth
 
 
 def shared_memory_needed(batch: int, num_workers: int, local_world_size: int = 1) -> int:

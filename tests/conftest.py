@@ -59,7 +59,7 @@ def draw_curves() -> Iterator[Callable]:
     import loggers
 
     usual = loggers.draw_curves
-    with mock.patch.object(loggers, "draw_curves", lambda records, path: None):
+    with mock.patch.object(loggers, "draw_curves", lambda records, path, metric="": None):
         yield usual
 
 

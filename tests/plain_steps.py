@@ -34,8 +34,11 @@ def prepared(path: Path, steps: list[dict]) -> np.ndarray:
 
 
 def resized_size(resize: dict, width: int, height: int) -> tuple[int, int]:
-    if "width" in resize:
+    if isinstance(resize.get("width"), int):
         return resize["width"], resize["height"]
+    if "width" in resize:
+        known = {"width": width, "height": height, "round": round, "min": min, "max": max}
+        return eval(resize["width"], known), eval(resize["height"], known)
     short, long = sorted((width, height))
     if isinstance(resize["short_side"], int):
         assert resize["long_side"] == "floor(short_side * long / short)"

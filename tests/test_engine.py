@@ -20,6 +20,7 @@ from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 from engine import StepRequest
 from losses import CrossEntropy
+from optimization.counts import Evaluation
 from optimization.guard import Guard
 from optimization.state import Progress, TrainState
 from pipeline.dataset import Batch
@@ -309,7 +310,7 @@ def lookup(logits: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
     return Lookup(), images
 
 
-def evaluated(logits: torch.Tensor, targets: torch.Tensor, size: int) -> engine.Evaluation:
+def evaluated(logits: torch.Tensor, targets: torch.Tensor, size: int) -> Evaluation:
     """The engine's result with batches of ``size``."""
     model, images = lookup(logits)
     return engine.evaluate(

@@ -11,8 +11,8 @@ from PIL import Image
 from runs import Terminal, arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import Evaluation
 from loggers import RunLogger, draw_curves, duration, read_log, write_per_class
+from optimization.counts import Evaluation
 
 
 def record(epoch: int, **changes: float) -> dict:
@@ -100,13 +100,29 @@ def test_a_logger_of_another_process_is_silent(tmp_path, monkeypatch, caplog):
     assert not list(tmp_path.iterdir()) and not caplog.text
 
 
+def test_the_summary_names_the_score_that_decides_and_leaves_out_what_was_not_measured(
+    tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    logger = RunLogger(tmp_path, tensorboard=False, metric="test_macro_f1")
+    logger.epoch(record(0, test_macro_f1=12.345), epochs=2, best=True)
+    measured = {k: v for k, v in record(1).items() if not k.startswith("test_")}
+    logger.epoch(measured, epochs=2, best=False)
+    assert caplog.messages == [
+        "epoch 1/2  train loss 2.0000  test loss 1.9000  top-1 30.00 %  test_macro_f1 12.35 %  "
+        "61 s  * best",
+        "epoch 2/2  train loss 1.9000  61 s",
+    ]
+    assert [r["epoch"] for r in read_log(tmp_path / "log.txt")] == [1, 2]
+
+
 def test_the_summary_of_an_epoch(tmp_path, caplog):
     """The first epoch, every second one and the last; the first says how long all will take."""
     caplog.set_level("INFO")
     logger = RunLogger(tmp_path, tensorboard=False, print_epoch=2)
     for epoch in range(5):
         more = {"test_acc5": 80.0, "ema_acc1": 40.0}
-        logger.epoch(record(epoch, **more), epochs=5, best=epoch == 4)
+        logger.epoch(record(epoch, **more), epochs=5, best=epoch == 4, to_go=(4 - epoch) * 61.0)
     first, *others = caplog.messages
     assert first == (
         "epoch 1/5  train loss 2.0000  test loss 1.9000  top-1 30.00 %  top-5 80.00 %  "
@@ -151,6 +167,24 @@ def test_curves_are_an_image_of_a_sane_size(tmp_path):
     assert panels[0] > 50 and panels[1] > 50 and panels[2] == 0
 
 
+def test_curves_join_the_epochs_with_a_validation(tmp_path):
+    """Of 80 epochs every fourth is measured; without gaps between them, which lines would need."""
+    flat = {"test_loss": 1.0, "test_acc1": 50.0, "train_loss": 2.0}
+    whole = [record(epoch, **flat) for epoch in range(80)]
+    some = [
+        r if i % 4 == 3 or i == 0 else {k: v for k, v in r.items() if not k.startswith("test_")}
+        for i, r in enumerate(whole)
+    ]
+
+    def blue(records) -> int:
+        draw_curves(records, tmp_path / "curves.png")
+        with Image.open(tmp_path / "curves.png") as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+        return int((pixels[..., 2] - pixels[..., 0] > 100).sum())
+
+    assert blue(some) >= 0.8 * blue(whole) > 100
+
+
 def test_curves_follow_the_records(tmp_path):
     """Another run looks different; what is missing or null leaves a gap, and is no error."""
     draw_curves([record(0), record(1)], tmp_path / "a.png")
@@ -165,7 +199,7 @@ def test_curves_follow_the_records(tmp_path):
 
 def test_per_class_table(tmp_path):
     correct, count = torch.tensor([2, 0, 0]), torch.tensor([3, 2, 0])
-    result = Evaluation(1.0, 40.0, None, 5, correct, count)
+    result = Evaluation(1.0, 40.0, None, 5, correct, count, count)
     names = ["amber", 'blue, "navy"', "crimson"]
     write_per_class(tmp_path / "per_class.csv", names, result)
     assert (tmp_path / "per_class.csv").read_text(encoding="utf-8").splitlines() == [
@@ -179,7 +213,7 @@ def test_per_class_table(tmp_path):
 
 def test_a_class_name_that_is_not_utf8(tmp_path):
     name = b"caf\xe9".decode("utf-8", "surrogateescape")
-    result = Evaluation(1.0, 40.0, None, 5, torch.tensor([2]), torch.tensor([3]))
+    result = Evaluation(1.0, 40.0, None, 5, *torch.tensor([[2], [3], [5]]))
     write_per_class(tmp_path / "per_class.csv", [name], result)
     assert r"caf\xe9,3,2,66.67" in (tmp_path / "per_class.csv").read_text(encoding="utf-8")
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import losses
 from config import LossOptions
-from errors import OptionError
 
 BATCH, CLASSES = 6, 4
 COUNTS = torch.tensor([10, 30, 5, 0])
@@ -30,9 +29,23 @@ SOFT = torch.tensor(
 )
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_jsd_is_timms(smoothing):
+    x = logits(rows=3 * BATCH).requires_grad_()
+    options = LossOptions(jsd_loss=True, smoothing=smoothing)
+    criterion = losses.build_criterion(options, num_classes=CLASSES, splits=3)
+    found = criterion(IMAGES, x, HARD.repeat(3))
+    expected = timm.loss.JsdCrossEntropy(3, smoothing=smoothing)(x, HARD.repeat(3))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, x)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def build(**options) -> nn.Module:
     options = {"smoothing": 0.0} | options
-    return losses.build_criterion(LossOptions(**options), num_classes=CLASSES, class_counts=COUNTS)
+    weighted = options.get("class_weights", "none") == "balanced"
+    weight = losses.balanced_weights(COUNTS) if weighted else None
+    return losses.build_criterion(LossOptions(**options), num_classes=CLASSES, weight=weight)
 
 
 def shares(target, smoothing: float) -> list[float]:
@@ -152,11 +165,34 @@ def test_balanced_weights_give_classes_equal_weight():
     weights = losses.balanced_weights(COUNTS)
     assert weights.tolist() == pytest.approx([1.5, 0.5, 3.0, 1.0])
     assert (weights * COUNTS)[:3].tolist() == pytest.approx([15.0] * 3)
-    for counts in (None, COUNTS[:2]):
-        with pytest.raises(OptionError, match="--class-weights"):
+
+
+def test_effective_weights_are_those_of_the_paper():
+    """Equation 2 as numbers, by the sum 1 + β + … + β^(n-1) of equation 1's proof."""
+    beta = 0.99
+    effective = [sum(beta**i for i in range(n)) for n in COUNTS.tolist() if n]
+    inverse = [1 / e for e in effective]
+    expected = [w * len(inverse) / sum(inverse) for w in inverse]
+    weights = losses.effective_weights(COUNTS, beta)
+    assert weights[COUNTS > 0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert weights[COUNTS == 0].tolist() == [1.0]
+    assert losses.effective_weights(COUNTS, 0.0).tolist() == [1.0] * CLASSES
+    # Towards 1 they are those of the inverse frequency, by another scale.
+    ratio = losses.effective_weights(COUNTS, 1 - 1e-9) / losses.balanced_weights(COUNTS)
+    assert ratio[COUNTS > 0].tolist() == pytest.approx([ratio[0].item()] * 3, rel=1e-5)
+
+
+def test_a_factor_of_all_class_weights_changes_no_loss():
+    for kind in ("ce", "bce", "focal", "quality-focal"):
+        options = LossOptions(loss=kind, smoothing=0.1)
+        one, ten = (
             losses.build_criterion(
-                LossOptions(class_weights="balanced"), num_classes=CLASSES, class_counts=counts
+                options, num_classes=CLASSES, weight=factor * losses.balanced_weights(COUNTS)
             )
+            for factor in (1, 10)
+        )
+        found = one(IMAGES, logits(), SOFT).item()
+        assert ten(IMAGES, logits(), SOFT).item() == pytest.approx(found, rel=1e-5)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -318,3 +354,58 @@ def test_distillation_in_half_precision():
     assert loss.dtype is torch.float32
     criterion.teacher.answers.data = rounded
     assert loss.item() == criterion(IMAGES, (x.float(), x.float()), SOFT).item()
+
+
+# --- several labels per image ---------------------------------------------------------------------
+
+
+def several(count: int = 6, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(count, classes, generator=generator)
+    return logits, (torch.rand(count, classes, generator=generator) < 0.4).float()
+
+
+@pytest.mark.parametrize("smoothing, factor", [(0.0, None), (0.2, 3.0)])
+def test_bce_of_several_labels(smoothing, factor):
+    logits, targets = several()
+    weight = None if factor is None else torch.full((5,), factor)
+    criterion = losses.build_criterion(
+        LossOptions(smoothing=smoothing), num_classes=5, multilabel=True, pos_weight=weight
+    )
+    p, t = logits.double().sigmoid(), targets.double() * (1 - smoothing) + smoothing / 2
+    wanted = -((factor or 1.0) * t * p.log() + (1 - t) * (1 - p).log()).mean()
+    torch.testing.assert_close(criterion(None, logits, targets).double(), wanted)
+    both = criterion(None, (logits, logits + 1), targets)
+    second = criterion(None, logits + 1, targets)
+    torch.testing.assert_close(both, (criterion(None, logits, targets) + second) / 2)
+
+
+def test_asymmetric_loss_is_that_of_its_paper():
+    """Equations 5 to 7 of arXiv:2009.14119, and with no focus and no margin plain BCE."""
+    logits, targets = several()
+    options = {"loss": "asl", "smoothing": 0.0}
+    criterion = losses.build_criterion(LossOptions(**options), num_classes=5, multilabel=True)
+    p = logits.double().sigmoid()
+    shifted = (p - 0.05).clamp(min=0)
+    positive, negative = (1 - p) * p.log(), shifted**4 * (1 - shifted).log()
+    wanted = -torch.where(targets > 0, positive, negative).sum(1).mean()
+    torch.testing.assert_close(criterion(None, logits, targets).double(), wanted)
+    plain = LossOptions(**options, asl_gamma_neg=0, asl_gamma_pos=0, asl_clip=0)
+    criterion = losses.build_criterion(plain, num_classes=5, multilabel=True)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    torch.testing.assert_close(criterion(None, logits, targets), 5 * bce)
+
+
+def test_distillation_of_several_labels():
+    logits, targets = several()
+    teacher = torch.nn.Identity()
+    for kind, tau in (("hard", 1.0), ("soft", 2.0)):
+        options = LossOptions(
+            smoothing=0, distillation_type=kind, distillation_alpha=1.0, distillation_tau=tau
+        )
+        criterion = losses.build_criterion(options, num_classes=5, multilabel=True, teacher=teacher)
+        found = criterion(logits + 1, logits, targets)
+        p, q = (logits.double() / tau).sigmoid(), ((logits + 1).double() / tau).sigmoid()
+        q = (q >= 0.5).double() if kind == "hard" else q
+        wanted = -(tau**2) * (q * p.log() + (1 - q) * (1 - p).log()).mean()
+        torch.testing.assert_close(found, wanted.float())

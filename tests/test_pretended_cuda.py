@@ -19,7 +19,7 @@ from augmentation.mixing import build_mixer
 from augmentation.preprocessing import Preprocessing
 from cait_models import CaiT
 from config import AugmentOptions, LossOptions
-from losses import build_criterion
+from losses import balanced_weights, build_criterion
 from optimization import guard
 from optimization.counts import Counts, RealCounts
 from optimization.meter import Meter
@@ -75,9 +75,11 @@ def build_loss(cuda: PretendedCuda, **values: Any) -> nn.Module:
         own = Preprocessing(24, 1.0, "bicubic", (0.4,) * 3, (0.2,) * 3)
         net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, CLASSES))
         teacher = cuda.place(ConvertedTeacher(net, SHAPE, own))
-    counts = torch.tensor([3, 1, 4, 1, 5])
+    weight = None
+    if options.class_weights == "balanced":
+        weight = balanced_weights(torch.tensor([3, 1, 4, 1, 5]))
     return cuda.place(
-        build_criterion(options, num_classes=CLASSES, class_counts=counts, teacher=teacher)
+        build_criterion(options, num_classes=CLASSES, weight=weight, teacher=teacher, splits=3)
     )
 
 
@@ -167,12 +169,19 @@ AUGMENTATIONS = [
     {"aa": "3a", "mixup_mode": "pair", "remode": "const"},
     {"ThreeAugment": True, "src": True, "cutmix_minmax": (0.2, 0.8), "vflip": 0.5},
     {"aa": None, "color_jitter": 0.4, "mixup": 0.0},
+    {
+        **{"aa": None, "color_jitter": (0.4, 0.2, 0.3, 0.1), "color_jitter_prob": 0.8},
+        **{"grayscale_prob": 0.3, "blur_prob": 0.5, "rotate": 30.0, "perspective": 0.4},
+        "train_interpolation": "random",
+    },
+    {"aa": "cifar10", "aug_splits": 3, "mixup": 0.0, "cutmix": 0.0, "rotate": 10.0},
 ]
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS, ids=str)
 def test_augmentation(cuda, augment):
-    train(cuda, linear(), augment=augment)
+    loss = {"jsd_loss": True, "smoothing": 0.1} if "aug_splits" in augment else {}
+    train(cuda, linear(), augment=augment, loss=loss)
 
 
 @pytest.mark.parametrize("mode", ["value", "agc"])

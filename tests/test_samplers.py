@@ -13,6 +13,7 @@ from samplers import (
     RASampler,
     SampleKey,
     ShuffleSampler,
+    UndersampleSampler,
     by_groups,
 )
 
@@ -80,7 +81,13 @@ def test_repeated_augmentation_has_three_copies_and_small_epochs():
 
 
 @pytest.mark.parametrize(
-    "make", [ShuffleSampler, RASampler, lambda n, **k: BalancedSampler([0, 1] * (n // 2), **k)]
+    "make",
+    [
+        ShuffleSampler,
+        RASampler,
+        lambda n, **k: BalancedSampler([0, 1] * (n // 2), **k),
+        lambda n, **k: UndersampleSampler([0] * (n - 9) + [1] * 9, **k),
+    ],
 )
 def test_seed_and_epoch_decide_the_order(make):
     first = make(40, seed=1).order(2)
@@ -105,6 +112,39 @@ def test_balanced_draws_classes_equally_and_images_equally_within():
     assert shares[[1, 3, 4]].sum() == 0
     rare = np.bincount(drawn, minlength=1000)[targets == 5]
     assert rare.min() > 800 and rare.max() < 1200
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(400) // 25], ids=["files", "shards"])
+def test_undersampling_draws_as_many_of_each_class_as_the_rarest_has(groups):
+    targets = np.array([0] * 300 + [2] * 88 + [5] * 12)
+    np.random.RandomState(0).shuffle(targets)
+    sampler = UndersampleSampler(targets, groups=groups)
+    assert sampler.num_samples == len(sampler) == 36
+    seen = np.zeros(400, int)
+    for epoch in range(200):
+        drawn = sampler.order(epoch).numpy()
+        assert len(set(drawn)) == 36
+        assert np.bincount(targets[drawn], minlength=6).tolist() == [12, 0, 12, 0, 0, 12]
+        seen[drawn] += 1
+    # All of the rarest each epoch, of the others each as often as the next: 8 ± 2.8 of class 0.
+    assert (seen[targets == 5] == 200).all()
+    for label, expected in ((0, 200 * 12 / 300), (2, 200 * 12 / 88)):
+        of_class = seen[targets == label]
+        assert of_class.mean() == expected and of_class.std() < 2 * expected**0.5
+        assert of_class.min() > 0
+
+
+def test_undersampling_mixes_the_classes_and_is_the_same_for_every_number_of_processes():
+    targets = np.repeat([0, 1, 2], [50, 20, 90])
+    order = UndersampleSampler(targets, seed=3).order(4)
+    places = np.argsort(targets[order], kind="stable").reshape(3, 20)
+    assert (abs(places.mean(1) - 29.5) < 12).all()  # no class comes first: the std is 3.1
+    for world in (1, 2, 4):
+        ranks = of_all_ranks(
+            lambda **k: UndersampleSampler(targets, seed=3, **k), world, epoch=4, start=8
+        )
+        dealt = [key.index for step in zip(*ranks, strict=True) for key in step]
+        assert dealt == order[8:].tolist()
 
 
 @examples

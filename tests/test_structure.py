@@ -176,7 +176,7 @@ IN_DOCUMENTS = re.compile(r"\b(?:house|room|door|story|chapter|deviation|judged?
 
 
 def texts() -> list[Path]:
-    suffixes = (".py", ".md", ".yaml", ".toml", ".html", ".txt")
+    suffixes = (".py", ".md", ".yaml", ".toml", ".html", ".txt", ".ipynb")
     found = [path.relative_to(ROOT) for suffix in suffixes for path in ROOT.rglob(f"*{suffix}")]
     return sorted(p for p in found if p.parts[0] != "output" and not p.parts[0].startswith("."))
 
@@ -258,4 +258,4 @@ def test_nothing_but_sources_and_documents_is_kept():
     if shown.returncode:
         pytest.skip("not a clone")
     kinds = {Path(name).suffix for name in shown.stdout.split("\0") if name}
-    assert kinds <= {"", ".py", ".md", ".txt", ".toml", ".yaml", ".json", ".png", ".html"}
+    assert kinds <= {"", ".py", ".md", ".txt", ".toml", ".yaml", ".json", ".png", ".html", ".ipynb"}

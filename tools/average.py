@@ -17,11 +17,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 import inference
-from checkpointing.files import load_checkpoint, named, save_checkpoint, weights_of
+from checkpointing.files import (
+    MULTILABEL,
+    load_checkpoint,
+    named,
+    save_checkpoint,
+    task_of,
+    weights_of,
+)
 from checkpointing.folder import checkpoints_in
+from config.metrics import metric_key
 from errors import CheckpointError, OptionError, UserError
 from outputs.console import say
 from tools.common import command, trained
+from tools.common.labels import is_multilabel
+from tools.multilabel.thresholds import best_thresholds
 
 Weights = Mapping[str, Tensor]
 
@@ -111,7 +121,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="the .pth file to write")
     parser.add_argument("--last", type=command.positive, help="the newest so many of the folder")
     parser.add_argument("--best", type=command.positive, help="the best so many of the folder")
-    parser.add_argument("--metric", default="test_acc1", help="what is best, a key of log.txt")
+    parser.add_argument(
+        "--metric",
+        type=metric_key,
+        help="what is best, a key of log.txt (default: test_acc1; multi-label: test_map)",
+    )
     parser.add_argument("--ema", action="store_true", help="average the moving averages")
     parser.add_argument(
         "--update-bn", action="store_true", help="gather batch-norm statistics from the images"
@@ -135,6 +149,8 @@ def _run(arguments: argparse.Namespace) -> None:
         _update_statistics(arguments, classifier, content)
     elif classifier and has_batch_norm(classifier.model):
         print("note: batch-norm statistics are means; --update-bn gathers them anew")
+    if classifier and is_multilabel(classifier):
+        _choose_thresholds(arguments, classifier, content)
     try:
         save_checkpoint(output, content)
     except OSError as error:
@@ -151,7 +167,33 @@ def _paths(arguments: argparse.Namespace) -> list[Path]:
     if len(arguments.inputs) > 1 or bool(arguments.last) == bool(arguments.best):
         raise UserError("of one folder, with --last K or --best K; or name checkpoints")
     count = arguments.last or arguments.best
-    return chosen(folders[0], count, best=arguments.metric if arguments.best else None)
+    return chosen(
+        folders[0], count, best=_metric(arguments, folders[0]) if arguments.best else None
+    )
+
+
+def _metric(arguments: argparse.Namespace, folder: Path) -> str:
+    """What is best: as asked, else what runs of this task go by."""
+    found = checkpoints_in(folder)
+    if arguments.metric or not found:
+        return arguments.metric or "test_acc1"
+    several = task_of(load_checkpoint(found[-1])) == MULTILABEL
+    return "test_map" if several else "test_acc1"
+
+
+def _choose_thresholds(
+    arguments: argparse.Namespace, classifier: inference.Classifier, content: dict[str, Any]
+) -> None:
+    """Choose thresholds on the validation images: those of the checkpoints are not the mean's."""
+    model = trained.on_device(classifier, content, arguments.device)
+    try:
+        loader = trained.loader(arguments, model)
+    except UserError as error:
+        if arguments.data_path or arguments.data_set:
+            raise
+        say(f"note: its thresholds are 0.5, for the run's images are not here ({error})")
+        return
+    content["thresholds"] = best_thresholds(model, loader)
 
 
 def _update_statistics(

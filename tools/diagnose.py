@@ -48,15 +48,20 @@ def diagnose(records: Sequence[Record]) -> list[TrainingProblem]:
     grave = _exploding(records) or _flat(records)
     if grave:
         return [grave]
+    # --val-interval leaves epochs without a test loss.
+    validated = [record for record in records if "test_loss" in record]
+    if len(validated) < 2:
+        return []
     rules = (_overfitting, _underfitting, _unfinished)
-    return [problem for rule in rules if (problem := rule(records))]
+    return [problem for rule in rules if (problem := rule(validated))]
 
 
 def _exploding(records: Sequence[Record]) -> TrainingProblem | None:
     advice = "lower --lr, lengthen --warmup-epochs, or add --clip-grad 1"
     losses = [_value(r, "train_loss") for r in records]
     for record, loss in zip(records, losses, strict=True):
-        if not math.isfinite(loss) or not math.isfinite(_value(record, "test_loss")):
+        test = _value(record, "test_loss") if "test_loss" in record else 0.0
+        if not math.isfinite(loss + test):
             return TrainingProblem("exploding", f"a loss of {_epoch(record)} is not finite", advice)
     best = losses[0]
     for record, loss in zip(records, losses, strict=True):
@@ -114,7 +119,7 @@ def _underfitting(records: Sequence[Record]) -> TrainingProblem | None:
     if last < UNDERFIT * first or test_last < UNDERFIT * test_first:
         return None
     evidence = (
-        f"in {len(records)} epochs the training loss went from {first:.4g} to {last:.4g}, "
+        f"in {records[-1]['epoch']} epochs the training loss went from {first:.4g} to {last:.4g}, "
         f"the test loss from {test_first:.4g} to {test_last:.4g}"
     )
     advice = "a higher --lr, more --epochs, a larger model, --pretrained, or weaker augmentation"
@@ -123,13 +128,14 @@ def _underfitting(records: Sequence[Record]) -> TrainingProblem | None:
 
 def _unfinished(records: Sequence[Record]) -> TrainingProblem | None:
     quarter = max(1, len(records) // 4)
-    before, last = (_value(r, "test_loss") for r in (records[-1 - quarter], records[-1]))
+    earlier, latest = records[-1 - quarter], records[-1]
+    before, last = _value(earlier, "test_loss"), _value(latest, "test_loss")
     fell = 1 - last / before if before > 0 else 0.0
     if fell < STILL_FALLING:
         return None
     evidence = (
         f"the test loss still fell from {before:.4g} to {last:.4g} ({-fell:+.0%}) "
-        f"in the last {quarter} epochs"
+        f"in the last {latest['epoch'] - earlier['epoch']} epochs"
     )
     return TrainingProblem("unfinished", evidence, "more --epochs")
 

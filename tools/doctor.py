@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 import engine
+from architectures.sizes import size_text
+from augmentation.protocol import RGB, Form
 from checkpointing.files import load_checkpoint, save_checkpoint
 from config import Config
 from distributed.processes import Processes
@@ -31,6 +33,7 @@ from errors import UserError
 from loggers import duration
 from outputs.console import say
 from pipeline import jpeg
+from pipeline.bands import decode_bands
 from pipeline.dataset import build_parts, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.loader import TooFewImagesError
@@ -48,6 +51,7 @@ from tools.common.timing import (
 from training.batch_size import out_of_memory_advice, probe, train_with_largest_batch
 from training.build import total_epochs
 from training.data import loader_settings, worker_batch_bytes
+from training.intervals import validations
 from training.outlook import few_images, large_images
 from training.plugins import import_plugins
 from training.resume import make_writable, output_folder, refuse_other_run
@@ -155,6 +159,7 @@ def check_data(run: PlannedRun) -> Iterator[str]:
     bad, seconds = [], []
     began = time.monotonic()
     parts = build_parts(run.config.data, seed=run.config.run.seed)
+    form = Form(run.config.model.in_chans, run.config.data.bit_depth)
     listed, images = time.monotonic() - began, sum(map(len, parts))
     for name, part in zip(("train", "val"), parts, strict=True):
         yield f"{name}: {len(part)} images, {len(part.classes)} classes"
@@ -162,7 +167,8 @@ def check_data(run: PlannedRun) -> Iterator[str]:
         for index in np.linspace(0, len(part) - 1, count).round().astype(int).tolist():
             began = time.monotonic()
             try:
-                decode(part.source.read(index)[0])
+                image = part.source.read(index)[0]
+                decode(image) if form == RGB else decode_bands(image, form)
             except (BadImageError, OSError) as error:
                 bad.append(f"{part.sample_id(index)}: {error}")
             seconds.append(time.monotonic() - began)
@@ -234,7 +240,9 @@ def check_evaluation(run: PlannedRun) -> Iterator[str]:
     result, run.evaluation_seconds = time_evaluation(run.tried or run.built_trial())
     if not result.count:
         raise UserError("no validation image could be read: python -m tools.data explore finds why")
-    yield f"{result.count} images, loss {result.loss:.3f}, top-1 {result.acc1:.1f} %"
+    scores = result.scores()
+    name, key = ("mAP", "map") if "map" in scores else ("top-1", "acc1")
+    yield f"{result.count} images, loss {result.loss:.3f}, {name} {scores[key]:.1f} %"
 
 
 def check_checkpoint(run: PlannedRun) -> Iterator[str]:
@@ -308,7 +316,8 @@ def check_time(run: PlannedRun) -> Iterator[str]:
     training = run.training.seconds * trial.data.updates_per_epoch(config)
     # The moving average is evaluated too.
     evaluation = run.evaluation_seconds * (2 if config.ema.model_ema else 1)
-    run.seconds = total_epochs(config) * (training + evaluation)
+    times = validations(config, 0, total_epochs(config))
+    run.seconds = total_epochs(config) * training + times * evaluation
     yield (
         f"about {duration(run.seconds)} for {total_epochs(config)} epochs in one process; an "
         f"epoch: training {duration(training)}, evaluation {duration(evaluation)}"
@@ -316,7 +325,7 @@ def check_time(run: PlannedRun) -> Iterator[str]:
     if config.model.unfreeze_at:
         yield "as if all that --unfreeze-at frees were trained from the start"
     if run.seconds > LONG:
-        ways = _ways_to_shorten(run, evaluation / (training + evaluation))
+        ways = _ways_to_shorten(run, times * evaluation / run.seconds)
         yield f"shorter by: {'; '.join(ways)}"
     advice = few_images(config, trial.data.train, trial.state.model, run.folder)
     if advice:
@@ -336,8 +345,10 @@ def _ways_to_shorten(run: PlannedRun, evaluation: float) -> Iterator[str]:
         yield "--compile"
     if config.ema.model_ema and evaluation > 0.2:
         yield "--no-model-ema (the average is evaluated too)"
+    if evaluation > 0.2 and config.run.epochs > 1:
+        yield f"a larger --val-interval than {config.run.val_interval}"
     yield f"fewer --epochs than {config.run.epochs}"
-    yield f"a smaller --model, or --input-size than {config.model.input_size}"
+    yield f"a smaller --model, or --input-size than {size_text(config.model.size)}"
 
 
 CHECKS: dict[str, Check] = {

@@ -17,24 +17,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 
-from cait_models import Class_Attention
+from augmentation.bands import composite
 from errors import OptionError, UserError
 from inference import Classifier
-from models import Attention
 from outputs.console import say
 from pipeline.decoding import BadImageError
-from tools.common import command, trained
+from tools.common import command, labels, trained
+from tools.common.attention import attention_layers, attention_map, layer_map
 from tools.common.page import Page
 
+ABOUT = "the class in question (default: the likeliest; multi-label: each that is there)"
 METHODS = ("auto", "rollout", "last", "grad-cam")
-SELF_ATTENTION = (Attention, TimmAttention)
 
 
 def heatmap(
-    classifier: Classifier, tensor: Tensor, class_index: int | None = None, method: str = "auto"
+    classifier: Classifier,
+    tensor: Tensor,
+    class_index: int | None = None,
+    method: str = "auto",
+    *,
+    layer: int | None = None,
+    head: int | None = None,
 ) -> Tensor:
     """Where the model looks on an image. Other threads may use the model meanwhile.
 
@@ -45,6 +50,8 @@ def heatmap(
         method: "rollout" follows attention through all layers, "last" takes the last layer's,
             "grad-cam" weighs the last feature map by its gradients. "auto" is Grad-CAM where a
             class is asked for, which attention doesn't show, or the model has none; else rollout.
+        layer: shows the attention of this one alone, counted from 0, whatever the ``method``.
+        head: shows this head of it, counted from 0, None for the mean of all.
 
     Returns:
         (H, W) float32 in 0..1 on the CPU, 0 everywhere where nothing stands out.
@@ -57,10 +64,12 @@ def heatmap(
     if parameter is None:
         raise UserError("only a checkpoint can be explained: an ONNX file hides what is inside")
     if method == "auto":
-        attends = class_index is None and bool(_attention_layers(model))
+        attends = class_index is None and bool(attention_layers(model))
         method = "rollout" if attends else "grad-cam"
     images = tensor[None].to(parameter.device)
-    if method == "grad-cam":
+    if layer is not None:
+        grid = layer_map(model, images, layer, head)
+    elif method == "grad-cam":
         grid = grad_cam(model, images, class_index)
     else:
         grid = attention_map(model, images, last=method == "last")
@@ -73,110 +82,6 @@ def _scaled(grid: Tensor) -> Tensor:
     """From the least to the greatest value as 0..1."""
     low, high = grid.min(), grid.max()
     return (grid - low) / (high - low) if high - low > 1e-12 else torch.zeros_like(grid)
-
-
-# --- attention ------------------------------------------------------------------------------------
-
-
-def attention_map(model: nn.Module, images: Tensor, *, last: bool = False) -> Tensor:
-    """Attention from the answer to the patches of one image (1, 3, H, W): (rows, columns).
-
-    Rollout (arXiv:2005.00928) multiplies the layers' attention, half of each being the identity for
-    the residual connection. In CaiT only the class-attention layers are followed, as in its paper.
-    """
-    layers = _attention_layers(model)
-    if not layers:
-        raise UserError(
-            f"{type(model).__name__} has no attention that can be followed: --method grad-cam"
-        )
-    with torch.no_grad(), recorded(layers) as weights:
-        model(images)
-    averages = [layer.mean(1)[0] for layer in weights]  # heads
-    if isinstance(layers[0], Class_Attention):
-        averages = [_with_silent_patches(row) for row in averages]
-        prefix = 1
-    else:
-        prefix = model.num_prefix_tokens
-    flow = averages[-1] if last else rollout(averages)
-    asked = flow[_read_by_heads(model, prefix)].mean(0)[prefix:]
-    return asked.unflatten(0, _grid(model, len(asked)))
-
-
-def _read_by_heads(model: nn.Module, prefix: int) -> slice:
-    """The tokens that the answer is made of: class and distillation, or the patches' mean."""
-    if getattr(model, "global_pool", "token") != "token":
-        return slice(prefix, None)
-    return slice(0, 2 if hasattr(model, "head_dist") else 1)
-
-
-def rollout(layers: Sequence[Tensor]) -> Tensor:
-    """(N, N) attention of each layer, heads averaged, to that of the last on the first's input."""
-    identity = torch.eye(len(layers[0]), dtype=layers[0].dtype, device=layers[0].device)
-    flow = identity
-    for attention in layers:
-        mixed = (attention + identity) / 2
-        flow = mixed / mixed.sum(-1, keepdim=True) @ flow
-    return flow
-
-
-def _with_silent_patches(row: Tensor) -> Tensor:
-    """(1, N) class attention as (N, N): in these layers the patches stay what they are."""
-    square = torch.eye(row.shape[1], dtype=row.dtype, device=row.device)
-    square[:1] = row
-    return square
-
-
-def _attention_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers between the patches and the answer, in order; class attention where there is."""
-    layers = [m for m in model.modules() if isinstance(m, Class_Attention)]
-    if layers or not hasattr(model, "num_prefix_tokens"):
-        return layers
-    return [m for m in model.modules() if isinstance(m, SELF_ATTENTION)]
-
-
-def _grid(model: nn.Module, count: int) -> tuple[int, int]:
-    embed = getattr(model, "patch_embed", None)
-    rows, columns = getattr(embed, "grid_size", None) or (0, 0)
-    if rows * columns != count:
-        raise UserError(f"{count} tokens of {type(model).__name__} are no grid of patches")
-    return rows, columns
-
-
-@contextmanager
-def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """A list that gets each layer's attention, (B, heads, queries, N), as the model runs.
-
-    The fused attention keeps its weights to itself: they are computed again from its input.
-    """
-    weights: list[Tensor] = []
-    caller = threading.get_ident()
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # A server's other threads may be using the same model.
-        if threading.get_ident() == caller:
-            weights.append(_attention(layer, inputs[0]))
-
-    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        yield weights
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _attention(layer: nn.Module, x: Tensor) -> Tensor:
-    """(B, N, D) tokens to (B, heads, queries, N) weights, as the layer computes them."""
-    if isinstance(layer, Class_Attention):
-        q, k = (
-            y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
-            for y in (layer.q(x[:, :1]), layer.k(x))
-        )
-    else:
-        qkv = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1))
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if isinstance(layer, TimmAttention):
-        q, k = layer.q_norm(q), layer.k_norm(k)
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 # --- Grad-CAM -------------------------------------------------------------------------------------
@@ -196,7 +101,7 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
     """
     # Frozen weights must not end the graph before the feature map.
     images = images.detach().clone().requires_grad_(True)
-    layers, inner = _attention_layers(model), [m for m in model.modules() if m is not model]
+    layers, inner = attention_layers(model), [m for m in model.modules() if m is not model]
     with torch.enable_grad():
         if layers:
             with _kept(layers[-1:], lambda inputs, output: inputs[:1]) as found:
@@ -205,7 +110,9 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
             logits, found = _from_features(model, inner, images)
         else:
             with _kept(
-                inner, lambda inputs, output: filter(_is_map, [output]), after=True
+                inner,
+                lambda inputs, output: [output] if _is_map(output, images) else [],
+                after=True,
             ) as found:
                 logits = model(images)
     index = int(logits[0].argmax()) if class_index is None else class_index
@@ -215,12 +122,12 @@ def grad_cam(model: nn.Module, images: Tensor, class_index: int | None = None) -
         )[0]
         if gradient is None:
             continue
-        gradient = _channels_first(gradient, model)
+        gradient = _channels_first(gradient, model, images)
         if not layers:
             if features.ndim == 3 and not gradient.any():
                 continue  # from here on the class token alone is read
             gradient = gradient.mean((1, 2), keepdim=True)
-        return (gradient * _channels_first(features.detach(), model)).sum(0).relu()
+        return (gradient * _channels_first(features.detach(), model, images)).sum(0).relu()
     raise UserError(f"{type(model).__name__} has no feature map that Grad-CAM could look at")
 
 
@@ -233,7 +140,9 @@ def _from_features(
     comes from patches that went into a norm before, as the sum of all blocks so far.
     """
     inner = [layer for layer in inner if isinstance(layer, nn.LayerNorm)] or inner
-    with _kept(inner, lambda inputs, output: [x for x in inputs if _is_patches(x, model)]) as found:
+    with _kept(
+        inner, lambda inputs, output: [x for x in inputs if _is_patches(x, model, images)]
+    ) as found:
         features = model.forward_features(images)
     if not isinstance(features, Tensor):
         raise UserError(f"{type(model).__name__} has more than one feature map: Grad-CAM takes one")
@@ -244,9 +153,9 @@ def _from_features(
         raise UserError(f"the answer of {type(model).__name__} isn't read from its features alone")
     if features.ndim == 4:
         return logits, [features]
-    if _is_patches(features, model):
+    if _is_patches(features, model, images):
         [gradient] = torch.autograd.grad(logits.square().sum(), features, retain_graph=True)
-        if _channels_first(gradient, model).any():
+        if _channels_first(gradient, model, images).any():
             # Attention has spread over all of them what one of them saw.
             raise UserError(
                 f"the answer of {type(model).__name__} is the mean of patches that have seen each "
@@ -283,46 +192,57 @@ def _kept(
             hook.remove()
 
 
-def _is_map(output: object) -> bool:
-    """Whether it is (1, C, h, w) or (1, h, w, C), of more than one place; images are square.
+def _is_grid(rows: int, columns: int, images: Tensor) -> bool:
+    """Whether so many places can be those of ``images`` (B, C, H, W): more than one, in about the
+    same proportions."""
+    height, width = images.shape[-2:]
+    return rows * columns > 1 and abs(rows * width / height - columns) < max(1, width / height)
+
+
+def _is_map(output: object, images: Tensor) -> bool:
+    """Whether it is (1, C, h, w) or (1, h, w, C), of places of ``images``.
 
     The weights of attention, (1, heads, N, N), have this form as well: their rows are shares.
     """
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.requires_grad:
         return False
     _, first, second, third = output.shape
-    if not (second == third > 1 or first == second > 1):
+    if not (_is_grid(second, third, images) or _is_grid(first, second, images)):
         return False
     rows = output.detach().sum(-1)
     return not (torch.allclose(rows, torch.ones_like(rows), atol=1e-3) and (output >= 0).all())
 
 
-def _is_patches(x: object, model: nn.Module) -> bool:
-    """Whether it is (1, N, D), of a square grid of patches with at most a few tokens before."""
+def _is_patches(x: object, model: nn.Module, images: Tensor) -> bool:
+    """Whether it is (1, N, D), of a grid of patches of ``images`` with a few tokens before."""
     is_tokens = isinstance(x, Tensor) and x.ndim == 3 and len(x) == 1 and x.requires_grad
-    return is_tokens and _tokens_before(x.shape[1], model) is not None
+    return is_tokens and _patches_in(x.shape[1], model, images) is not None
 
 
-def _tokens_before(count: int, model: nn.Module) -> int | None:
-    """How many of ``count`` tokens come before a square of patches; None where there is none."""
+def _patches_in(count: int, model: nn.Module, images: Tensor) -> tuple[int, int, int] | None:
+    """How many of ``count`` tokens come before a grid of patches, its rows and columns; None where
+    there is none."""
     known = getattr(model, "num_prefix_tokens", None)
+    height, width = images.shape[-2:]
     for prefix in range(3) if known is None else (known,):
-        side = math.isqrt(max(0, count - prefix))
-        if side > 1 and side**2 == count - prefix:
-            return prefix
+        patches = max(0, count - prefix)
+        exact = math.sqrt(patches * height / width)
+        for rows in {round(exact), math.floor(exact), math.ceil(exact)} - {0}:
+            if patches % rows == 0 and _is_grid(rows, patches // rows, images):
+                return prefix, rows, patches // rows
     return None
 
 
-def _channels_first(x: Tensor, model: nn.Module) -> Tensor:
+def _channels_first(x: Tensor, model: nn.Module, images: Tensor) -> Tensor:
     """A feature map or tokens of one image as (C, rows, columns)."""
     if x.ndim == 4:
-        last = getattr(model, "output_fmt", "") == "NHWC" or x.shape[2] != x.shape[3]
+        last = getattr(model, "output_fmt", "") == "NHWC" or not _is_grid(*x.shape[2:], images)
         return x[0].permute(2, 0, 1) if last else x[0]
-    prefix = _tokens_before(x.shape[1], model)
-    if prefix is None:
-        raise UserError(f"{x.shape[1]} tokens of {type(model).__name__} are no square of patches")
-    patches = x[0, prefix:]
-    return patches.T.unflatten(1, (math.isqrt(len(patches)), -1))
+    found = _patches_in(x.shape[1], model, images)
+    if found is None:
+        raise UserError(f"{x.shape[1]} tokens of {type(model).__name__} are no grid of patches")
+    prefix, *grid = found
+    return x[0, prefix:].T.unflatten(1, grid)
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -340,10 +260,13 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def seen(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The part of an image that the model sees: a normalised (3, H, W) tensor back as RGB."""
-    pixels = tensor * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    """The part of an image that the model sees: a normalised (C, H, W) tensor back as RGB; of
+    other bands than grey and colours what ``composite`` shows."""
+    pixels = tensor * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    pixels = pixels.clamp(0, 1)
+    if len(pixels) in (1, 3):
+        pixels = (pixels * 255).round().to(torch.uint8)
+    return composite(pixels.numpy())
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -356,12 +279,30 @@ def get_parser() -> argparse.ArgumentParser:
         "inputs", nargs="+", help="images, folders, quoted patterns, CSV files, or -"
     )
     parser.add_argument("--method", choices=METHODS, default="auto")
-    parser.add_argument("--class", dest="name", help="the class in question (default: likeliest)")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        help="attention of this layer, from 0 (CaiT: class attention last)",
+    )
+    parser.add_argument("--head", type=int, help="--layer: this head, from 0 (default: their mean)")
+    parser.add_argument("--class", dest="name", help=ABOUT)
     parser.add_argument("--output", type=Path, default=Path("explanations"), help="folder")
     return parser
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise OptionError for options that contradict each other."""
+    if arguments.head is not None and arguments.layer is None:
+        raise OptionError("head", "is one of a layer: add --layer L")
+    if arguments.layer is not None:
+        if arguments.method != "auto":
+            raise OptionError("layer", f"contradicts --method {arguments.method}: leave one out")
+        if arguments.name is not None:
+            raise OptionError("layer", "attention is the same for all classes: leave out --class")
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     model = trained.open_model(arguments)
     classifier = model.classifier
     index = None
@@ -379,20 +320,54 @@ def _run(arguments: argparse.Namespace) -> int:
             say(f"{path}: {error}", error=True)
             unreadable += 1
             continue
-        heat = heatmap(classifier, tensor, index, arguments.method)
         image = seen(tensor, *_normalisation(model))
         # Small inputs are drawn large enough to be looked at.
-        image = image.resize([max(224, side) for side in image.size], Image.Resampling.NEAREST)
-        drawn = overlay(image, heat)
-        answer = trained.probabilities(classifier.model, tensor[None].to(model.device))[0]
-        shown = int(answer.argmax()) if index is None else index
-        caption = f"{Path(path).name}: {classifier.class_names[shown]} {100 * answer[shown]:.1f} %"
-        _save(drawn, arguments.output / f"{number:04d}-{Path(path).stem}.png")
-        page.image(image, caption, width=224)
-        page.image(drawn, caption, width=224)
+        factor = max(1, 224 / max(image.size))
+        image = image.resize(
+            [round(factor * side) for side in image.size], Image.Resampling.NEAREST
+        )
+        answer = trained.probabilities(classifier, tensor[None].to(model.device))[0].cpu()
+        asked = _asked(classifier, arguments, index, answer)
+        page.image(image, _caption(classifier, path, asked[0], answer), width=224)
+        for place, about in enumerate(asked, start=1):
+            heat = heatmap(
+                classifier,
+                tensor,
+                about,
+                arguments.method,
+                layer=arguments.layer,
+                head=arguments.head,
+            )
+            drawn = overlay(image, heat)
+            end = f"-{place}" if len(asked) > 1 else ""
+            _save(drawn, arguments.output / f"{number:04d}-{Path(path).stem}{end}.png")
+            page.image(drawn, _caption(classifier, path, about, answer), width=224)
     page.write(arguments.output / "explain.html")
     say(f"explanations: {arguments.output / 'explain.html'}")
     return trained.SOME_UNREADABLE if unreadable else 0
+
+
+def _asked(
+    classifier: Classifier, arguments: argparse.Namespace, index: int | None, answer: Tensor
+) -> Sequence[int | None]:
+    """The classes to draw a map for; None: the likeliest, or all alike.
+
+    Of a multi-label model each label that is there has its own, where the method goes by class.
+    """
+    by_class = arguments.layer is None and arguments.method in ("auto", "grad-cam")
+    if index is not None or not by_class or not labels.is_multilabel(classifier):
+        return [index]
+    found = labels.found(answer.numpy(), labels.thresholds_of(classifier)).tolist()
+    return found or [int(answer.argmax())]
+
+
+def _caption(classifier: Classifier, path: str, about: int | None, answer: Tensor) -> str:
+    index = int(answer.argmax()) if about is None else about
+    caption = f"{Path(path).name}: {classifier.class_names[index]} {100 * answer[index]:.1f} %"
+    if labels.is_multilabel(classifier):
+        threshold = labels.thresholds_of(classifier)[index]
+        caption += "" if answer[index] >= threshold else f", below its {100 * threshold:.1f} %"
+    return caption
 
 
 def _normalisation(model: trained.Trained) -> tuple[Sequence[float], Sequence[float]]:

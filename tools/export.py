@@ -20,15 +20,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 import inference
+from augmentation.preprocessing import Preprocessing
 from checkpointing.digest import save_safetensors
 from errors import OptionError, UserError
 from loggers import CURVES_FILE
 from outputs.console import say
 from outputs.files import as_os_error
 from tools.common import command, trained
+from tools.common.labels import is_multilabel
 from tools.common.onnx_files import INPUT, reason_of, save_onnx, to_onnx
 from tools.hub import card, folder, push
 
@@ -44,7 +47,7 @@ class Images(NamedTuple):
     images: Tensor
     """(N, 3, H, W) as the model takes them."""
     targets: Tensor | None
-    """(N,), None for noise."""
+    """(N,), or (N, C) of 0 and 1 of a multi-label set; None for noise."""
 
 
 class Row(NamedTuple):
@@ -59,7 +62,7 @@ class Row(NamedTuple):
     difference: float
     """Largest difference of a logit from the model's."""
     accuracy: float | None
-    """Top-1, share of 1; None without labels."""
+    """Top-1, or mean average precision of a multi-label set, share of 1; None without labels."""
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -174,9 +177,7 @@ def compare(
 ) -> Row:
     """``model``, from the file ``path``, beside the ``wanted`` (N, C) logits."""
     logits = answers(model, images.images)
-    accuracy = None
-    if images.targets is not None:
-        accuracy = float((logits.argmax(1) == images.targets).float().mean())
+    accuracy = None if images.targets is None else _accuracy(logits, images.targets)
     difference = float((logits - wanted).abs().max())
     return Row(
         format,
@@ -186,6 +187,17 @@ def compare(
         difference,
         accuracy,
     )
+
+
+def _accuracy(logits: Tensor, targets: Tensor) -> float | None:
+    """Top-1, or mean average precision where an image has any number of labels; None where none has
+    one."""
+    if targets.ndim == 1:
+        return float((logits.argmax(1) == targets).float().mean())
+    there = (targets > 0).any(0)
+    if not there.any():
+        return None
+    return float(average_precision_score(targets[:, there], logits[:, there]))
 
 
 def _size(path: Path, model: Callable[[Tensor], Tensor]) -> int:
@@ -323,7 +335,8 @@ def _run(arguments: argparse.Namespace) -> None:
     metadata = inference.metadata_of(model.content)
     bare = model.classifier.model
     wanted = answers(bare, images.images)
-    print(f"{'format':<14}{'MiB':>8}{'ms/image':>12}{'difference':>12}{'top-1':>9}  file")
+    measure = "mAP" if is_multilabel(model.classifier) else "top-1"
+    print(f"{'format':<14}{'MiB':>8}{'ms/image':>12}{'difference':>12}{measure:>9}  file")
     say(_shown(compare("checkpoint", Path(arguments.model), bare, images, wanted)))
     stem = output / source.name
     writers = {**WRITERS, HUB: folder.writer(_run_of(arguments, model, source), arguments.push)}
@@ -364,9 +377,10 @@ def _images(arguments: argparse.Namespace, model: trained.Trained) -> Images:
         if arguments.data_path or arguments.data_set:
             raise
         say(f"note: compared on noise, for the run's images are not here ({error})")
-        side = model.content["preprocessing"]["input_size"]
+        preprocessing = Preprocessing.from_dict(model.content["preprocessing"])
+        shape = preprocessing.channels, *preprocessing.size
         generator = torch.Generator().manual_seed(0)
-        return Images(torch.randn(_TIMED, 3, side, side, generator=generator), None)
+        return Images(torch.randn(_TIMED, *shape, generator=generator), None)
     count = len(loader.dataset)
     # Spread over the set, which is in order of the classes.
     chosen = np.linspace(0, count - 1, min(arguments.images, count)).astype(int)
@@ -376,7 +390,7 @@ def _images(arguments: argparse.Namespace, model: trained.Trained) -> Images:
         raise UserError(f"no image could be read: {samples[0].bad[0]}")
     return Images(
         torch.stack([sample.image for sample in good]),
-        torch.tensor([sample.target for sample in good]),
+        torch.from_numpy(np.array([sample.target for sample in good])),
     )
 
 

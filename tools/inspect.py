@@ -188,6 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
     lines = [*_lines(found), *(_table(table) if arguments.layers else ())]
     for line in (*lines, *(_flow_table(flow) if flow else ())):
         say(line)
+    if flow:
         say(f"gradients: {arguments.gradients}")
 
 

@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import engine
+from checkpointing.files import MULTILABEL
 from config import Config
 from errors import UserError
+from optimization.multilabel import MultiLabelEvaluation
 from pipeline.dataset import Batch
+from pipeline.sources.base import Target
 from tools.common import command
 from tools.common.stage import Rates, Trial, single_process
 from training.run import overfitting
@@ -41,7 +45,7 @@ class Outcome:
     """That of the last one; NaN where a loss or gradient was not finite."""
     updates: int
     accuracy: float
-    """On the same images, %, as evaluation has it."""
+    """On the same images, %, as evaluation has it; of several labels micro F1."""
     moved: float
     """How far the weights went, as a share of their norm."""
     trainable: float
@@ -103,13 +107,19 @@ def memorise(trial: Trial, updates: int) -> Outcome:
 
 def _accuracy(trial: Trial) -> float:
     loader = trial.data.val_loader
-    return engine.evaluate(
+    result = engine.evaluate(
         trial.state.model,
         loader,
         trial.settings,
         num_classes=len(trial.data.class_names),
         batch_size=loader.batch_size,
-    ).acc1
+        counts=trial.counts(),
+    )
+    if not isinstance(result, MultiLabelEvaluation):
+        return result.acc1
+    # Also where no image has a label, which leaves no F1.
+    wrong = np.abs(result.positives - result.hits) + np.abs(result.answers - result.hits)
+    return result.scores()["micro_f1"] if wrong.any() else 100.0
 
 
 def _distance(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
@@ -143,7 +153,7 @@ def data_problems(trial: Trial) -> Iterator[str]:
         yield from _contradictions(images, targets)
     source, changing = trial.data.train.source, []
     for index in range(len(source)):
-        labels = {source.read(index)[1] for _ in range(READS)}
+        labels = {_comparable(source.read(index)[1]) for _ in range(READS)}
         if len(labels) > 1:
             changing.append((trial.data.train.sample_id(index), sorted(labels)))
     if changing:
@@ -154,11 +164,16 @@ def data_problems(trial: Trial) -> Iterator[str]:
         )
 
 
+def _comparable(target: Target) -> int | tuple[int, ...]:
+    """The class of an image, or which classes it has."""
+    return target if isinstance(target, int) else tuple(np.asarray(target, int).tolist())
+
+
 def _contradictions(images: torch.Tensor, targets: torch.Tensor) -> Iterator[str]:
     """Images that are equal but for their labels."""
-    groups: dict[bytes, set[int]] = {}
-    for image, target in zip(images, targets.tolist(), strict=True):
-        groups.setdefault(image.numpy().tobytes(), set()).add(target)
+    groups: dict[bytes, set[bytes]] = {}
+    for image, target in zip(images, targets, strict=True):
+        groups.setdefault(image.numpy().tobytes(), set()).add(target.numpy().tobytes())
     torn = sum(len(labels) > 1 for labels in groups.values())
     if torn:
         yield (
@@ -171,8 +186,10 @@ def changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what is suspected, options that take it out) for each part that can be exchanged."""
     if config.model.freeze or config.model.attn_only:
         yield "frozen model", {"freeze": (), "unfreeze_at": (), "attn_only": False}
+    several = config.data.task == MULTILABEL
     plain = {
-        "loss": "ce",
+        "loss": "bce" if several else "ce",
+        "pos_weight": "",
         "bce_loss": False,
         "cosub": False,
         "class_weights": "none",

@@ -64,6 +64,8 @@ def recipe_terms(config: Config, device: torch.device) -> dict[str, str]:
             continue
         if name in _FILES and value not in ("", "auto", "timm"):
             shown = "a file"
+        elif name == "albumentations" and value:
+            shown = _file_text(value)
         elif name == "plugin":
             shown = ", ".join(map(_plugin_text, config.run.plugin)) or "none"
         elif name == "device":
@@ -83,9 +85,12 @@ def _release(version: str, numbers: int) -> str:
 
 
 def _plugin_text(name: str) -> str:
-    """A plug-in by its name and content: it may lie elsewhere on another machine."""
-    if not name.endswith(".py"):
-        return name
+    """A plug-in by its name and, of a file, its content."""
+    return _file_text(name) if name.endswith(".py") else name
+
+
+def _file_text(name: str) -> str:
+    """A file by its name and content: it may lie elsewhere on another machine."""
     path = Path(name).expanduser()
     return f"{path.name} ({_content(path)})"
 

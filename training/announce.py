@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 
+from architectures.sizes import size_text
 from checkpointing.folder import BEST, checkpoints_in
-from config import FITTED, Config, unused
+from config import FITTED, Config, stages, unused
 from loggers import CURVES_FILE, LOG_FILE
+from outputs.message_log import RUN_LOG
 from pipeline.dataset import summarise_classes
 from training.bad_images import BAD_IMAGES_FILE
 from training.build import Parts, effective_batch, total_epochs
+from training.data import Data
 from training.ending import way_on
 from training.outlook import few_images, large_images
 from training.saving import Saver
@@ -25,27 +28,18 @@ def announce_start(parts: Parts, folder: Path) -> None:
     """Say what is about to be trained on what, and how."""
     config, data, summary = parts.config, parts.data, parts.summary
     trainable = sum(p.numel() for p in parts.state.model.parameters() if p.requires_grad)
-    side = config.model.input_size
     log.info(
         "model    %s: %.2f M parameters (%.2f M trainable), %.2f GMACs at %d×%d",
         config.model.model,
         summary.parameters / 1e6,
         trainable / 1e6,
         summary.macs / 1e9,
-        side,
-        side,
+        *config.model.size,
     )
-    log.info(
-        "data     %s: %d training and %d validation images, %d classes",
-        config.data.data_set,
-        len(data.train),
-        len(data.val),
-        len(data.class_names),
-    )
-    _, lines = summarise_classes(data.train)
-    for line in lines:
-        warning = line.removeprefix("warning: ")
-        log.log(logging.INFO if warning == line else logging.WARNING, "         %s", warning)
+    if phases := stages(config.model.train_sizes):
+        words = (f"{size_text(size)} from epoch {epoch + 1}" for epoch, size in phases)
+        log.info("sizes    training images of %s", ", ".join(words))
+    _announce_images(config, data)
     log.info("input    %s", data.source_description(parts.device))
     batch = effective_batch(config, parts.processes)
     rule = "as given" if config.optim.unscale_lr else f"{config.optim.lr:g} × {batch} / 512"
@@ -83,21 +77,43 @@ def announce_start(parts: Parts, folder: Path) -> None:
             log.info("time     is said after the first steps")
 
 
+def _announce_images(config: Config, data: Data) -> None:
+    """Say what is trained and validated on, and what of it an epoch has."""
+    log.info(
+        "data     %s: %d training and %d validation images, %d classes",
+        config.data.data_set,
+        len(data.train),
+        len(data.val),
+        len(data.class_names),
+    )
+    _, lines = summarise_classes(data.train)
+    for line in lines:
+        warning = line.removeprefix("warning: ")
+        log.log(logging.INFO if warning == line else logging.WARNING, "         %s", warning)
+    if data.sampler.num_samples != len(data.train):
+        log.info(
+            "         an epoch has %d of these images: --sampler %s",
+            data.sampler.num_samples,
+            config.data.sampler,
+        )
+
+
 def announce_interruption(
-    config: Config, folder: Path, saver: Saver, signal: int | None, *, lost: bool = False
+    config: Config, folder: Path, saver: Saver, signal: int, *, lost: bool = False
 ) -> int:
     """Say where the run stopped and how to go on; returns the exit code.
 
     ``lost``: where it stood was not to be saved.
     """
+    why = f"stopped by signal {signal}" if signal else f"--stop-after {config.run.stop_after:g}"
     if lost or saver.writer.error:
-        log.error("stopped by signal %d; where it stood could NOT be saved", signal)
+        log.error("%s; where it stood could NOT be saved", why)
         return _without_the_last(config, folder)
     if saver.writer.lacks_best:
         log.error("%s could NOT be written: it lacks the best epoch", folder / BEST)
-    log.info("stopped by signal %d; saved %s", signal, saver.writer.saved)
+    log.info("%s; saved %s", why, saver.writer.saved)
     log.info("go on with: %s", _command(config, "--resume", str(saver.writer.saved)))
-    return 128 + (signal or 0)
+    return 128 + signal if signal else 0
 
 
 def announce_end(parts: Parts, folder: Path, saver: Saver, bad_images: int) -> int:
@@ -125,7 +141,7 @@ def announce_end(parts: Parts, folder: Path, saver: Saver, bad_images: int) -> i
         if config.log.tensorboard
         else ""
     )
-    log.info("logs     %s%s", folder / LOG_FILE, tensorboard)
+    log.info("logs     %s, %s%s", folder / LOG_FILE, RUN_LOG, tensorboard)
     if progress.epoch < total_epochs(config) and config.run.stop_at_epoch:
         log.info("next     %s", _command(config, "--resume", str(saver.writer.saved)))
     else:

@@ -3,6 +3,7 @@
 import contextlib
 
 from architectures.hub import HUB, unasked
+from architectures.library_model import TRANSFORMERS
 from checkpointing.published import is_published
 from config import CHECKPOINT, Config
 
@@ -13,7 +14,7 @@ def asked_only(config: Config) -> contextlib.AbstractContextManager[None]:
     found = [
         name
         for option, name in names.items()
-        if name.startswith(HUB) and config.origin[option] == CHECKPOINT
+        if name.startswith((HUB, TRANSFORMERS)) and config.origin[option] == CHECKPOINT
     ]
     if is_published(config.run.resume):  # whose name is the model's
         found = []

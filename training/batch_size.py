@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from architectures.sizes import size_text
 from checkpointing.folder import holds_run
 from config import Config
 from distributed.processes import Processes, any_process
@@ -114,9 +115,10 @@ def probe(parts: Parts) -> None:
 def rehearse(parts: Parts) -> None:
     """A forward and backward pass on grey images, to see whether they fit; changes nothing."""
     state, criterion, settings = parts.state, parts.criterion, parts.settings
-    classes, side = len(parts.data.class_names), settings.input_size
-    images = settings.place(torch.zeros(settings.batch_size, 3, side, side))
-    targets = torch.full((settings.batch_size, classes), 1 / classes, device=settings.device)
+    classes = len(parts.data.class_names)
+    batch = settings.batch_size * max(1, parts.config.augment.aug_splits)
+    images = settings.place(torch.zeros(batch, settings.in_chans, *settings.size))
+    targets = torch.full((batch, classes), 1 / classes, device=settings.device)
     kept = [(b, b.clone()) for b in state.model.buffers()]
     set_mode(state.model, state.model, settings.train_mode)
     try:
@@ -135,12 +137,13 @@ def refuse_single_images(parts: Parts) -> None:
     """Raise OptionError if the model can't be trained on one image at a time, for want of batch
     statistics; changes nothing."""
     settings, model = parts.settings, parts.state.model
-    alone = settings.batch_size == 1 and settings.train_mode and parts.criterion.copies == 1
+    images = settings.batch_size * parts.criterion.copies * max(1, parts.config.augment.aug_splits)
+    alone = images == 1 and settings.train_mode
     # Statistics of all processes have several images.
     shared = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
     if not alone or shared:
         return
-    image = settings.place(torch.zeros(1, 3, settings.input_size, settings.input_size))
+    image = settings.place(torch.zeros(1, settings.in_chans, *settings.size))
     kept = [(b, b.clone()) for b in model.buffers()]
     set_mode(model, model, True)
     try:
@@ -152,7 +155,7 @@ def refuse_single_images(parts: Parts) -> None:
         raise OptionError(
             "batch_size",
             "1 image has no batch statistics for the batch norm of "
-            f"{parts.config.model.model} at {settings.input_size} pixels: 2 or more",
+            f"{parts.config.model.model} at {size_text(settings.size)} pixels: 2 or more",
         ) from None
     finally:
         for buffer, before in kept:
@@ -191,7 +194,7 @@ def what_helps(config: Config, device: torch.device) -> str:
     if config.optim.amp == "off" or device.type == "cpu":
         ways.append("--amp bf16")
     else:
-        ways.append(f"a smaller --input-size than {config.model.input_size}")
+        ways.append(f"a smaller --input-size than {size_text(config.model.size)}")
     return (
         f"out of memory on {device} with --batch-size {batch}{peak}. Any of: {'; '.join(ways)}. "
         "With --resume auto the run goes on from its last checkpoint"

@@ -1,6 +1,7 @@
 """From options to objects: model, criterion, and the state that training changes."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,16 +16,19 @@ import losses
 import models
 import teachers
 import utils
+from architectures.dynamic_size import keywords_for_other_sizes, take_other_sizes
 from architectures.hub import described
 from architectures.memory_format import to_channels_last, wants_channels_last
 from architectures.summary import ModelSummary
 from architectures.talking_heads import Choice, set_path
+from architectures.variant import Variant
 from architectures.weights import PartialWeightsError, load_pretrained_weights
 from augmentation.mixing import Mixer
-from augmentation.preprocessing import Preprocessing
+from augmentation.preprocessing import Preprocessing, per_channel
 from cait_models import Attention_talking_head
 from checkpointing.files import weights_of
-from config import CHECKPOINT, DEFAULT, MODEL, Config
+from checkpointing.variants import variant_of
+from config import CHECKPOINT, DEFAULT, MODEL, Config, is_multilabel
 from distributed.batch_norm import synchronise_batch_norm
 from distributed.processes import Processes
 from distributed.wrapping import replicate, shard
@@ -32,14 +36,18 @@ from errors import CheckpointError, OptionError
 from inference import read_content
 from optimization.ema import ModelEma
 from optimization.freezing import Freezer
+from optimization.groups import classifier_parameters
+from optimization.lora import add_adapters
 from optimization.optimizer import build_optimizer, scaled_lr
 from optimization.schedule import build_schedule
 from optimization.state import Progress, TrainState
 from outputs.files import Outputs
 from pipeline.sources.registry import default_normalization
+from training.class_weights import announce_weights, class_weights
 from training.data import Data
-from training.image_options import evaluation_crop_ratio, three_values
+from training.image_options import evaluation_crop_ratio
 from training.peaks import device_peak
+from training.positive_weights import announce_positive_weights, positive_weights
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +70,13 @@ class Parts:
     outputs: Outputs = field(default_factory=Outputs)
     hub_config: dict[str, Any] | None = None
     """Of a model from one of timm's sources: ``architectures.hub.description``."""
+    summaries: dict[tuple[int, int], ModelSummary] = field(default_factory=dict)
+    """The model's by the size of its images, of all that it is to see."""
+
+    @property
+    def mixer_now(self) -> Mixer | None:
+        """What mixes the epoch under way; None where nothing is mixed, or no longer."""
+        return self.mixer and self.mixer.in_epoch(self.state.progress.epoch)
 
 
 def _channels_last(config: Config, model: nn.Module) -> bool:
@@ -85,16 +100,22 @@ def build_model(
             options.model,
             num_classes,
             input_size=options.input_size,
+            in_chans=options.in_chans,
             drop=options.drop,
             drop_path=options.drop_path,
             drop_block=options.drop_block,
             pretrained=options.pretrained and resumed is None,
             grad_checkpointing=options.grad_checkpointing,
             required=config.explicit(),
+            variant=_variant(config, num_classes),
         )
+    if options.train_sizes:
+        take_other_sizes(model)
     choose_talking_heads(model, options.talking_heads)
     if options.finetune and resumed is None:
         _start_from(model, options.finetune, options.allow_partial, evaluate=config.run.eval)
+    if not config.run.eval:
+        _prepare_training(config, model, resumed is None)
     if config.dist.sync_bn and dist.is_initialized() and not config.run.eval:
         model = synchronise_batch_norm(model, device)
     if not config.dist.fsdp or config.run.eval:
@@ -105,6 +126,31 @@ def build_model(
     return model, _preprocessing(config, model, resumed or {})
 
 
+def _variant(config: Config, num_classes: int) -> Variant:
+    """The form that is asked for, able to take images of other sizes where ``--train-sizes`` has
+    them."""
+    variant, options = variant_of(config.flat()), config.model
+    if not options.train_sizes or config.run.eval:
+        return variant
+    more = keywords_for_other_sizes(models.resolve_name(options.model), num_classes)
+    return dataclasses.replace(variant, arguments={**more, **variant.arguments})
+
+
+def _prepare_training(config: Config, model: nn.Module, new: bool) -> None:
+    """What ``--head-init-scale`` and ``--lora`` change in a model that has its weights."""
+    scale = config.model.head_init_scale
+    if scale is not None and new:
+        parameters = classifier_parameters(model)
+        if not parameters:
+            message = "the model has no classifier of its own: leave it out"
+            raise OptionError("head_init_scale", message)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(scale)
+    if config.model.lora:
+        add_adapters(model, config.model)
+
+
 def _start_from(model: nn.Module, source: str, allow_partial: bool, *, evaluate: bool) -> None:
     """``--finetune``: fill ``model`` from a checkpoint, and say with what.
 
@@ -113,13 +159,14 @@ def _start_from(model: nn.Module, source: str, allow_partial: bool, *, evaluate:
     content = read_content(source)
     try:
         weights = weights_of(content)
-        report = load_pretrained_weights(model, weights)
+        size = (content.get("preprocessing") or {}).get("input_size")
+        report = load_pretrained_weights(model, weights, size=size)
     except PartialWeightsError as error:
         if evaluate or not allow_partial:
             hint = "" if evaluate else " (--allow-partial starts with what fits)"
             raise OptionError("finetune", f"{source}: {error}{hint}") from None
         log.warning("finetune %s: %s", source, error)
-        report = load_pretrained_weights(model, weights, allow_partial=True)
+        report = load_pretrained_weights(model, weights, allow_partial=True, size=size)
     except CheckpointError as error:
         raise OptionError("finetune", f"{source}: {error}") from None
     log.info("finetune %s: %s", source, report.summary())
@@ -152,10 +199,11 @@ def _preprocessing(config: Config, model: nn.Module, resumed: dict[str, Any]) ->
         input_size=config.model.input_size,
         crop_ratio=evaluation_crop_ratio(config),
         interpolation=config.data.interpolation,
-        mean=three_values(config.data.mean or mean),
-        std=three_values(config.data.std or std),
+        mean=per_channel(config.data.mean or mean, config.model.in_chans),
+        std=per_channel(config.data.std or std, config.model.in_chans),
         crop_mode=config.data.crop_mode,
         background=background,
+        bit_depth=config.data.bit_depth,
     )
 
 
@@ -163,25 +211,26 @@ def build_criterion(
     config: Config, data: Data, preprocessing: Preprocessing, device: torch.device
 ) -> nn.Module:
     """The loss of ``--loss``, class weights and distillation, on the device."""
-    counts = None
-    if config.loss.class_weights != "none":
-        if data.train.targets is None:
-            raise OptionError(
-                "class_weights",
-                f"needs the label of every image beforehand, which {config.data.data_set} "
-                "doesn't give: leave it out",
-            )
-        counts = torch.bincount(
-            torch.as_tensor(data.train.targets), minlength=len(data.class_names)
-        )
+    weight = class_weights(config.loss.class_weights, data.train)
+    announce_weights(weight, data.class_names)
+    positive = positive_weights(config.loss.pos_weight, data.train)
+    announce_positive_weights(positive)
     teacher = teachers.build_teacher(
         config.loss,
         num_classes=len(data.class_names),
         preprocessing=preprocessing,
         class_names=data.class_names,
+        task=config.data.task,
+        other_sizes=bool(config.model.train_sizes),
     )
     criterion = losses.build_criterion(
-        config.loss, num_classes=len(data.class_names), class_counts=counts, teacher=teacher
+        config.loss,
+        num_classes=len(data.class_names),
+        weight=weight,
+        teacher=teacher,
+        splits=config.augment.aug_splits,
+        multilabel=is_multilabel(config),
+        pos_weight=positive,
     )
     return criterion.to(device)
 
@@ -288,9 +337,10 @@ def step_settings(
         on_nonfinite=config.optim.on_nonfinite,
         log_interval=config.log.log_interval,
         channels_last=_channels_last(config, model),
-        input_size=config.model.input_size,
+        in_chans=config.model.in_chans,
+        size=config.model.size,
         prepare=data.prepare,
-        macs=macs,
+        macs=macs * max(1, config.augment.aug_splits),
         peak=device_peak(device, amp),
     )
 

@@ -12,21 +12,28 @@ import torch
 
 from augmentation.batch import Normalise, augments_by_batch, build_train_transform
 from augmentation.preprocessing import Preprocessing
-from augmentation.protocol import Transform
+from augmentation.protocol import RGB, Form, Transform
 from augmentation.transforms import CentreCrop
 from checkpointing.files import class_names_of, split_of
-from config import Config
+from config import Config, stages, train_size
 from distributed.processes import Processes
 from distributed.sharing import once_per_machine
 from errors import OptionError
 from pipeline import jpeg
-from pipeline.cache import CachedLoader, apply_cache
+from pipeline.cache import CachedLoader, apply_cache, check_crops
 from pipeline.dataset import ImageDataset, build_parts, findings
 from pipeline.disk_cache import GB, DiskOptions, disk_cached
 from pipeline.loader import Loader, LoaderSettings, TooFewImagesError
 from pipeline.sources.base import may_be_shared
 from pipeline.workers import auto_num_workers, batch_bytes, free_shared_memory, most_workers
-from samplers import BalancedSampler, EpochSampler, EvalSampler, RASampler, ShuffleSampler
+from samplers import (
+    BalancedSampler,
+    EpochSampler,
+    EvalSampler,
+    RASampler,
+    ShuffleSampler,
+    UndersampleSampler,
+)
 from utils import cores
 
 log = logging.getLogger(__name__)
@@ -66,6 +73,8 @@ class Data:
     """How the parts were drawn, see :class:`Sets`."""
     prepare: Normalise
     """What makes the model's input of uint8 batches, on the device."""
+    train_size: tuple[int, int]
+    """Height and width of training images."""
 
     def updates_per_epoch(self, config: Config) -> int:
         return math.ceil(self.steps / config.optim.accum_steps)
@@ -83,7 +92,10 @@ class Data:
             workers = loader.num_workers and loader.settings.alter
             where = "in the workers" if workers else f"on {device}"
             return f"{source}; augmented by the batch {where}"
-        return f"{source}; augmented one by one on the host"
+        why = self.train.transform.alone
+        return f"{source}; augmented one by one on the host" + (
+            f" ({why} takes one image at a time)" if why else ""
+        )
 
     def news(self) -> Iterator[str]:
         """What there is to say of images kept on disk since the last call, a sentence each."""
@@ -102,13 +114,14 @@ class Data:
             ways.append(
                 f"--num-workers {available} (now {workers}, the machine has {available} cores)"
             )
-        if not self.train.transform.by_batch:
+        if not (self.train.transform.by_batch or self.train.transform.alone):
             ways.append("--augment-on device")
         if not self.train_loader.cached:
             ways.append("--cache ram, if the decoded images fit")
         if not (self.train.source.decoded or jpeg.is_fast()):
             ways.append(f"for JPEG files, {jpeg.HINT}")
-        if not self.train.source.decoded:
+        colours = Form(config.model.in_chans, config.data.bit_depth) == RGB
+        if colours and not self.train.source.decoded:
             ways.append("smaller files: python -m tools.data pack --short-side 256")
         return ways
 
@@ -195,15 +208,17 @@ def build_data(
     sets: Sets,
     preprocessing: Preprocessing,
     device: torch.device,
+    epoch: int = 0,
 ) -> Data:
-    """Transforms, loaders and caches of this process.
+    """Transforms, loaders and caches of this process; training begins in ``epoch``.
 
     Raises OptionError for images that can't be cached as asked for.
     """
     transform: Transform = CentreCrop(preprocessing)
     val = sets.val.with_transform(transform)
+    size = train_size(config.model, epoch)
     if not config.run.overfit_batches:
-        transform = build_train_transform(preprocessing, config.augment, config.run.seed)
+        transform = _train_transform(config, preprocessing, size)
     train = sets.train.with_transform(transform)
     # A CPU that computes has no time left for what workers can do.
     settings = replace(sets.settings, alter=device.type == "cpu")
@@ -212,6 +227,9 @@ def build_data(
     cache = config.data.cache
     if config.run.overfit_batches and cache == "auto":
         cache = "none"  # labels or pixels that change from read to read are to show
+    if cache == "device":  # at the sizes of later epochs too
+        for stage in stages(config.model.train_sizes):
+            check_crops(_train_transform(config, preprocessing, stage.size))
     keep = partial(apply_cache, cache, device=device, visible=processes.is_main)
     if cache == "disk":
         kept = _disk_options(config, preprocessing)
@@ -227,18 +245,53 @@ def build_data(
         steps=sets.steps,
         split=sets.split,
         prepare=transform if transform.by_batch else Normalise(preprocessing),
+        train_size=size,
+    )
+
+
+def _train_transform(
+    config: Config, preprocessing: Preprocessing, size: tuple[int, int]
+) -> Transform:
+    at_size = replace(preprocessing, input_size=size)
+    return build_train_transform(at_size, config.augment, config.run.seed)
+
+
+def with_train_size(
+    data: Data,
+    config: Config,
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    device: torch.device,
+    visible: bool,
+) -> Data:
+    """``data`` with training images of another ``size``; ``visible``: show how far reading is.
+
+    Images that are kept as they are stay where they are. Those that are kept ready for crops are
+    read anew.
+    """
+    transform, before = _train_transform(config, preprocessing, size), data.train_loader
+    train = before.dataset.with_transform(transform)
+    loader: Loader | CachedLoader = Loader(train, before.sampler, before.settings)
+    if before.from_store:
+        loader = apply_cache(config.data.cache, loader, device=device, visible=visible)
+    return replace(
+        data,
+        train=loader.dataset,
+        train_loader=loader,
+        prepare=transform if transform.by_batch else Normalise(preprocessing),
+        train_size=size,
     )
 
 
 def kept_side(config: Config) -> int:
     """Short side in pixels that ``--cache disk`` keeps training images with; 0: as they are."""
     side = config.data.cache_side
-    return math.ceil(config.model.input_size * 8 / 7) if side == "auto" else side
+    return math.ceil(max(config.model.size) * 8 / 7) if side == "auto" else side
 
 
 def _disk_options(config: Config, preprocessing: Preprocessing) -> DiskOptions:
     """How ``--cache disk`` keeps images. Raises OptionError."""
-    data, needed = config.data, preprocessing.input_size
+    data, needed = config.data, max(preprocessing.size)
     side = kept_side(config)
     if 0 < side < needed:
         raise OptionError(
@@ -252,13 +305,16 @@ def build_sampler(config: Config, train: ImageDataset, processes: Processes) -> 
     """The order of training, of which this process has its share."""
     seed, groups = config.run.seed, train.source.groups
     world = {"num_replicas": processes.world_size, "rank": processes.rank}
-    if config.data.sampler == "balanced":
+    kind = config.data.sampler
+    if kind != "shuffle":
         if train.targets is None:
             raise OptionError(
                 "sampler",
-                "balanced needs the label of every image beforehand, which "
+                f"{kind} needs the label of every image beforehand, which "
                 f"{config.data.data_set} doesn't give: leave it out",
             )
+        if kind == "undersample":
+            return UndersampleSampler(train.targets, seed=seed, groups=groups, **world)
         return BalancedSampler(train.targets, seed=seed, **world)
     if config.augment.repeated_aug and not config.run.overfit_batches:
         return RASampler(len(train), seed=seed, groups=groups, **world)
@@ -297,7 +353,9 @@ def loader_settings(
 def worker_batch_bytes(config: Config) -> int:
     """Bytes of a training batch on its way from a worker."""
     by_batch = augments_by_batch(config.augment)
-    return batch_bytes(config.data.batch_size, config.model.input_size, by_batch=by_batch)
+    images = config.data.batch_size * max(1, config.augment.aug_splits)
+    form = Form(config.model.in_chans, config.data.bit_depth)
+    return batch_bytes(images, config.model.size, by_batch=by_batch, form=form)
 
 
 def _num_workers(config: Config, processes: Processes, *, warn: bool) -> int:

@@ -8,6 +8,7 @@ from augmentation.preprocessing import Preprocessing
 from config import Config
 from errors import OptionError
 from optimization.optimizer import registered
+from outputs.trackers.feed import check_installed
 
 # Any: the names of policies don't depend on it.
 _PREPROCESSING = Preprocessing(32, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
@@ -19,6 +20,7 @@ def check_names(config: Config) -> None:
     name = models.resolve_name(config.model.model)
     if config.run.eval:
         return
+    check_installed(config.log.log_to)
     # What timm's other sources have is fetched when it is needed.
     here = config.model.pretrained and not config.run.resume and ":" not in name
     if here and not has_published_weights(published_cfg(name)):

@@ -3,6 +3,7 @@
 from config import Config
 from optimization.state import Progress
 from training.build import total_epochs
+from training.intervals import is_validated
 
 
 def end_reached(config: Config, progress: Progress) -> str:
@@ -17,8 +18,9 @@ def end_reached(config: Config, progress: Progress) -> str:
 
 
 def out_of_patience(config: Config, progress: Progress) -> bool:
-    """Whether ``--early-stop`` ends a run here, at the end of an epoch."""
-    patience = 0 if progress.samples else config.save.early_stop
+    """Whether ``--early-stop`` ends a run here, at the end of an epoch with a validation."""
+    here = not progress.samples and is_validated(config, progress.epoch)
+    patience = config.save.early_stop if here else 0
     return patience > 0 and progress.epoch - progress.improved_epoch >= patience
 
 

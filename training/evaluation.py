@@ -22,14 +22,18 @@ from checkpointing.files import (
     model_of,
     named,
     split_of,
+    task_of,
+    thresholds_of,
     weights_of,
 )
 from checkpointing.folder import BEST, load_newest
+from checkpointing.variants import FORM_OPTIONS, form_options
 from config import CHECKPOINT, DEFAULT, Config
 from distributed.processes import Processes, on_main_process
 from errors import DataError, OptionError
 from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, write_per_class
 from optimization.counts import Evaluation, RealCounts
+from optimization.multilabel import MultiLabelEvaluation, Result, counts_of
 from outputs.files import Outputs
 from pipeline.dataset import Batch, ImageDataset, build_dataset, findings
 from pipeline.progress import ProgressBar
@@ -56,6 +60,8 @@ class _Candidates(NamedTuple):
     classes: ModelClasses
     space: LabelSpace
     """Which outputs of the models the classes of the set are."""
+    thresholds: dict[str, list[float]]
+    """Of a multi-label checkpoint's models, by their name; those of other weights are found."""
 
 
 def evaluate_checkpoint(config: Config, processes: Processes, device: torch.device) -> int:
@@ -99,6 +105,9 @@ def evaluate_checkpoint(config: Config, processes: Processes, device: torch.devi
             shared=config.dist.dist_eval,
             progress=bar.to,
             real=real,
+            counts=counts_of(
+                config.data.task, space.size, device, space.chosen(found.thresholds.get(name))
+            ),
         )
         bar.close()
         _report(name, result, real, list(bad))
@@ -119,6 +128,8 @@ def _candidates(config: Config, processes: Processes, device: torch.device) -> _
     option, source, content = _weights(config)
     held = model_of(content) if option == "resume" else None
     whole = held is not None
+    if whole and task_of(content) != config.data.task:
+        raise OptionError("task", f"the checkpoint is of --task {task_of(content)}: leave it out")
     if option == "resume" and not whole:
         # Published weights, of the model that --model names.
         config = config.replace("--resume", finetune=source, resume="")
@@ -136,14 +147,16 @@ def _candidates(config: Config, processes: Processes, device: torch.device) -> _
         known = ModelClasses(option, source, len(val.classes), list(val.classes))
     space = label_space(val.classes, known, config.data)
     if whole:
-        _refuse_other_model(config, held)
+        _refuse_other_model(config, held, content["config"])
         with named(source):
             models, transform = _whole(config, content, device)
     else:
         model, preprocessing = build_model(config, known.count, device)
         models = {"model": model}
         transform = build_transform(False, preprocessing, config.augment)
-    return _Candidates(source, models, val.with_transform(transform), known, space)
+    held_ones = {"model": thresholds_of(content), "EMA": thresholds_of(content, ema=True)}
+    thresholds = {name: list(values) for name, values in held_ones.items() if whole and values}
+    return _Candidates(source, models, val.with_transform(transform), known, space, thresholds)
 
 
 def _whole(
@@ -192,23 +205,38 @@ def _known_classes(
     return ModelClasses.of(option, source, len(heads[0])) if heads else None
 
 
-def _report(name: str, result: Evaluation, real: RealCounts | None, bad: Sequence[str]) -> None:
+def _report(name: str, result: Result, real: RealCounts | None, bad: Sequence[str]) -> None:
     """Say what came of an evaluation. Raises DataError if no image could be read."""
     if result.count == 0:
         raise DataError("no validation image could be read")
-    log.info(
-        "%-6s %s  loss %.4f  (%d images)",
-        name,
-        _accuracies(result.acc1, result.acc5),
-        result.loss,
-        result.count,
-    )
+    log.info("%-6s %s  loss %.4f  (%d images)", name, _shown(result), result.loss, result.count)
+    if isinstance(result, Evaluation):
+        scores = result.scores()
+        log.info(
+            "       of the classes: mean accuracy %.3f %%  mean F1 %.3f %%  worst %.3f %%",
+            scores["balanced_acc"],
+            scores["macro_f1"],
+            scores["worst_class_acc"],
+        )
+    if isinstance(result, MultiLabelEvaluation) and (left_out := result.left_out()):
+        log.info("       %d classes without a positive image are left out of the means", left_out)
     if real is not None:
         found = real.result()
         accuracies = _accuracies(found.acc1, found.acc5)
         log.info("       ReaL %s  (%d images with labels)", accuracies, found.count)
     if bad:
         log.warning("%d images could not be read: %s", len(bad), "; ".join(bad))
+
+
+def _shown(result: Result) -> str:
+    if isinstance(result, Evaluation):
+        return _accuracies(result.acc1, result.acc5)
+    scores = result.scores()
+    return (
+        f"mAP {scores['map']:.3f} %  F1 macro {scores['macro_f1']:.3f} % micro "
+        f"{scores['micro_f1']:.3f} %, at each class's threshold {scores['macro_f1_best']:.3f} % "
+        f"and {scores['micro_f1_best']:.3f} %"
+    )
 
 
 def _accuracies(acc1: float, acc5: float | None) -> str:
@@ -222,8 +250,14 @@ def _noting(batches: Iterable[Batch], space: LabelSpace, bad: dict[str, None]) -
         yield batch._replace(targets=space.translated(batch.targets))
 
 
-def _refuse_other_model(config: Config, held: str) -> None:
-    """Raise OptionError if ``--model`` asks for another model than the checkpoint's."""
+def _refuse_other_model(config: Config, held: str, saved: Mapping[str, Any]) -> None:
+    """Raise OptionError if ``--model``, or an option of its form, asks for another model than the
+    checkpoint's, which was written with the options ``saved``."""
+    own, wanted = form_options(saved), form_options(config.recipe())
+    for name in FORM_OPTIONS:
+        other = config.origin[name] not in (DEFAULT, CHECKPOINT) and wanted.get(name)
+        if other and other != own.get(name):
+            raise OptionError(name, "the checkpoint's model has its own form: leave it out")
     asked = config.origin["model"] not in (DEFAULT, CHECKPOINT)
     if asked and config.model.model != held:
         raise OptionError("model", f"the checkpoint holds {held}: leave --model out")

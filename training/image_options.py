@@ -6,16 +6,18 @@ with others they lose accuracy and nothing says so.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from architectures.factory import published_cfg
-from augmentation.preprocessing import SMALL, Preprocessing
+from augmentation.preprocessing import SMALL, Preprocessing, per_channel
 from checkpointing.files import model_of, named
 from checkpointing.folder import CONFIG_FILE
 from checkpointing.published import is_published
 from config import CHECKPOINT, DEFAULT, MODEL, Config, read_yaml
+from config.channel_rules import COLOUR_DEFAULTS, has_colours
+from errors import OptionError
 from inference import read_content
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ _FIELDS = {
     "mean": "mean",
     "std": "std",
     "background": "background",
+    "in_chans": "channels",
+    "bit_depth": "bit_depth",
 }
 
 
@@ -40,13 +44,22 @@ def with_options_of_weights(config: Config, folder: Path | None = None) -> Confi
     ``folder`` that ``--resume auto`` goes on in. Plug-ins must be imported.
 
     Raises:
-        OptionError: an unknown model, or one whose images are not square.
+        OptionError: an unknown model.
         CheckpointError: a file that can't be read.
     """
     left_open = [name for name in _FIELDS if config.origin[name] == DEFAULT]
     known = _options_of_weights(config, folder) if left_open else {}
     values = {name: known[name] for name in left_open if name in known}
-    return config.replace(MODEL, **values) if values else config
+    if not values:
+        return config
+    channels = values.get("in_chans", config.model.in_chans)
+    for name in ("mean", "std"):
+        if values.get(name):
+            values[name] = list(per_channel(values[name], channels))
+    # A recipe for colours says nothing of images without.
+    if not has_colours(channels, values.get("bit_depth", config.data.bit_depth)):
+        values |= {n: None for n in COLOUR_DEFAULTS if config.origin[n] == DEFAULT}
+    return config.replace(MODEL, **values)
 
 
 def _options_of_weights(config: Config, folder: Path | None) -> dict[str, Any]:
@@ -81,20 +94,24 @@ def _note_test_size(name: str, cfg: Mapping[str, Any]) -> None:
     crop = crop or cfg["crop_pct"]
     if (size, crop) != (cfg["input_size"], cfg["crop_pct"]):
         log.info(
-            "the published figure of %s is at --input-size %d --eval-crop-ratio %g",
+            "the published figure of %s is at --input-size %s --eval-crop-ratio %g",
             name,
-            size[-1],
+            " ".join(map(str, dict.fromkeys(size[1:]))),
             crop,
         )
 
 
 def asked_preprocessing(config: Config, trained: Preprocessing) -> Preprocessing:
     """The preprocessing a model was ``trained`` with, but for what was asked for beside it."""
-    values = config.flat()
+    values, channels = config.flat(), trained.channels
+    if "in_chans" in config.explicit() and config.model.in_chans != channels:
+        raise OptionError("in_chans", f"the model takes images of {channels}: leave it out")
     changes = {
-        field: three_values(values[name]) if name in ("mean", "std") else values[name]
+        field: per_channel(values[name], channels) if name in ("mean", "std") else values[name]
         for name, field in _FIELDS.items()
-        if config.origin[name] not in (DEFAULT, MODEL, CHECKPOINT) and values[name] is not None
+        if name != "in_chans"
+        and config.origin[name] not in (DEFAULT, MODEL, CHECKPOINT)
+        and values[name] is not None
     }
     return dataclasses.replace(trained, **changes)
 
@@ -104,9 +121,4 @@ def evaluation_crop_ratio(config: Config) -> float:
     image is looked at, as in DeiT."""
     ratio = config.data.eval_crop_ratio
     asked = config.origin["eval_crop_ratio"] == MODEL or "eval_crop_ratio" in config.explicit()
-    return ratio if asked or config.model.input_size > SMALL else 1.0
-
-
-def three_values(values: Sequence[float]) -> tuple[float, ...]:
-    """One value for each colour."""
-    return tuple(values) * (3 // len(values))
+    return ratio if asked or max(config.model.size) > SMALL else 1.0

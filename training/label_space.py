@@ -6,7 +6,7 @@ model's outputs are compared with them as timm's ``validate.py`` does.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from config import DataOptions
 from errors import DataError, OptionError, did_you_mean, first_names
 from inference import unnamed
-from optimization.counts import NO_OUTPUT, PADDING, Evaluation
+from optimization.counts import NO_OUTPUT, PADDING
+from optimization.multilabel import Result
 from pipeline.dataset import ImageDataset
 from pipeline.imagenet import ids_of, wordnet_ids
 from training.label_files import read_class_map, read_real_labels, read_valid_labels
@@ -90,20 +91,27 @@ class LabelSpace:
         return model if self.outputs is None else _Restricted(model, self.outputs).to(device)
 
     def translated(self, targets: Tensor) -> Tensor:
-        """Labels of the set, (B,) int64, as places among the outputs that are looked at."""
+        """Labels of the set, (B,) int64, as places among the outputs that are looked at; or which
+        labels images have, (B, classes of the set), as (B, ``size``)."""
+        if targets.ndim == 2:
+            return targets.new_zeros(len(targets), self.size).index_copy_(
+                1, torch.tensor(self.targets), targets
+            )
         return torch.tensor(self.targets)[targets]
 
-    def table(self, result: Evaluation) -> tuple[list[str], Evaluation]:
+    def chosen(self, values: Sequence[float] | None) -> list[float] | None:
+        """Of ``values`` of each class of the model, those of the outputs that are looked at."""
+        if values is None:
+            return None
+        return list(values) if self.outputs is None else [values[i] for i in self.outputs]
+
+    def table(self, result: Result) -> tuple[list[str], Result]:
         """Names and ``result`` with a row for each class of the set; those that are one, once."""
         names: dict[int, dict[str, None]] = {}
         for place, name in zip(self.targets, self.names, strict=True):
             names.setdefault(place, {})[name] = None
         places = list(names)
-        return ["+".join(each) for each in names.values()], replace(
-            result,
-            correct_per_class=result.correct_per_class[places],
-            count_per_class=result.count_per_class[places],
-        )
+        return ["+".join(each) for each in names.values()], result.of_classes(places)
 
 
 class _Restricted(nn.Module):

@@ -108,7 +108,7 @@ def _find_culprit(parts: Parts, step: int) -> tuple[str | None, str]:
     batches = parts.data.batches(parts.state.progress.epoch, _samples_before(parts, step))
     for offset, batch in enumerate(itertools.islice(batches, parts.settings.accum_steps)):
         culprit = first_nonfinite(
-            parts.state, parts.criterion, batch, parts.settings, step + offset, parts.mixer
+            parts.state, parts.criterion, batch, parts.settings, step + offset, parts.mixer_now
         )
         culprits = gather(culprit)
         if any(culprits):

@@ -10,7 +10,10 @@ from statistics import mean
 from torch import nn
 
 from architectures.factory import has_published_weights, published_cfg, resolve_name
+from architectures.sizes import shortest, size_text
+from augmentation.protocol import RGB, Form
 from config import Config, by_name
+from config.channel_rules import COLOUR_DEFAULTS, has_colours
 from loggers import duration
 from pipeline.dataset import ImageDataset
 from pipeline.memory import probes, size_of
@@ -19,6 +22,8 @@ from pipeline.sources.base import FileSource, Subset
 from pipeline.sources.shards import ShardSource
 from training.build import Parts, total_epochs
 from training.data import Data, kept_side
+from training.intervals import is_validated, validations
+from training.train_sizes import relative_cost
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ _EVERY = 4  # of the images that are probed, one in so many: a JPEG file is read
 _OF_THE_IMAGES = (
     *("data_set", "data_path", "inat_category", "val_fraction", "seed", "download"),
     *("image_root", "image_column", "label_column", "split_column", "background"),
+    *("task", "label_columns", "label_separator"),
     *("on_bad_image", "num_workers", "shard_cache", "device", "plugin"),
 )
 _OF_LOADING = ("num_workers", "device")
@@ -56,7 +62,7 @@ def few_images(config: Config, train: ImageDataset, model: nn.Module, folder: Pa
     """
     options = config.model
     trained = options.pretrained or options.finetune or config.run.overfit_batches
-    if trained or len(train) >= FEW_IMAGES or options.input_size < SMALL_INPUT:
+    if trained or len(train) >= FEW_IMAGES or min(options.size) < SMALL_INPUT:
         return ""
     own = has_published_weights(published_cfg(options.model))
     weights = "published weights" if own else f"the weights of {_RECIPE_MODEL}"
@@ -77,7 +83,7 @@ def finetuning_command(config: Config, train: ImageDataset, model: nn.Module, fo
     recipe = next(name for most, name in _RECIPES if per_class <= most)
     words = ["python", "main.py", "--config", f"configs/finetune_{recipe}.yaml"]
     words += _model_words(config, model, recipe)
-    words += _image_words(config)
+    words += [*_image_words(config), *_form_words(config)]
     batch = config.data.batch_size
     batch = min(_RECIPE_BATCH, len(train), _RECIPE_BATCH if batch == "auto" else batch)
     if batch < _RECIPE_BATCH:
@@ -92,7 +98,7 @@ def _model_words(config: Config, model: nn.Module, recipe: str) -> list[str]:
     if resolve_name(name) == _RECIPE_MODEL or not has_published_weights(cfg := published_cfg(name)):
         return []
     words = _words("model", name)
-    size = cfg["input_size"][-1]
+    size = shortest(cfg["input_size"][1:])
     if size != _RECIPE_SIZE:
         words += _words("input_size", size)
     heads = cfg["classifier"]
@@ -120,6 +126,21 @@ def _image_words(config: Config, *, without: Sequence[str] = ()) -> list[str]:
     return words
 
 
+def _form_words(config: Config) -> list[str]:
+    """The options that other images than three colours of 8 bits take, whatever the recipe says."""
+    form = Form(config.model.in_chans, config.data.bit_depth)
+    if form == RGB:
+        return []
+    words = _words("in_chans", form.channels) + _words("bit_depth", form.bit_depth)
+    for name in ("mean", "std"):
+        if (values := getattr(config.data, name)) is not None:
+            words += _words(name, values)
+    if not has_colours(*form):
+        for name in COLOUR_DEFAULTS:
+            words += _words(name, "none")
+    return words
+
+
 def large_images(config: Config, data: Data, seconds: float | None = None) -> str:
     """What to say where images are so large that decoding them wastes time; empty elsewhere.
 
@@ -136,9 +157,11 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
     while isinstance(inner, Subset):
         inner = inner.source
     local = isinstance(inner, FileSource | ShardSource) and not is_remote(config.data.data_path)
+    if Form(config.model.in_chans, config.data.bit_depth) != RGB:
+        return ""  # kept or packed, they stay as large
     if not local or loader.cached or config.run.overfit_batches:
         return ""
-    side = kept_side(config) or config.model.input_size
+    side = kept_side(config) or max(config.model.size)
     sizes = [size_of(train.source.open(int(n))) for n in probes(train.source)[::_EVERY]]
     sizes = [size for size in sizes if min(size) > 0]
     if not sizes:
@@ -148,7 +171,7 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
         scaled = config.augment.jpeg_scaling == "on"
         seconds = pixels * (SECONDS_SCALED if scaled else SECONDS_WHOLE)
     kept = 1 / (KEPT_EACH + KEPT_PIXELS * (side / KEPT_SIDE) ** 2)  # images per second
-    whole = len(train) * config.run.epochs * seconds
+    whole = data.sampler.num_samples * config.run.epochs * seconds
     if kept * seconds < LARGE or whole < WORTH_SAYING:
         return ""
     areas = [w * h * min(1.0, side / min(w, h)) ** 2 for w, h in sizes]
@@ -157,8 +180,9 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
     pack = ["python", "-m", "tools.data", "pack", *_image_words(config, without=_OF_LOADING)]
     pack += ["--short-side", str(side), "--output-dir", folder]
     width, height = (mean(size[i] for size in sizes) for i in range(2))
+    crop = size_text(config.model.size)
     return (
-        f"images are {width:.0f}×{height:.0f} on average, the crop is {config.model.input_size}: "
+        f"images are {width:.0f}×{height:.0f} on average, the crop is {crop}: "
         f"decoding takes about {1000 * seconds:.2g} ms each, {1 / seconds:.0f} images/s per core; "
         f"--cache disk (about {3 * mean(areas) * len(train) / 1e9:.2g} GB) or "
         f"`{shlex.join(pack)}` brings about {round(kept, -2):,.0f}"
@@ -204,6 +228,9 @@ class TimeToGo:
             left = seconds_to_go(self.parts, seconds)
             frozen = self.parts.config.model.unfreeze_at
             more = "; more once --unfreeze-at frees more" if frozen else ""
+            hours = self.parts.config.run.stop_after
+            if hours and left > 3600 * hours:
+                more += f"; --stop-after {hours:g} ends this session before"
             log.info("time     about %s to go, %.3g s per update%s", duration(left), seconds, more)
 
 
@@ -216,8 +243,32 @@ def seconds_to_go(parts: Parts, seconds: float) -> float:
     epochs = min(total_epochs(config), config.run.stop_at_epoch or total_epochs(config))
     updates = data.updates_per_epoch(config)
     accumulated = config.optim.accum_steps
-    left = (epochs - progress.epoch) * updates - progress.step / accumulated
-    images = len(data.val_loader) * data.val_loader.batch_size
-    passes = (epochs - progress.epoch) * (2 if parts.state.ema else 1)
-    per_image = seconds / (accumulated * parts.settings.batch_size)
-    return left * seconds + passes * images * per_image / 3
+    left = _work(parts, progress.epoch, epochs) * updates
+    now = relative_cost(parts, progress.epoch)
+    left = left / now - progress.step / accumulated
+    evaluations = validations(config, progress.epoch, epochs) / now
+    return left * seconds + evaluations * _updates_of_evaluation(parts) * seconds
+
+
+def rest_of_run(parts: Parts, seconds: float) -> float:
+    """Seconds of the rest of a run whose last epoch took ``seconds``, its validation included if
+    it had one."""
+    config, done = parts.config, parts.state.progress.epoch
+    end = total_epochs(config)
+    training = parts.data.updates_per_epoch(config)
+    evaluation = _updates_of_evaluation(parts)
+    measured = training * relative_cost(parts, done - 1) + evaluation * is_validated(config, done)
+    left = _work(parts, done, end) * training + validations(config, done, end) * evaluation
+    return seconds * left / measured
+
+
+def _work(parts: Parts, start: int, end: int) -> float:
+    """Training from epoch ``start`` to ``end``, in epochs of images of evaluation's size."""
+    return sum(relative_cost(parts, epoch) for epoch in range(start, end))
+
+
+def _updates_of_evaluation(parts: Parts) -> float:
+    """What a validation costs, the average's included, in updates."""
+    loader, settings = parts.data.val_loader, parts.settings
+    images = len(loader) * loader.batch_size * (2 if parts.state.ema else 1)
+    return images / (3 * settings.batch_size * parts.config.optim.accum_steps)

@@ -18,7 +18,15 @@ from checkpointing.folder import (
 )
 from checkpointing.form import check_options
 from checkpointing.published import is_published
-from config import Config, all_options, by_name, on_resume, optimizer_name, value_text
+from config import (
+    KEYWORD_OPTIONS,
+    Config,
+    all_options,
+    by_name,
+    on_resume,
+    optimizer_name,
+    value_text,
+)
 from distributed.processes import gather, on_main_process
 from errors import CheckpointError, OptionError, UserError, first_line, printable
 from loggers import LOG_FILE, read_log
@@ -104,13 +112,21 @@ def find_start(config: Config, folder: Path) -> Start | None:
 
 def refuse_other_options(config: Config, start: Start) -> None:
     """Raise OptionError if an option is not as in the checkpoint and can't be another one."""
-    for name, (now, was) in _changed(config, start.content).items():
+    changed = _changed(config, start.content)
+    if saved := start.content.get("config"):
+        # What an older checkpoint doesn't name had its default.
+        for name, now in config.recipe().items():
+            default = by_name(name).default
+            if name not in saved and now != (list(default) if default == () else default):
+                changed[name] = now, default
+    for name, (now, was) in changed.items():
         rule = on_resume(name)
         if rule.kind == "refused" and _plain_name(name, now) != _plain_name(name, was):
             flag = by_name(name).flag
             raise OptionError(
                 name,
-                f"{start.source} was written with {flag} {value_text(was)}, and {rule.note}: "
+                f"{start.source} was written with {flag} {value_text(was) or 'none'}, and "
+                f"{rule.note}: "
                 f"resume with that, or start anew with --finetune {start.source} "
                 "--output-dir ANOTHER",
             )
@@ -123,11 +139,16 @@ def _changed(config: Config, content: Mapping[str, Any]) -> dict[str, tuple[Any,
 
 
 def _plain_name(option: str, value: Any) -> Any:
-    """``value`` without the choice of names that some options have for the same thing."""
+    """``value`` without the choice of names that some options have for the same thing.
+
+    A name in a foreign checkpoint may be a number.
+    """
+    if option in KEYWORD_OPTIONS:
+        return sorted(value)
     if option == "opt":
-        return optimizer_name(value)
+        return optimizer_name(str(value))
     try:
-        return resolve_name(value) if option == "model" else value
+        return resolve_name(str(value)) if option == "model" else value
     except OptionError:
         return value
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 import utils
-from architectures.hub import description
-from architectures.summary import summarise
+from architectures.libraries import description
 from augmentation.mixing import build_mixer
 from checkpointing.folder import CONFIG_FILE
 from config import Config, to_yaml
@@ -36,7 +35,7 @@ from training.batch_size import (
     train_with_largest_batch,
 )
 from training.build import Parts, build_criterion, build_model, build_state, step_settings
-from training.console import setup_messages
+from training.console import message_log, setup_messages
 from training.data import build_data, build_sets
 from training.early import check_names
 from training.ending import end_reached
@@ -55,6 +54,7 @@ from training.resume import (
     start_at,
 )
 from training.signals import StopRequest
+from training.train_sizes import summaries
 from training.trainer import Trainer
 
 
@@ -65,7 +65,7 @@ def run(config: Config) -> int:
     """
     with (
         console(),
-        StopRequest() as stop,
+        StopRequest(config.run.stop_after) as stop,
         asked_only(config),
         joined(config.dist, config.run.device, partial(recipe_terms, config)) as processes,
     ):
@@ -79,7 +79,11 @@ def run(config: Config) -> int:
             config = overfitting(config)
         check_restarts(config)
         folder = output_folder(config)
-        with held_folder(config, processes, folder), out_of_memory_advice(config, device):
+        with (
+            held_folder(config, processes, folder),
+            message_log(folder),
+            out_of_memory_advice(config, device),
+        ):
             if config.data.batch_size != "auto":
                 return train(config, processes, device, folder, stop)
 
@@ -146,8 +150,10 @@ def assemble(
     utils.seed_all(config.run.seed)
     model, preprocessing = build_model(config, len(sets.class_names), device, resumed)
     agree_on_weights(processes, model.state_dict(), "start from")
-    summary = summarise(model, config.model.input_size, len(sets.class_names))
-    data = build_data(config, processes, sets, preprocessing, device)
+    sizes = summaries(model, config, len(sets.class_names))
+    summary = sizes[config.model.size]
+    epoch = (resumed or {}).get("progress", {}).get("epoch", config.run.start_epoch)
+    data = build_data(config, processes, sets, preprocessing, device, epoch)
     criterion = build_criterion(config, data, preprocessing, device)
     if config.loss.distillation_type != "none":
         agree_on_weights(processes, criterion.teacher.state_dict(), "have a teacher of")
@@ -163,14 +169,17 @@ def assemble(
         state=state,
         freezer=freezer,
         mixer=build_mixer(config.augment, len(data.class_names)),
-        settings=step_settings(config, processes, device, data, model, macs=summary.macs),
+        settings=step_settings(
+            config, processes, device, data, model, macs=sizes[data.train_size].macs
+        ),
         hub_config=(resumed or {}).get("hub_config") or description(config.model.model),
+        summaries=sizes,
     )
 
 
 def set_up_process(config: Config, processes: Processes) -> torch.device:
     """Messages, device, determinism and plug-ins of this process; returns the device."""
-    setup_messages(processes)
+    setup_messages(processes, config.log.log_level)
     device = utils.pick_device(config.run.device, processes.local_rank)
     utils.set_determinism(config.run.deterministic)
     import_plugins(config.run.plugin)
@@ -212,7 +221,10 @@ def overfitting(config: Config) -> Config:
         drop_block=None,
         repeated_aug=False,
         resplit=False,
+        aug_splits=0,
+        jsd_loss=False,
         reprob=0.0,
         cosub=False,
         sampler="shuffle",
+        train_sizes=(),
     )

@@ -27,15 +27,24 @@ class Saver:
         folder: the run's.
         bad_images: those that are listed in checkpoints.
         start: the checkpoint that the run goes on from, if any.
+        tracked: the run in trackers, ``tracking.Tracking.noted``.
 
     Attributes:
         writer: ``saved`` and ``error`` tell what became of the last one.
+        thresholds: those of a multi-label run by the name of their entry, as last found.
     """
 
     def __init__(
-        self, parts: Parts, folder: Path, bad_images: BadImages, start: Start | None
+        self,
+        parts: Parts,
+        folder: Path,
+        bad_images: BadImages,
+        start: Start | None,
+        tracked: Mapping[str, str] | None = None,
     ) -> None:
         self.parts = parts
+        self.thresholds = thresholds_in(start.content if start else {})
+        self.tracked = tracked
         self.bad_images = bad_images
         self.writer = open_writer(
             folder,
@@ -100,10 +109,18 @@ class Saver:
             "preprocessing": parts.preprocessing.to_dict(),
             "hub_config": parts.hub_config,
             "split": parts.data.split,
+            **self.thresholds,
             "metrics": metrics,
             "bad_images": list(self.bad_images.listed),
             "versions": versions(),
+            **({"tracking": dict(self.tracked)} if self.tracked else {}),
         }
+
+
+def thresholds_in(content: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The entries of a checkpoint that hold thresholds."""
+    names = ("thresholds", "ema_thresholds")
+    return {name: list(content[name]) for name in names if content.get(name) is not None}
 
 
 def versions() -> dict[str, str]:

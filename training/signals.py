@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""What asks a run to stop: signals, and the end of its time."""
 
 import os
 import signal
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from errors import Stopped
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+TIME_IS_UP = 0  # in the place of a signal's number
+_NOTHING = -1
 PATIENCE = 10.0  # seconds that one of several processes goes on waiting for images
 
 
@@ -32,12 +34,16 @@ class StopRequest:
     Every process must leave at the same step, or the others would wait for it in the next gradient
     exchange: :meth:`agreed` is true for all as soon as one process was asked.
 
+    Args:
+        hours: those after which :meth:`agreed` is true without a signal; None: never.
+
     Attributes:
-        signal: the first one that came, or None.
+        signal: the first one that came, ``TIME_IS_UP`` or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hours: float | None = None) -> None:
         self.signal: int | None = None
+        self._end = None if hours is None else time.monotonic() + 3600 * hours
         self._asked = 0.0
         self._previous: dict[int, Any] = {}
         self._deferred = False
@@ -70,10 +76,10 @@ class StopRequest:
             self.signal = self.signal or number
             raise Stopped(number)
         # A launcher passes on the Ctrl-C that the terminal has sent to all processes already.
-        again = self.signal is not None and time.monotonic() - self._asked > 1.0
+        again = bool(self.signal) and time.monotonic() - self._asked > 1.0
         if again and number == signal.SIGINT:
             os._exit(128 + number)
-        if self.signal is None:
+        if not self.signal:
             self.signal, self._asked = number, time.monotonic()
             if number == signal.SIGINT and sys.stderr.isatty():
                 # Not a message of logging, whose locks a signal handler must not take.
@@ -83,11 +89,12 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; to be called by all at the same step."""
-        if not dist.is_initialized():
-            return self.signal is not None
-        number = torch.tensor([self.signal or 0])
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.signal = int(number) or None
+        if self.signal is None and self._end is not None and time.monotonic() >= self._end:
+            self.signal = TIME_IS_UP
+        if dist.is_initialized():
+            number = torch.tensor([_NOTHING if self.signal is None else self.signal])
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.signal = None if number == _NOTHING else int(number)
         return self.signal is not None
 
     @contextmanager
@@ -108,7 +115,7 @@ class StopRequest:
         """
         self._waiting = True
         try:
-            if self.signal is not None:
+            if self.signal:
                 self._end_wait()
             yield
         finally:

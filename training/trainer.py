@@ -12,12 +12,13 @@ from torch import nn
 
 import engine
 from checkpointing.folder import checkpoints_in
+from config import is_multilabel
 from distributed.processes import barrier, broadcast_buffers, gather
 from distributed.wrapping import is_sharded
 from engine import StepReport, StepRequest
 from errors import DataError, Stopped
 from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, RunLogger, write_per_class
-from optimization.counts import Evaluation
+from optimization.multilabel import MultiLabelEvaluation, Result, counts_of
 from optimization.state import is_better
 from pipeline.cache import CachedLoader
 from pipeline.dataset import Batch
@@ -26,11 +27,15 @@ from training.announce import announce_end, announce_interruption
 from training.bad_images import BadImages
 from training.build import Parts, total_epochs
 from training.ending import end_reached
+from training.intervals import epochs_since, is_validated
 from training.nonfinite import list_images, recover
-from training.outlook import TimeToGo
+from training.outlook import TimeToGo, rest_of_run
+from training.profiling import Profiler
 from training.resume import Start
 from training.saving import Saver
 from training.signals import StopRequest
+from training.tracking import Tracking
+from training.train_sizes import at_epoch
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +58,18 @@ class Trainer(engine.Hooks):
         self.folder = folder
         bad_images = start.content.get("bad_images", ()) if start else ()
         self.bad_images = BadImages(folder, parts.outputs, bad_images)
-        self.saver = Saver(parts, folder, self.bad_images, start)
+        tracked = start.content.get("tracking") if start else None
+        is_main = parts.processes.is_main
+        self.tracking = Tracking(parts.config, folder, tracked, is_main=is_main)
+        self.saver = Saver(parts, folder, self.bad_images, start, self.tracking.noted)
         self.total_epochs = total_epochs(parts.config)
         self.logger = self._open_logger()
         self.stop = StopRequest()
         self._warned_of_data_wait = False
         self._steps = 0  # of the epoch under way
         self.time_to_go = TimeToGo(parts)
+        updates = parts.config.log.profile if is_main else 0
+        self.profiler = Profiler(updates, folder / "profile", parts.device, parts.outputs)
 
     def _open_logger(self) -> RunLogger:
         progress = self.state.progress
@@ -68,14 +78,17 @@ class Trainer(engine.Hooks):
             outputs=self.parts.outputs,
             tensorboard=self.config.log.tensorboard,
             print_epoch=self.config.log.print_epoch,
+            metric=self.config.save.best_metric,
             epoch=progress.epoch,
             update=progress.update,
             within_epoch=progress.samples > 0,
             unreported=progress.recent_count > 0,
+            feeds=self.tracking.feeds,
         )
         if self.config.log.tb_graph:
-            side = self.config.model.input_size
-            logger.graph(self.state.model, torch.zeros(1, 3, side, side, device=self.parts.device))
+            options, device = self.config.model, self.parts.device
+            image = torch.zeros(1, options.in_chans, *options.size, device=device)
+            logger.graph(self.state.model, image)
         return logger
 
     def fit(self, stop: StopRequest) -> int:
@@ -94,6 +107,7 @@ class Trainer(engine.Hooks):
             stopped.announced = True
             raise
         finally:
+            self.tracking.feeds.close(finished=False)
             self.saver.writer.wait()
 
     def _fit(self) -> int:
@@ -103,6 +117,7 @@ class Trainer(engine.Hooks):
             self.saver.save()
         while not self._over():
             start, rollbacks = time.monotonic(), self.state.progress.rollbacks
+            self._size_images()
             freezer = self.parts.freezer
             changed = freezer.apply(self.state.progress.epoch)
             if changed and self.parts.processes.distributed:
@@ -122,22 +137,30 @@ class Trainer(engine.Hooks):
 
     # --- an epoch ---------------------------------------------------------------------------------
 
+    def _size_images(self) -> None:
+        """Take training images of the size of this epoch."""
+        parts = at_epoch(self.parts, self.state.progress.epoch)
+        self.parts = self.saver.parts = self.time_to_go.parts = parts
+
     def _train_epoch(self) -> bool:
         """Train to the end of the epoch under way; False if asked to stop before."""
         parts, progress = self.parts, self.state.progress
         batches = parts.data.batches(progress.epoch, progress.samples)
         self._steps = steps = progress.step + len(batches)
         self.logger.start_epoch(progress.epoch, self.total_epochs, steps, progress.step)
+        left = -(-len(batches) // parts.settings.accum_steps)
+        last = progress.epoch + 1 >= (self.config.run.stop_at_epoch or self.total_epochs)
         try:
-            return engine.train_one_epoch(
-                self.state,
-                parts.criterion,
-                self._watched(batches),
-                parts.settings,
-                steps=steps,
-                mixer=parts.mixer,
-                hooks=self,
-            )
+            with self.profiler.epoch(progress.update, left, last=last):
+                return engine.train_one_epoch(
+                    self.state,
+                    parts.criterion,
+                    self._watched(batches),
+                    parts.settings,
+                    steps=steps,
+                    mixer=parts.mixer_now,
+                    hooks=self,
+                )
         except engine.NonFinite as failure:
             self.logger.end_bar()
             self.saver.writer.wait()
@@ -146,7 +169,7 @@ class Trainer(engine.Hooks):
             self.logger = self._open_logger()
             return True
         except DataError:
-            if self.stop.signal is None:
+            if not self.stop.signal:
                 raise
             # The signal went to the workers too. Other processes may be in a step.
             raise Stopped(self.stop.signal, alone=parts.processes.distributed) from None
@@ -173,8 +196,8 @@ class Trainer(engine.Hooks):
         """The images of ``batch`` as the model sees them, in TensorBoard."""
         parts = self.parts
         images = parts.settings.inputs(batch)
-        if parts.mixer is not None:
-            images, _ = parts.mixer(images.clone(), parts.settings.place(batch.targets), 0)
+        if parts.mixer_now is not None:
+            images, _ = parts.mixer_now(images.clone(), parts.settings.place(batch.targets), 0)
         self.logger.images(images, parts.preprocessing.mean, parts.preprocessing.std)
 
     def report(self, report: StepReport) -> None:
@@ -192,6 +215,7 @@ class Trainer(engine.Hooks):
 
     def request(self) -> StepRequest:
         """What all processes do after this update: stop, save or go on."""
+        self.profiler.step()
         self.time_to_go.after_update()
         progress = self.state.progress
         if self.config.log.tb_histograms and progress.step >= self._steps:
@@ -218,18 +242,23 @@ class Trainer(engine.Hooks):
     # --- after an epoch ---------------------------------------------------------------------------
 
     def _finish_epoch(self, start: float) -> None:
-        """Evaluate, log and save after an epoch that began at ``start`` (monotonic seconds)."""
+        """Evaluate if it is time, log and save after an epoch that began at ``start`` (monotonic
+        seconds)."""
         state, config, progress = self.state, self.config, self.state.progress
         record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "train_lr": state.schedule.last,
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
-            "train_acc1": 100 * progress.hits / max(progress.answers, 1),
         }
-        scores, results = self._evaluate_all()
-        record |= scores
-        best = self._note_score(record[config.save.best_metric], results)
-        state.schedule.end_epoch(record[config.save.best_metric])
+        if not is_multilabel(config):
+            record["train_acc1"] = 100 * progress.hits / max(progress.answers, 1)
+        best, number = False, progress.epoch + 1
+        if is_validated(config, number):
+            scores, results = self._evaluate_all()
+            record |= scores
+            best = self._note_score(record[config.save.best_metric], results)
+            since = epochs_since(config, number)
+            state.schedule.end_epoch(record[config.save.best_metric], since)
         self.bad_images.gather(is_main=self.parts.processes.is_main)
         record |= {
             "n_parameters": self.parts.summary.parameters,
@@ -239,14 +268,15 @@ class Trainer(engine.Hooks):
             "epoch_seconds": time.monotonic() - start,
         }
         progress.end_epoch()
-        self.logger.epoch(record, epochs=self.total_epochs, best=best)
+        to_go = rest_of_run(self.parts, record["epoch_seconds"])
+        self.logger.epoch(record, epochs=self.total_epochs, best=best, to_go=to_go)
         if self.parts.processes.is_main:
             for text in self.parts.data.news():
                 log.info("%s", text)
         if best or self._over() or progress.epoch % config.save.save_every == 0:
             self.saver.save(record, best=best)
 
-    def _evaluate_all(self) -> tuple[dict[str, Any], dict[str, Evaluation]]:
+    def _evaluate_all(self) -> tuple[dict[str, Any], dict[str, Result]]:
         """Scores of the model and of its average by log key; the evaluations by their prefix."""
         modules = {"test": self.state.model}
         if self.state.ema:
@@ -258,12 +288,13 @@ class Trainer(engine.Hooks):
             broadcast_buffers(module)
             title = "evaluate" if prefix == "test" else "evaluate EMA"
             results[prefix] = result = self._evaluate(module, title)
-            record |= {f"{prefix}_loss": result.loss, f"{prefix}_acc1": result.acc1}
-            if result.acc5 is not None:
-                record[f"{prefix}_acc5"] = result.acc5
+            record |= {f"{prefix}_{name}": score for name, score in result.scores().items()}
+            if isinstance(result, MultiLabelEvaluation):
+                entry = "thresholds" if prefix == "test" else "ema_thresholds"
+                self.saver.thresholds[entry] = result.thresholds.tolist()
         return record, results
 
-    def _evaluate(self, model: nn.Module, title: str) -> Evaluation:
+    def _evaluate(self, model: nn.Module, title: str) -> Result:
         parts, loader = self.parts, self.parts.data.val_loader
         self.logger.start_evaluation(len(loader), title)
         if next(model.parameters()).device != parts.settings.device:
@@ -279,6 +310,9 @@ class Trainer(engine.Hooks):
                 batch_size=loader.batch_size,
                 shared=self.config.dist.dist_eval,
                 progress=self.logger.advance,
+                counts=counts_of(
+                    self.config.data.task, len(parts.data.class_names), parts.settings.device
+                ),
             )
         except Stopped:
             if sharded:
@@ -303,8 +337,8 @@ class Trainer(engine.Hooks):
             if batch is not None or together:
                 yield batch
 
-    def _note_score(self, score: float, results: dict[str, Evaluation]) -> bool:
-        """Whether ``score`` is the best so far; then the accuracies per class are written."""
+    def _note_score(self, score: float, results: dict[str, Result]) -> bool:
+        """Whether ``score`` is the best so far; then the results per class are written."""
         progress, options = self.state.progress, self.config.save
         lower = options.best_metric.endswith("loss")
         best = is_better(score, progress.best, lower=lower)
@@ -333,6 +367,7 @@ class Trainer(engine.Hooks):
         if not lost:
             self.logger.flush()
             self.saver.save_now()
+        self.tracking.feeds.close(finished=False)
         # Launchers end all processes as soon as one leaves: none may before this is written.
         if not alone:
             barrier()
@@ -350,4 +385,5 @@ class Trainer(engine.Hooks):
             update = self.state.progress.update
             self.logger.hyper_parameters(self.config.recipe(), final, update)
         self.logger.close()
+        self.tracking.feeds.close(finished=True)
         return announce_end(self.parts, self.folder, self.saver, len(self.bad_images.listed))

@@ -11,6 +11,7 @@ import numpy as np
 import bounded
 from errors import DataError, OptionError, os_error_text, shortened
 from pipeline.sources.names import Names
+from pipeline.sources.stratified import iterative_split
 
 if TYPE_CHECKING:
     from config import DataOptions
@@ -20,13 +21,29 @@ _ODD = 0x9E3779B97F4A7C15  # spreads a number over 64 bits
 VAL_NAMES = ("val", "valid", "validation", "test")  # of the validation part
 
 
+Target = int | np.ndarray
+"""The label of an image, or (K,) uint8 of which labels it has."""
+
+
+def as_targets(targets: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Labels as (N,) int64, or which labels each image has as (N, K) uint8."""
+    targets = np.asarray(targets)
+    return targets.astype(np.uint8 if targets.ndim == 2 else np.int64, copy=False)
+
+
+def target_of(targets: np.ndarray, index: int) -> Target:
+    """What ``Source.read`` gives of an image's labels."""
+    return targets[index] if targets.ndim == 2 else int(targets[index])
+
+
 class Source:
     """Images by number. A plug-in's data set is a subclass, or one of the ready-made ones below."""
 
     classes: list[str]
     """Names, in the order of the labels."""
     targets: np.ndarray | None
-    """Label of each image, (N,) int64; None if it is only known when an image is read."""
+    """Label of each image, (N,) int64; None if it is only known when an image is read. Of
+    ``--task multilabel`` (N, K) uint8: 1 where an image has a class, which may be none."""
     groups: np.ndarray | None = None
     """Number of the file that holds each image among others, (N,) int64; None: files of their own.
     """
@@ -47,9 +64,9 @@ class Source:
         """What ``decode`` takes: a path, binary file, PIL image or uint8 array."""
         raise NotImplementedError
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Any, Target]:
         """The image as of ``open``, and its label."""
-        return self.open(index), int(self.targets[index])
+        return self.open(index), target_of(self.targets, index)
 
     def sample_id(self, index: int) -> str:
         """What to call the image in a message."""
@@ -98,7 +115,7 @@ class FileSource(Source):
         self.root = root
         named = isinstance(paths, Names)
         self.paths = paths if named else Names([os.fsencode(path) for path in paths])
-        self.targets = np.asarray(targets, dtype=np.int64)
+        self.targets = as_targets(targets)
         self.classes = classes
 
     def open(self, index: int) -> str:
@@ -126,7 +143,7 @@ class ArraySource(Source):
         self, images: np.ndarray, targets: Sequence[int], classes: list[str], name: str
     ) -> None:
         self.images = images
-        self.targets = np.asarray(targets, dtype=np.int64)
+        self.targets = as_targets(targets)
         self.classes = classes
         self.name = name
 
@@ -155,7 +172,7 @@ class Subset(Source):
     def open(self, index: int) -> Any:
         return self.source.open(self.indices[index])
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Any, Target]:
         return self.source.read(self.indices[index])
 
     def sample_id(self, index: int) -> str:
@@ -224,7 +241,8 @@ def image_numbers(source: Source) -> np.ndarray:
 
 def held_out(source: Source, is_train: bool, fraction: float, seed: int) -> Drawn:
     """The part of ``source`` for training, or the ``fraction`` that is held out for validation."""
-    indices = stratified_split(source.targets, fraction, seed)[0 if is_train else 1]
+    split = stratified_split if source.targets.ndim == 1 else iterative_split
+    indices = split(source.targets, fraction, seed)[0 if is_train else 1]
     return Drawn(source, indices, is_train=is_train)
 
 

@@ -2,17 +2,32 @@
 
 import logging
 import os
-import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from errors import DataError, OptionError, first_names, os_error_text, shortened, shown
+from errors import (
+    DataError,
+    OptionError,
+    did_you_mean,
+    first_names,
+    os_error_text,
+    shortened,
+    shown,
+)
 from outputs.names import from_csv_cell
 from pipeline.sources.base import FileSource, Source, Subset, data_root, held_out
+from pipeline.sources.labels import (
+    Labels,
+    check_class_columns,
+    class_names,
+    multi_hot,
+    read_labels,
+)
 from pipeline.sources.layout import part_named, split_roles
 from pipeline.sources.lookup import ImageFiles, where_it_lies
 from pipeline.sources.scan import listing, suffix
@@ -20,6 +35,7 @@ from pipeline.sources.tables import (
     Table,
     find_columns,
     first_line,
+    named_column,
     no_labels,
     parts_of,
     read_table,
@@ -42,12 +58,14 @@ class _Listed(NamedTuple):
     table: Table
     files: ImageFiles
     paths: list[str]
-    labels: list[str] | None
-    """None: the file has no labels."""
+    labels: list[str] | list[Labels] | None
+    """One of each image, or several; None: the file has no labels."""
     parts: list[str] | None
     """"train", "val" or "test" of each image by its column; None: there is no such column."""
     split_column: str
     """The name of that column."""
+    class_columns: list[str] | None = None
+    """The classes of which each has a column."""
 
     def has_part(self, *names: str) -> bool:
         return self.parts is not None and any(name in self.parts for name in names)
@@ -66,14 +84,21 @@ def _read(path: Path, data: "DataOptions") -> _Listed:
 
     table = read_table(path, exists)
     columns = find_columns(table, data, exists)
+    labels: list[str] | list[Labels] | None = None
+    classes = None
+    if columns.label is not None:
+        labels = list(map(from_csv_cell, table.column(columns.label)))
+    if data.task == "multilabel":
+        labels, classes = read_labels(table, columns, labels, data)
     return _Listed(
         path,
         table,
         files,
         table.column(columns.path),
-        None if columns.label is None else list(map(from_csv_cell, table.column(columns.label))),
+        labels,
         None if columns.split is None else parts_of(table, columns.split),
         "" if columns.split is None else table.header[columns.split],
+        classes,
     )
 
 
@@ -96,26 +121,41 @@ def _source(listed: _Listed, data: "DataOptions", classes: list[str] | None = No
     labels, numbers = listed.labels, listed.table.numbers
     if labels is None:
         raise DataError(no_labels(listed.table))
-    classes = _class_names(labels) if classes is None else classes
-    label_of = {name: label for label, name in enumerate(classes)}
-    for number, label in zip(numbers, labels, strict=True):
-        if label not in label_of:
-            raise DataError(
-                f"{listed.path}, line {number}: no class {shown(label)} in the training part"
-            )
+    classes = _classes(listed) if classes is None else classes
     paths, findings = _found(listed, data.on_bad_image)
-    targets = [label_of[label] for label in labels]
+    targets: Sequence[int] | np.ndarray
+    if data.task == "multilabel":
+        check_class_columns(listed.path, listed.class_columns, classes)
+        targets = multi_hot(labels, classes, lambda index: f"{listed.path}, line {numbers[index]}")
+    else:
+        targets = _one_each(listed, labels, classes)
     source = FileSource(listed.files.root, paths, targets, classes)
     source.findings = (*findings, *_repeated(listed.path, paths, labels))
     return source
 
 
-def _class_names(labels: list[str]) -> list[str]:
-    """The labels in the order of their numbers, or of the letters."""
-    names = sorted(set(labels))  # 01 and 1 are two names of one number
-    # int() refuses longer ones.
-    numeric = all(re.fullmatch("-?[0-9]{1,4000}", name) for name in names)
-    return sorted(names, key=int) if numeric else names
+def _one_each(listed: _Listed, labels: list[str], classes: list[str]) -> list[int]:
+    """The class of each image. Raises DataError for a label that is none."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    for number, label in zip(listed.table.numbers, labels, strict=True):
+        if label not in label_of:
+            hint = did_you_mean(label, label_of)
+            raise DataError(
+                f"{listed.path}, line {number}: no class {shown(label)} in the training part"
+                + (hint and f"; {hint}")
+            )
+    return [label_of[label] for label in labels]
+
+
+def _classes(listed: _Listed) -> list[str]:
+    """The classes of a file with labels. Raises DataError where no image has one."""
+    if listed.class_columns is not None:
+        return listed.class_columns
+    labels = listed.labels
+    names = labels if isinstance(labels[0], str) else [name for row in labels for name in row]
+    if not names:
+        raise DataError(f"{listed.path}: no image has a label")
+    return class_names(names)
 
 
 def _found(listed: _Listed, on_bad_image: str) -> tuple[list[str], list[str]]:
@@ -327,4 +367,28 @@ def csv_classes(data: "DataOptions") -> list[str] | None:
         return None
     if part.labels is None:
         raise DataError(no_labels(part.table))
-    return _class_names(part.labels)
+    return _classes(part)
+
+
+def values_of_column(data: "DataOptions", name: str, option: str) -> dict[str, str]:
+    """The value of the column ``name`` of a CSV file for each image, by its path.
+
+    Raises OptionError about ``option`` for a column that isn't there, and DataError for a row
+    without a value and for an image with two.
+    """
+    listed = _read(_training_file(data_root(data)), data)
+    if listed.table.header is None:
+        raise OptionError(option, f"{listed.path} has no header: write the names of its columns")
+    values = listed.table.column(named_column(listed.table, option, name))
+    paths, _ = _found(listed, data.on_bad_image)
+    found: dict[str, str] = {}
+    for number, path, value in zip(listed.table.numbers, paths, values, strict=True):
+        where = f"{listed.path}, line {number}"
+        if not value:
+            raise DataError(f"{where}: no {shown(name)}: give the image a group of its own, or one")
+        before = found.setdefault(os.path.join(listed.files.root, path), value)
+        if before != value:
+            raise DataError(
+                f"{where}: {shortened(path)} is of {shown(value)} here, of {shown(before)} above"
+            )
+    return found

@@ -142,10 +142,6 @@ def _scan_val(val: Path, classes: list[str], reference: str, data: "DataOptions"
                 f"{val / name}: no class of that name in {reference}" + (hint and f"; {hint}")
             )
     source, _ = _scan(val, classes, data)
-    counts = np.bincount(source.targets, minlength=len(classes))
-    missing = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if missing:
-        odd.append(f"{val} has no images of {len(missing)} classes: {first_names(missing)}")
     if inside.images:
         odd.append(
             f"{val}: {len(inside.images)} images lie beside the class folders: not used "

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from architectures.hub import reached
-from errors import DataError, OptionError
+from errors import DataError, OptionError, first_names
 from pipeline.sources.base import VAL_NAMES, Source, refuse_val_fraction
+from pipeline.sources.labels import class_names, each_once, label_texts, multi_hot
 
 if TYPE_CHECKING:
     from config import DataOptions
@@ -19,22 +20,62 @@ class HuggingFaceSource(Source):
     """A Hugging Face data set with the columns ``image`` and ``label``, read by timm.
 
     A spawned worker opens a reader of its own; forked ones share it.
+
+    With ``multilabel`` the column is ``labels`` or ``label``, a sequence of names, numbers or class
+    labels in each row.
     """
 
-    def __init__(self, name: str, root: str | None, split: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: str | None,
+        split: str,
+        *,
+        multilabel: bool = False,
+        classes: list[str] | None = None,
+    ) -> None:
         self.name, self.root, self.split = name, root, split
+        self.column = ""  # of labels; empty: the reader's own
         self._open_reader()
+        if multilabel:
+            self._label(classes)
+            return
         labels = self.reader.dataset[self.reader.label_key]
         self.targets = np.array(list(labels), dtype=np.int64)
         class_to_idx = self.reader.class_to_idx
         numbered = [str(label) for label in range(self.targets.max() + 1)]
         self.classes = sorted(class_to_idx, key=class_to_idx.get) or numbered
 
+    def _label(self, classes: list[str] | None) -> None:
+        """Set classes and targets from a column of sequences. Raises DataError for another one."""
+        features = self.reader.dataset.features
+        column = next((name for name in ("labels", "label") if name in features), None)
+        kind = features.get(column)
+        inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+        if column is None or inner is None:
+            has = first_names(list(features))
+            raise DataError(
+                f"hfds/{self.name} has no sequence of labels as 'labels' or 'label'; its columns "
+                f"are {has}"
+            )
+        self.column = self.reader.label_key = column
+        rows = [list(row or ()) for row in self.reader.dataset[column]]
+        named = getattr(inner, "names", None)
+        if named:
+            labels = [each_once([named[number] for number in row]) for row in rows]
+            classes = list(named)
+        else:
+            labels = [each_once(label_texts(row)) for row in rows]
+        self.classes = classes or class_names(sorted({name for row in labels for name in row}))
+        self.targets = multi_hot(labels, self.classes, self.sample_id)
+
     def _open_reader(self) -> None:
         import_hugging_face()
         from timm.data.readers import create_reader
 
         self.reader = create_reader(f"hfds/{self.name}", root=self.root, split=self.split)
+        if self.column:
+            self.reader.label_key = self.column
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "reader": None}
@@ -81,12 +122,17 @@ def import_hugging_face() -> None:
 def hugging_face_set(name: str, is_train: bool, data: "DataOptions") -> Source:
     """A part of the set ``name``; ``data_path`` is the package's cache folder."""
     refuse_val_fraction(data, "a Hugging Face set")
-    root = data.data_path or None
+    root, multilabel = data.data_path or None, data.task == "multilabel"
+    classes = None
+    if multilabel and not is_train:
+        classes = hugging_face_set(name, True, data).classes
     splits = ("train",) if is_train else ("validation", *VAL_NAMES)
     for split in dict.fromkeys(splits):
         try:
             with reached(f"hfds/{name}"):
-                source = HuggingFaceSource(name, root, split)
+                source = HuggingFaceSource(
+                    name, root, split, multilabel=multilabel, classes=classes
+                )
         except ImportError:
             raise OptionError("data_set", "hfds/ needs: pip install datasets") from None
         except ValueError as error:
@@ -95,7 +141,7 @@ def hugging_face_set(name: str, is_train: bool, data: "DataOptions") -> Source:
             continue
         except (OSError, RuntimeError, KeyError) as error:
             raise DataError(f"hfds/{name} can't be read: {error}") from None
-        if source.targets.min() < 0:
+        if not multilabel and source.targets.min() < 0:
             raise DataError(f"hfds/{name}: the split {split} has images without a label")
         return source
     raise DataError(f"hfds/{name} has none of the splits {', '.join(splits)}: {problem}")

@@ -75,9 +75,10 @@ class ShardIndex(NamedTuple):
         return cls(places, targets, np.array(keys, np.bytes_), shard_bytes)
 
     @classmethod
-    def scan(cls, shard: Path) -> "ShardIndex":
+    def scan(cls, shard: Path, label_of: "LabelOf | None" = None) -> "ShardIndex":
         """The index made from the headers of the tar file, all of which are read.
 
+        ``label_of`` finds the label of a sample in another way than by ``.cls`` and ``.json``.
         Raises DataError for a file that isn't a plain tar file, or lacks an image or label.
         """
         rows = []
@@ -85,7 +86,7 @@ class ShardIndex(NamedTuple):
             image = next((m for e, m in members.items() if f".{e}" in EXTENSIONS), None)
             if image is None:
                 raise DataError(f"{shard}: sample {key} has no image")
-            label = _shard_label(shard, key, members)
+            label = (label_of or _shard_label)(shard, key, members)
             rows.append((image.offset_data, image.size, label, key))
         return cls.of(rows, shard.stat().st_size)
 
@@ -177,6 +178,10 @@ class _Member(NamedTuple):
     offset_data: int
     size: int
     content: bytes  # of labels; images stay on disk
+
+
+LabelOf = Callable[[Path, str, dict[str, _Member]], int]
+"""(shard, key, members by extension) to the label of a sample."""
 
 
 class _Headers:

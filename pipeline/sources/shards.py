@@ -23,8 +23,10 @@ from pipeline.sources.base import (
     read_json,
     refuse_val_fraction,
 )
+from pipeline.sources.labels import Labels, class_names, multi_hot
 from pipeline.sources.names import Names
 from pipeline.sources.shard_index import MOST_CLASSES, MOST_KEY, ShardIndex
+from pipeline.sources.shard_labels import labels_of_sample
 
 if TYPE_CHECKING:
     from config import DataOptions
@@ -42,6 +44,10 @@ class ShardSource(Source):
     A sample is the run of members with the same name up to the first dot: an image and ``.cls``
     (its label as a number) or ``.json`` with ``label``. Classes have numbers for names, unless
     ``_info.json`` lists them as ``classes``.
+
+    With ``multilabel`` a sample has any number of labels
+    (``pipeline.sources.shard_labels.labels_of_sample``), by name or by number. An index holds one
+    of each, so the tar files are scanned.
     """
 
     MOST_OPEN = 64  # files per process
@@ -52,11 +58,16 @@ class ShardSource(Source):
         shards: Sequence[Path],
         classes: list[str] | None = None,
         remote: RemoteFolder | None = None,
+        *,
+        multilabel: bool = False,
     ) -> None:
         self.shards = list(shards)
         self.remote = remote
         self._files: dict[int, IO[bytes]] = {}  # the one used last comes last
-        if remote is None:
+        labels: list[Labels] = []
+        if multilabel:
+            tables = [_scanned(shard, labels) for shard in self.shards]
+        elif remote is None:
             tables = [ShardIndex.read(shard) or ShardIndex.scan(shard) for shard in self.shards]
         else:
             tables = _fetch_indices(remote, self.shards)
@@ -69,6 +80,9 @@ class ShardSource(Source):
         self.groups = numbers
         self.targets = np.concatenate([table.targets for table in tables])
         self.keys = Names([key for table in tables for key in table.keys.tolist()])
+        if multilabel:
+            self._label(labels, classes)
+            return
         self.classes = classes or [str(label) for label in range(self.targets.max() + 1)]
         wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(self.classes)))
         if len(wrong):
@@ -76,6 +90,17 @@ class ShardSource(Source):
                 f"{self.sample_id(wrong[0])}: label {self.targets[wrong[0]]} is none of the "
                 f"{len(self.classes)} classes of the training part"
             )
+
+    def _label(self, labels: list[Labels], classes: list[str] | None) -> None:
+        """Set classes and targets to those of ``labels``, which are names or numbers of classes."""
+        names = {name for each in labels for name in each}
+        if not names and classes is None:
+            raise DataError(f"no sample in {self.shards[0]} has a label")
+        self.classes = classes or class_names(sorted(names))
+        if not names <= set(self.classes) and all(name.isdecimal() for name in names):
+            numbers = {str(i): name for i, name in enumerate(self.classes)}
+            labels = [tuple(numbers.get(name, name) for name in each) for each in labels]
+        self.targets = multi_hot(labels, self.classes, self.sample_id)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -121,6 +146,16 @@ class ShardSource(Source):
         # The folder of the copies may be another one on each machine.
         folder = "" if self.remote is None else f"{self.remote.folder}{os.sep}"
         return self.sample_id(index).removeprefix(folder)
+
+
+def _scanned(shard: Path, labels: list[Labels]) -> ShardIndex:
+    """The index of a shard whose samples' labels are added to ``labels``."""
+
+    def note(shard: Path, key: str, members: dict[str, Any]) -> int:
+        labels.append(labels_of_sample(shard, key, members))
+        return 0
+
+    return ShardIndex.scan(shard, note)
 
 
 def _fetch_indices(remote: RemoteFolder, shards: Sequence[Path]) -> list[ShardIndex]:
@@ -203,19 +238,26 @@ def _shown(name: Any) -> str:
 def webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
     """Shards of a split: those of ``_info.json``, or ``*train*.tar`` and ``*val*.tar``."""
     refuse_val_fraction(data, "a sharded set")
+    multilabel = data.task == "multilabel"
+    if is_remote(data.data_path) and multilabel:
+        raise OptionError(
+            "data_path",
+            "the index of remote shards has one label each: download them and name the folder",
+        )
     if is_remote(data.data_path):
         return _remote_shards(is_train, data)
     root = data_root(data)
     train = _shards(root, ("train", "training"))
     if not train:
         raise OptionError("data_path", f"{root} has no shards *train*.tar and no _info.json")
-    source = ShardSource(train, _listed_classes(_shard_info(root), root / "_info.json"))
+    classes = _listed_classes(_shard_info(root), root / "_info.json")
+    source = ShardSource(train, classes, multilabel=multilabel)
     if is_train:
         return source
     val = _shards(root, VAL_NAMES)
     if not val:
         raise OptionError("data_path", f"{root} has no shards *val*.tar (nor *test*.tar)")
-    return ShardSource(val, source.classes)
+    return ShardSource(val, source.classes, multilabel=multilabel)
 
 
 def _shards(root: Path, splits: Sequence[str]) -> list[Path]:

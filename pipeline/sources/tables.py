@@ -38,6 +38,7 @@ _OTHER_LABEL_COLUMNS = (
     + ("variety", "disease", "level", "scientificname", "y", "classid", "labelid", "categoryid")
     + ("classindex",)
 )
+_SEVERAL_COLUMNS = ("tags", "tag", "findinglabels", "attributes", "genres")
 _SPLIT_COLUMNS = ("split", "set", "subset", "fold", "dataset", "datasplit", "partition", "part")
 _SPLIT_COLUMNS += ("datatype", "phase", "mode", "usage", "traintest", "traintestsplit", "kfold")
 MOST_BYTES = 1 << 30  # of a table
@@ -47,7 +48,7 @@ MOST_CELLS = 50_000_000  # of all rows; a cell of usual length takes up to 90 by
 MOST_NAME = {"path": 4096, "label": 1000}  # characters
 _SHOWN = 30  # columns that a message names
 _LAST = "\0last"
-_YES, _NO = ("1", "true", "yes", "y", "t", "1.0"), ("0", "false", "no", "n", "f", "0.0")
+YES, NO = ("1", "true", "yes", "y", "t", "1.0"), ("0", "false", "no", "n", "f", "0.0")
 
 
 def _plain(name: str) -> str:
@@ -201,13 +202,14 @@ def find_columns(table: Table, data: "DataOptions", exists: Callable[[str], bool
             if getattr(data, name) not in ("", "none"):
                 raise OptionError(name, f"{table.path} has no header")
         return Columns(0, 1, None)
-    image, label, split = (_named(table, name, getattr(data, name)) for name in options)
+    image, label, split = (named_column(table, name, getattr(data, name)) for name in options)
     if split is None and not data.split_column:
         split = _split_column(table, taken=(image, label))
     if image is None:
         image = _image_column(table, label, exists)
-    if label is None:
-        label = _label_column(table, image, split)
+    several = data.task == "multilabel"
+    if label is None and not data.label_columns:
+        label = _label_column(table, image, split, _SEVERAL_COLUMNS if several else ())
     if image is None and label is None:
         raise DataError(
             f"{table.path}, line 1: neither a header (path{table.delimiter}label) nor an image "
@@ -219,6 +221,8 @@ def find_columns(table: Table, data: "DataOptions", exists: Callable[[str], bool
         )
     for number, row in zip(table.numbers, table.rows, strict=True):
         for column, what in ((image, "path"), (label, "label")):
+            if several and what == "label":
+                continue  # any number of labels, none included
             if column is not None and not 0 < len(row[column]) <= MOST_NAME[what]:
                 size = f"a {what} of {len(row[column]):,} characters"
                 fault = f"{size}, {MOST_NAME[what]:,} at most" if row[column] else f"no {what}"
@@ -241,8 +245,8 @@ def _choices(table: Table) -> str:
     )
 
 
-def _named(table: Table, option: str, name: str) -> int | None:
-    """The column that an option names."""
+def named_column(table: Table, option: str, name: str) -> int | None:
+    """The column that an option names; None where it names none. Raises OptionError."""
     if not name or (option == "split_column" and name == "none"):
         return None
     for same in (str, str.lower):
@@ -274,8 +278,11 @@ def _image_column(table: Table, label: int | None, exists: Callable[[str], bool]
     return None
 
 
-def _label_column(table: Table, image: int | None, split: int | None) -> int | None:
-    found = _of_kind(table, _LABEL_COLUMNS, (image, split))
+def _label_column(
+    table: Table, image: int | None, split: int | None, more: Sequence[str]
+) -> int | None:
+    """The column of labels by its name, which may be one ``more``."""
+    found = _of_kind(table, (*more, *_LABEL_COLUMNS), (image, split))
     found = found or _of_kind(table, _OTHER_LABEL_COLUMNS, (image, split))
     if len(found) > 1:
         first = table.column(found[0])
@@ -315,7 +322,7 @@ def _split_column(table: Table, taken: Sequence[int | None]) -> int | None:
         if index in taken or not (flag or listed):
             continue
         values = {value.lower() for value in table.column(index)}
-        if flag and values <= {*_YES, *_NO} or listed and any(_part_of(v) for v in values):
+        if flag and values <= {*YES, *NO} or listed and any(_part_of(v) for v in values):
             return index
         if _plain(name) in ("fold", "kfold", "split") and all(v.isdigit() for v in values):
             folds = f"{name} has {len(values)} numbers of folds"
@@ -337,9 +344,9 @@ def parts_of(table: Table, column: int) -> list[str]:
     flag = _flag_of(table.header[column])
     parts = []
     for number, value in zip(table.numbers, table.column(column), strict=True):
-        if flag and value.lower() in (*_YES, *_NO):
+        if flag and value.lower() in (*YES, *NO):
             other = "val" if flag == "train" else "train"
-            parts.append(flag if value.lower() in _YES else other)
+            parts.append(flag if value.lower() in YES else other)
             continue
         part = _part_of(value)
         if part is None:

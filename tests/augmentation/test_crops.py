@@ -104,7 +104,7 @@ def test_the_same_rectangles_are_drawn_with_and_without_scaling(kind, src, inter
         scaled, whole = Asked(image), Asked(image)
         found, expected = (t.apply(p, 3, position) for t, p in ((on, scaled), (off, whole)))
         assert [box for box, _ in scaled.asked] == [box for box, _ in whole.asked]
-        assert {least for _, least in scaled.asked} == {64}
+        assert {least for _, least in scaled.asked} == {(64, 64)}
         assert {least for _, least in whole.asked} == {None}
         # Nor does it matter how the image comes.
         decoded = off.apply(image if kind is BatchAugment else plain, 3, position)

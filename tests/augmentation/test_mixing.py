@@ -104,3 +104,19 @@ def test_drawing_and_applying_are_apart():
             assert torch.equal(mixed[i], expected)
             own = 1 - (y1 - y0) * (x1 - x0) / 320
             assert mix.lam[i] == pytest.approx(own) and float(soft[i, i]) == pytest.approx(own)
+
+
+def test_vectors_of_labels_mix_as_classes_do():
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([0, 3, 1, 1, 2])
+    for mode in ("batch", "pair", "elem"):
+        mixer = Mixer(4, 0.8, 1.0, mode=mode)
+        of_classes, soft = mixer(images, classes, 7)
+        vectors = torch.nn.functional.one_hot(classes, 4).float()
+        of_vectors, mixed = mixer(images, vectors, 7)
+        assert torch.equal(of_classes, of_vectors) and torch.equal(soft, mixed)
+        # Of two labels each; an image without any has those of its partner alone.
+        both = mixer(images, vectors + vectors.roll(1, 1), 7)[1]
+        torch.testing.assert_close(both, soft + soft.roll(1, 1))
+        none = mixer(images, torch.zeros(5, 4, dtype=torch.uint8), 7)[1]
+        assert none.dtype == torch.float32 and not none.any()

@@ -1,14 +1,17 @@
 """augmentation/pixel_ops.py, against Pillow."""
 
+import numpy as np
 import pytest
 import timm.data.auto_augment as timm_ops
 import torch
 from PIL import Image
 from pixels import as_tensor, batch, pixels
+from torchvision.transforms import GaussianBlur, InterpolationMode, functional
 
 from augmentation import pixel_ops
 from augmentation.pixel_ops import GEOMETRY, LEVELS, blur
-from augmentation.transforms import ThreeAugment
+from augmentation.steps import ThreeAugment
+from augmentation.warp import perspective_coefficients
 
 FILL = (124, 116, 104)
 
@@ -92,10 +95,56 @@ def test_geometry_is_pillows(kind, theirs, values, cubic):
             assert (difference > 1).float().mean() <= 0.005, value
 
 
+@pytest.mark.usefixtures("each_path")
+def test_hue_is_pillows():
+    turns = [-0.5, -0.13, 0.0, 0.002, 0.31, 0.5]
+    ours = LEVELS["hue"](batch(len(turns)), torch.tensor(turns)).int()
+    for i, turn in enumerate(turns):
+        expected = as_tensor(functional.adjust_hue(Image.fromarray(pixels(seed=i)), turn)).int()
+        differs = (ours[i] - expected).abs().amax(0)
+        # A hue that is nearly a whole step may be cut off to the one below.
+        assert differs.max() <= 6 and (differs > 0).float().mean() <= 0.006, turn
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("side", [60, 8])
+def test_gaussian_blur_is_torchvisions(side):
+    stds = [0.1, 0.8, 2.0]
+    ours = LEVELS["gaussian"](batch(3, height=side, width=side), torch.tensor(stds)).int()
+    for i, std in enumerate(stds):
+        blurred = GaussianBlur(min(23, 2 * side - 1), (std, std))
+        expected = as_tensor(blurred(Image.fromarray(pixels(side, side, seed=i)))).int()
+        assert (ours[i] - expected).abs().max() <= 1, std
+
+
+@pytest.mark.usefixtures("each_path")
+@pytest.mark.parametrize("cubic", [True, False])
+def test_perspective_is_torchvisions(cubic):
+    shifts = np.array([[[3, 7], [0, 11], [12, 2], [6, 9]], [[0, 0]] * 4])
+    fill = torch.tensor(FILL, dtype=torch.uint8)
+    coefficients = torch.from_numpy(perspective_coefficients(shifts, (60, 48)))
+    ours = GEOMETRY["perspective"](batch(2), coefficients, cubic, fill).int()
+    start = [[0, 0], [47, 0], [47, 59], [0, 59]]
+    mode = InterpolationMode.BICUBIC if cubic else InterpolationMode.BILINEAR
+    for i in range(2):
+        end = [
+            [x + dx if x == 0 else x - dx, y + dy if y == 0 else y - dy]
+            for (x, y), (dx, dy) in zip(start, shifts[i].tolist(), strict=True)
+        ]
+        image = Image.fromarray(pixels(seed=i))
+        expected = as_tensor(functional.perspective(image, start, end, mode, list(FILL)))
+        difference = (ours[i] - expected.int()).abs().float()
+        if cubic:
+            assert difference.mean() <= 1.5
+        else:
+            assert (difference > 1).float().mean() <= 0.005
+
+
 ARGUMENTS = {
     **{"posterize": 2.0, "solarize": 99.0, "solarize_add": 60.0, "blur": 1.1, "rotate": -17.0},
     **{name: 0.6 for name in ("saturation", "contrast", "brightness", "sharpness")},
     **{"shear_x": -0.2, "shear_y": 0.3, "translate_x": 61.5, "translate_y": -70.0},
+    **{"hue": 0.2, "gaussian": 1.1},
 }
 
 
@@ -107,7 +156,10 @@ def test_a_cpu_gives_what_other_devices_give(kind, monkeypatch):
         values = (x, arguments)
         operation = LEVELS[kind]
     else:
-        values = (x, arguments * torch.tensor([1.0, 0.3, -0.7]), True, torch.tensor(FILL).byte())
+        arguments = arguments * torch.tensor([1.0, 0.3, -0.7])
+        if kind == "perspective":
+            arguments = torch.tensor([[1.1, 0.1, -4, 0.02, 0.9, 2, 1e-3, 2e-3]] * 3)
+        values = (x, arguments, True, torch.tensor(FILL).byte())
         operation = GEOMETRY[kind]
     results = []
     for answer in (True, False):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from augmentation.batch import supports
 from augmentation.policy import KINDS, kind_of
-from augmentation.transforms import build_policy
+from augmentation.steps import build_policy
 from config import AugmentOptions
 from utils import seed_all
 

@@ -12,12 +12,11 @@ from timm.data import create_transform
 
 from augmentation.batch import build_train_transform
 from augmentation.preprocessing import Preprocessing
+from augmentation.steps import ThreeAugment, build_policy
 from augmentation.transforms import (
     CentreCrop,
     EvalTransform,
-    ThreeAugment,
     TrainTransform,
-    build_policy,
     build_transform,
 )
 from config import AugmentOptions
@@ -156,6 +155,14 @@ def test_every_transform_has_the_background(is_train):
         ({"aa": "3a"}, {"auto_augment": "3a"}),
         ({"aa": "v0"}, {"auto_augment": "v0"}),
         ({"aa": None, "color_jitter": 0.4}, {"auto_augment": None, "color_jitter": 0.4}),
+        (
+            {"aa": None, "color_jitter": (0.4, 0.0, 0.2, 0.1), "color_jitter_prob": 0.6},
+            {"auto_augment": None, "color_jitter": (0.4, 0.0, 0.2, 0.1), "color_jitter_prob": 0.6},
+        ),
+        (
+            {"grayscale_prob": 0.3, "blur_prob": 0.5},
+            {"grayscale_prob": 0.3, "gaussian_blur_prob": 0.5},
+        ),
         ({"scale": (0.5, 0.6), "ratio": (1.5, 2.0)}, {"scale": (0.5, 0.6), "ratio": (1.5, 2.0)}),
         ({"vflip": 0.5, "hflip": 0.1}, {"vflip": 0.5, "hflip": 0.1}),
         (

@@ -92,7 +92,8 @@ def torchvisions(size, mirror):
 @pytest.mark.parametrize("image_size", [(90, 70), (50, 120), (73, 73), (8, 9), (400, 30)])
 @pytest.mark.parametrize(("size", "mirror"), [(64, True), (32, False)])
 def test_the_padded_crop_is_torchvisions(size, mirror, image_size, monkeypatch):
-    image, ours = image_of(*image_size), PaddedRandomCrop(size, "bicubic", mirror=mirror)
+    image = image_of(*image_size)
+    ours = PaddedRandomCrop((size, size), "bicubic", mirror=mirror)
     theirs = torchvisions(size, mirror)
     for seed in range(25):
         seed_all(seed)

@@ -49,7 +49,9 @@ ODD = {
     "the crop_ratio of its preprocessing: must be at least": {
         "preprocessing": TRUE | {"crop_ratio": 1e-320}
     },
-    r"the mean of its preprocessing is tuple \(0.5,\)": {"preprocessing": TRUE | {"mean": [0.5]}},
+    "its preprocessing has means and stds of different numbers": {
+        "preprocessing": TRUE | {"mean": [0.5]}
+    },
     "the std of its preprocessing is NoneType": {"preprocessing": TRUE | {"std": None}},
     "the mean of its preprocessing is a Tensor": {"preprocessing": TRUE | {"mean": torch.zeros(3)}},
     "the background of its preprocessing: ": {"preprocessing": TRUE | {"background": "x"}},

@@ -41,12 +41,22 @@ LENGTHS = [opt for opt in all_options() if opt.bounds["length"]]
 @pytest.mark.parametrize("opt", LENGTHS, ids=lambda o: o.name)
 def test_lengths_of_tuples(opt):
     least, most = opt.bounds["length"]
+    value = 8 if opt.name == "input_size" else 0.5
     for count in range(least, most + 1):
-        assert convert(opt, [0.5] * count) == (0.5,) * count
+        # Where one number can stand for all, it is kept as one.
+        assert convert(opt, [value] * count) in ((value,) * count, value)
     for count in (least - 1, most + 1):
         if count:
             with pytest.raises(OptionError, match=f"{opt.flag}: takes .*got {count}"):
-                convert(opt, [0.5] * count)
+                convert(opt, [value] * count)
+
+
+def test_one_number_stands_for_three_and_not_for_four():
+    jitter = by_name("color_jitter")
+    assert convert(jitter, "0.4") == convert(jitter, [0.4]) == 0.4
+    assert convert(jitter, "0.4 0.4 0.4") == (0.4,) * 3
+    assert convert(jitter, [0.4, 0.4, 0.4, 0.4]) == (0.4,) * 4
+    assert convert(jitter, "none") is None
 
 
 WRONG = [

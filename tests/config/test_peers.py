@@ -135,7 +135,7 @@ def test_as_many_options_as_the_parsers_have():
         ("-j", "here it is --num-workers"),
         ("--checkpoint_hist", "here it is --keep"),
         ("--num-classes", "classes are counted from the data: leave it out"),
-        ("--jsd-loss", "not here yet"),
+        ("--split-bn", "not here: batch norm sees all splits"),
         ("--nodes", "run_with_submitit.py takes --nodes"),
         ("--use_volta32", "run_with_submitit.py takes --constraint"),
         ("--lr--epochs", "a space is missing: --lr --epochs"),

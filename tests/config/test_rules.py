@@ -6,12 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from config import conflicts, load, rules, to_yaml, unused
+from config import augmentation_rules, conflicts, load, rules, to_yaml, unused
 from errors import OptionError
 
 # --- conflicts ------------------------------------------------------------------------------------
 
+SPLITS = "--aug-splits 3 --mixup 0 --cutmix 0"
 CONFLICTS = [
+    ("lora", "--lora 4 --attn-only"),
+    ("lora", "--lora 4 --fsdp"),
+    ("model_kwargs", "--model-kwargs depth"),
+    ("src", "--src --train-crop-mode rkrc"),
+    ("color_jitter", "--color-jitter 0.4 0.4"),
+    ("color_jitter", "--color-jitter 0.4 0.4 0.4 0.6"),
+    ("aug_splits", "--aug-splits 1 --mixup 0 --cutmix 0"),
+    ("aug_splits", "--aug-splits 3"),
+    ("jsd_loss", "--jsd-loss"),
+    ("jsd_loss", f"{SPLITS} --jsd-loss --loss focal"),
+    ("jsd_loss", f"{SPLITS} --jsd-loss --distillation-type hard --teacher-path t.pth"),
+    ("jsd_loss", f"{SPLITS} --jsd-loss --task multilabel --data-set CSV"),
+    ("cache", f"{SPLITS} --cache device"),
     ("background", "--background whit"),
     ("augment_on", "--augment-on device --aa augmix-m5-w4-d2"),
     ("cache", "--cache device --augment-on cpu"),
@@ -51,12 +65,16 @@ CONFLICTS = [
     ("std", "--std 0.1 0.2"),
     ("rollback_fp32_steps", "--rollback-fp32-steps 9"),
     ("pretrained", "--pretrained --finetune f.pth"),
+    ("train_sizes", "--train-sizes 128"),
     ("unfreeze_at", "--unfreeze-at 3:head"),
     ("unfreeze_at", "--freeze blocks --unfreeze-at head"),
     ("unfreeze_at", "--freeze blocks --unfreeze-at x:head"),
     ("attn_only", "--attn-only --freeze blocks"),
     ("best_metric", "--best-metric ema_acc1 --no-model-ema"),
-    ("best_metric", "--best-metric acc1"),
+    ("best_metric", "--best-metric acc2"),
+    ("log_to", "--log-to wandb comet"),
+    ("class_weights", "--class-weights balancd"),
+    ("sampler", "--sampler undersample"),
 ]
 
 
@@ -69,18 +87,19 @@ def test_conflict_names_its_option(name, line):
 
 
 def test_every_conflict_is_tried_here():
-    path = Path(rules.__file__)
+    paths = {rules.__file__, augmentation_rules.__file__}
     yields = {
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        (path, node.lineno)
+        for path in paths
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
         if isinstance(node, ast.Yield)
     }
     reached = set()
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != str(path):
+        if frame.f_code.co_filename not in paths:
             return None
-        reached.add(frame.f_lineno)
+        reached.add((frame.f_code.co_filename, frame.f_lineno))
         return trace
 
     before = sys.gettrace()
@@ -101,6 +120,10 @@ MESSAGES = [
     ("--cosub --loss ce", "is defined on BCE, not on --loss ce: leave --loss out"),
     ("--distillation-type soft", "soft needs a teacher: add --teacher-path FILE"),
     ("--augment-on device --aa trivial", "trivial takes one image at a time"),
+    ("--augment-on device --transform mine", "--transform mine takes one image at a time: use cpu"),
+    ("--color-jitter 0.4 0.4 0.4 0.6", "the hue must be at most 0.5, got 0.6"),
+    ("--jsd-loss", "compares augmentation splits: add --aug-splits 3"),
+    ("--aug-splits 3", "would be mixed with other images: add --mixup 0 --cutmix 0"),
     ("--fsdp --opt adafactor", "with --fsdp: adafactor looks at whole weights: use adamw, adam"),
     ("--epochs 4 --warmup-epochs 4.5", "4.5 leaves nothing of --epochs 4: lower it"),
     ("--sched constant --lr-noise 0.5", "is not defined for --sched constant"),
@@ -170,6 +193,7 @@ def test_sound_combinations_pass(line):
         ("--no-model-ema --model-ema-decay 0.9", "--model-ema-decay has no effect"),
         ("--cutmix 0 --mixup-switch-prob 0.3", "--mixup-switch-prob has no effect without --mixup"),
         ("--class-map c.txt", "--class-map has no effect without --eval"),
+        ("--color-jitter 0.4 0.4 0.4 0.1", "--color-jitter has no effect without --aa none, 3a or"),
         ("--eval --pretrained --class-map c.txt --valid-labels v --real-labels r", None),
         ("--ThreeAugment --reprob 0.5", "--reprob has no effect with --ThreeAugment, which never"),
         ("--ThreeAugment --recount 2", "--recount has no effect with --ThreeAugment"),

@@ -32,9 +32,14 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Four training and two validation images."""
+    """Four training and two validation images: folders, and lists for several labels."""
     root = tmp_path_factory.mktemp("images")
-    return image_folder(root, {"train": 2, "val": 1}, classes=("a", "b"), suffix=".jpg")
+    image_folder(root, {"train": 2, "val": 1}, classes=("a", "b"), suffix=".jpg")
+    for part in ("train", "val"):
+        paths = sorted((root / part).rglob("*.jpg"))
+        rows = [f"{path.relative_to(root)},{path.parent.name}|c" for path in paths]
+        (root / f"{part}.csv").write_text("\n".join(["path,labels", *rows]) + "\n")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,8 @@ def test_recipe_takes_two_steps(images, teacher, tmp_path, monkeypatch, recipe):
     import_plugins(asked.run.plugin)
     name = models.resolve_name(asked.model.model)
     argv += ["--model", SIBLINGS.get(name, name)]
+    if asked.data.task == "multilabel":
+        argv += ["--data-set", "CSV"]
     if asked.loss.distillation_type != "none":
         argv += ["--teacher-model", "modern_lenet", "--teacher-path", str(teacher)]
     assert main.main(argv) == 0

@@ -294,6 +294,13 @@ FIGURES = {
     # Layer-wise decay of BEiT and MAE for base and smaller models: 0.65 to 0.75.
     "finetune_layerwise": FINE | {"layer_decay": 0.75, "freeze": [], "lr": 5e-4, "epochs": 50},
     "fmnist_teacher": FMNIST | {"model": "micro_resnet", "data_set": "FMNIST", "epochs": 1},
+    "fashion_scenes": {
+        "task": "multilabel",
+        "input_size": 56,
+        "best_metric": "test_map",
+        "smoothing": 0.0,
+        "label_separator": "|",
+    },
     "fmnist_student": FMNIST | {"model": "micro_deit_distilled", "distillation_type": "none"},
     "fmnist_student_distilled": FMNIST
     | {

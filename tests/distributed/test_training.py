@@ -23,6 +23,7 @@ from augmentation.preprocessing import Preprocessing
 from augmentation.transforms import build_transform
 from checkpointing.folder import newer_checkpoints
 from config import AugmentOptions
+from optimization.counts import Evaluation
 from pipeline.dataset import ImageDataset
 from pipeline.loader import Loader, LoaderSettings
 from pipeline.sources.base import ArraySource
@@ -107,7 +108,7 @@ def test_another_world_size_sees_each_image_once(images, tmp_path, before, after
     assert set(order[:seen]) <= set(first)
 
 
-def evaluate_random(size: int, world: int, rank: int) -> engine.Evaluation:
+def evaluate_random(size: int, world: int, rank: int) -> Evaluation:
     """An evaluation of ``size`` images by a fixed random model."""
     generator = torch.Generator().manual_seed(size)
     images = torch.randint(0, 255, (size, 8, 8), generator=generator, dtype=torch.uint8).numpy()
@@ -123,7 +124,7 @@ def evaluate_random(size: int, world: int, rank: int) -> engine.Evaluation:
     return engine.evaluate(model, loader, options, num_classes=7, batch_size=3)
 
 
-def fingerprint(result: engine.Evaluation) -> list:
+def fingerprint(result: Evaluation) -> list:
     per_class = result.correct_per_class.tolist(), result.count_per_class.tolist()
     return [result.loss.hex(), result.acc1.hex(), result.acc5.hex(), result.count, *per_class]
 

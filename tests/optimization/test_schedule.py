@@ -164,6 +164,16 @@ def test_plateau_decays_after_patience_and_keeps_its_state():
     assert rates == pytest.approx([LR, LR, LR, LR, LR / 10, LR / 10, 2e-3])
 
 
+def test_plateau_counts_epochs_that_were_not_measured():
+    """Every second epoch is: after the 2nd no progress, which more than 3 epochs without show."""
+    ours = schedule(sched="plateau", patience_epochs=3, decay_rate=0.5, warmup_epochs=0)
+    rates = []
+    for metric in (50.0, 49.0, 49.0):
+        ours.end_epoch(metric, 2)
+        rates.append(ours.rate(0))
+    assert rates == pytest.approx([LR, LR, LR / 2])
+
+
 def test_plateau_for_losses_and_its_warmup():
     ours = schedule(sched="plateau", patience_epochs=0, lower_is_better=True)
     assert ours.rate(10) == pytest.approx(1e-3 + (LR - 1e-3) / 2)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_sets import noise
 
-from pipeline import formats
+from pipeline import arrays, dicom, formats
 from pipeline.decoding import BadImageError, decode, decode_tensor, is_transparent
 from pipeline.formats import (
     EXTENSIONS,
@@ -34,8 +34,9 @@ def test_every_extension_is_of_a_format_that_pillow_or_a_package_reads():
     Image.init()
     known = Image.registered_extensions()
     heif = {".heic", ".heif", ".hif"}
-    assert {e for e in EXTENSIONS if e not in known} <= heif
-    assert {known[e] for e in EXTENSIONS - heif} <= set(Image.OPEN)
+    numbers = {*arrays.EXTENSIONS, *dicom.EXTENSIONS}
+    assert {e for e in EXTENSIONS if e not in known} <= heif | numbers
+    assert {known[e] for e in EXTENSIONS - heif - numbers} <= set(Image.OPEN)
     assert not EXTENSIONS & UNREADABLE
     assert all(extension == extension.lower() for extension in EXTENSIONS | UNREADABLE)
 

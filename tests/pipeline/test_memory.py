@@ -41,7 +41,8 @@ def test_reading_all_images(tmp_path):
     assert decoded.targets[[0, 1, 2, 4, 5]].tolist() == [0, 0, 1, 2, 2]
     assert list(decoded.bad) == [3] and decoded.images[3] is None
     assert decoded.bad[3].startswith(f"{root}/train/blue/1.png: not an image")
-    assert decoded.in_one_size(12) and not decoded.in_one_size(14)
+    fits = {size: decoded.in_one_size(size) for size in ((12, 12), (10, 14), (14, 14), (12, 16))}
+    assert [size for size, whether in fits.items() if whether] == [(12, 12), (10, 14)]
     stacked = decoded.stacked()
     assert stacked.shape == (6, 3, 12, 14) and stacked.dtype == torch.uint8
     with Image.open(root / "train/crimson/1.png") as image:

@@ -26,8 +26,8 @@ def test_auto_workers_share_the_cores(monkeypatch):
 
 def test_bytes_of_a_batch():
     # uint8 where the device augments, else float32, three channels.
-    assert batch_bytes(256, 224, by_batch=True) == 256 * 224 * 224 * 3
-    assert batch_bytes(256, 224, by_batch=False) == 256 * 224 * 224 * 3 * 4
+    assert batch_bytes(256, (224, 192), by_batch=True) == 256 * 224 * 192 * 3
+    assert batch_bytes(256, (224, 192), by_batch=False) == 256 * 224 * 192 * 3 * 4
 
 
 def test_workers_are_counted_by_what_their_batches_need():

@@ -22,6 +22,7 @@ from pipeline.decoding import decode
 from pipeline.disk_cache import small_pixels
 from pipeline.image_file import ImageFile
 from pipeline.sources.shard_index import ShardIndex
+from tools import summary
 from tools.data.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,6 +242,8 @@ def test_commands_of_the_page(pets, tmp_path, monkeypatch):
             code = main(words[3:])
         elif words[:2] == ["python", "main.py"]:
             code = training.main([*words[2:], *([] if "--eval" in words else small)])
+        elif words[:3] == ["python", "-m", "tools.summary"]:
+            code = summary.main(words[3:])
         else:
             continue
         assert code == 0, words

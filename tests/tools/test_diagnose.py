@@ -28,6 +28,15 @@ CASES = {
     ),
     "underfitting": (curves(SLOW, SLOW), ["underfitting"]),
     "mixed but learning": (curves(SLOW, DECAY), []),
+    "overfitting, every third epoch validated": (
+        [
+            record
+            if record["epoch"] % 3 == 0
+            else {k: v for k, v in record.items() if k != "test_loss"}
+            for record in curves(DECAY, [*DECAY[:10], *(0.5 + 0.02 * e for e in range(20))])
+        ],
+        ["overfitting"],
+    ),
     "unfinished": (curves(DECAY[:4], DECAY[:4]), ["unfinished"]),
 }
 

@@ -8,70 +8,13 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from uneven_attention import SIDE, cait, classifier, deit, layers_by_hand
 
 import models
-from cait_models import CaiT
 from errors import UserError
-from inference import Classifier, load_for_inference
+from inference import load_for_inference
 from tools import explain
-
-SIDE = 16
-
-
-def classifier(model: nn.Module) -> Classifier:
-    return Classifier(model.eval(), lambda image: image, ["a", "b", "c"])
-
-
-def deit(kind=models.VisionTransformer, depth=3) -> nn.Module:
-    model = kind(
-        img_size=SIDE, patch_size=4, num_classes=3, embed_dim=16, depth=depth, num_heads=2
-    ).eval()
-    # As initialised attention is all but even.
-    for block in model.blocks:
-        nn.init.normal_(block.attn.qkv.weight, std=0.5)
-    return model
-
-
-def cait() -> nn.Module:
-    model = CaiT(img_size=SIDE, patch_size=4, num_classes=3, embed_dim=16, depth=1, num_heads=2)
-    for block in model.blocks_token_only:
-        for linear in (block.attn.q, block.attn.k):
-            nn.init.normal_(linear.weight, std=0.5)
-        nn.init.ones_(block.gamma_1)
-    return model.eval()
-
-
-def attention_by_hand(layer: nn.Module, x: np.ndarray) -> np.ndarray:
-    """(N, D) to (heads, N, N), head by head; what it makes of the values is the layer's output."""
-    dim = x.shape[1]
-    width = dim // layer.num_heads
-    weight, bias = layer.qkv.weight.detach().numpy(), layer.qkv.bias.detach().numpy()
-    q, k, v = (
-        x @ weight[i * dim : (i + 1) * dim].T + bias[i * dim : (i + 1) * dim] for i in range(3)
-    )
-    maps, outputs = [], []
-    for head in range(layer.num_heads):
-        part = slice(head * width, (head + 1) * width)
-        scores = np.exp(q[:, part] @ k[:, part].T / np.sqrt(width))
-        maps.append(scores / scores.sum(1, keepdims=True))
-        outputs.append(maps[-1] @ v[:, part])
-    mixed = np.concatenate(outputs, 1) @ layer.proj.weight.detach().numpy().T
-    mixed = mixed + layer.proj.bias.detach().numpy()
-    shown = layer(torch.from_numpy(x)[None])[0].detach().numpy()
-    np.testing.assert_allclose(mixed, shown, atol=1e-4)
-    return np.stack(maps)
-
-
-@torch.no_grad()
-def layers_by_hand(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
-    x = model.patch_embed(image[None])
-    x = torch.cat((model.prefix_tokens(), x), 1) + model.pos_embed
-    maps = []
-    for block in model.blocks:
-        maps.append(attention_by_hand(block.attn, block.norm1(x)[0].numpy()))
-        x = block(x)
-    return maps
-
+from tools.common.attention import recorded
 
 # --- attention ------------------------------------------------------------------------------------
 
@@ -141,18 +84,18 @@ def test_timms_transformers_are_followed():
 # --- Grad-CAM -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", [0, 2, None])
-def test_grad_cam_of_pooling_and_a_linear_head_is_class_activation_mapping(index):
+@pytest.mark.parametrize(("index", "width"), [(0, 64), (2, 96), (None, 64)])
+def test_grad_cam_of_pooling_and_a_linear_head_is_class_activation_mapping(index, width):
     # With global average pooling αₖ is the head's weight over the number of places.
     model = models.build_model("resnet10t", 3, input_size=64).eval()
     nn.init.uniform_(model.fc.weight, -0.2, 1.0)
-    image = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, width)
     with torch.no_grad():
         features = model.forward_features(image)[0]
         asked = int(model(image).argmax()) if index is None else index
         weights = model.fc.weight[asked] / features[0].numel()
         expected = torch.einsum("k,khw->hw", weights, features).relu()
-    assert expected.shape == (2, 2) and expected.max() > 0
+    assert expected.shape == (2, width // 32) and expected.max() > 0
     torch.testing.assert_close(explain.grad_cam(model, image, index), expected)
 
 
@@ -250,13 +193,14 @@ def test_channels_may_come_last():
     convolution, head = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 3)
     pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     first = nn.Sequential(convolution, nn.ReLU(), pooling, head)
-    unpermute = nn.Sequential(nn.Flatten(1, 2), nn.Unflatten(1, (1, 16)))
+    unpermute = nn.Sequential(nn.Flatten(1, 2), nn.Unflatten(1, (1, -1)))
     last = nn.Sequential(convolution, Permute(), nn.ReLU(), unpermute, Mean(), head)
-    image = torch.randn(1, 3, SIDE, SIDE)
-    torch.testing.assert_close(first(image), last(image))
-    for index in range(3):
-        given = explain.grad_cam(last, image, index)
-        torch.testing.assert_close(given, explain.grad_cam(first, image, index))
+    for width in (SIDE, 2 * SIDE):
+        image = torch.randn(1, 3, SIDE, width)
+        torch.testing.assert_close(first(image), last(image))
+        for index in range(3):
+            given = explain.grad_cam(last, image, index)
+            torch.testing.assert_close(given, explain.grad_cam(first, image, index))
 
 
 class Mean(nn.Module):
@@ -366,7 +310,7 @@ def test_pooled_patches_are_asked_where_they_are_what_is_read():
         global_pool="avg",
     ).eval()
     image = torch.randn(1, 3, 32, 32)
-    with torch.no_grad(), explain.recorded([model.blocks[0].attn]) as weights:
+    with torch.no_grad(), recorded([model.blocks[0].attn]) as weights:
         model(image)
     given = explain.attention_map(model, image, last=True)
     torch.testing.assert_close(given.flatten(), weights[0].mean(1)[0].mean(0))

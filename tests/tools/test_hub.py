@@ -14,9 +14,11 @@ from hub_server import running_hub
 from PIL import Image
 from torch import nn
 
-import models  # noqa: F401 (registers them)
+import models
+from architectures.variant import Variant
 from augmentation.preprocessing import Preprocessing
 from checkpointing.files import load_checkpoint, save_checkpoint
+from errors import UserError
 from inference import load_for_inference
 from loggers import read_log
 from tools import export
@@ -110,6 +112,19 @@ def test_models_are_written_as_timms_own(name, options, architecture, arguments,
 def test_what_timm_does_not_have_needs_this_project(name):
     form = hub_form(filled(name), torch.randn(2, 3, 32, 32))
     assert (form.architecture, form.model_args, form.needs) == (name, {}, "models")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "reason"),
+    [
+        ("resnet10t", Variant(bn_eps=0.1), "another --bn-eps"),
+        ("torchvision/resnet18", Variant(), "torchvision's"),
+    ],
+)
+def test_what_the_form_cannot_hold_is_refused(name, variant, reason):
+    model = models.build_model(name, 3, input_size=32, variant=variant)
+    with pytest.raises(UserError, match=f"{reason}.*: export it as onnx or safetensors"):
+        hub_form(model, torch.zeros(2, 3, 32, 32))
 
 
 def test_a_model_with_the_tensors_of_deit_and_another_activation_is_not_taken_for_it():

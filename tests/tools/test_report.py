@@ -11,6 +11,7 @@ from tiny_images import COLOURS
 
 from inference import load_for_inference
 from tools import diagnose, report
+from tools.common.answers import Answers, calibration
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,14 @@ def run(*argv) -> int:
     return report.main([str(a) for a in (*argv, "--device", "cpu", "--num-workers", "0")])
 
 
-def answers(probabilities, targets) -> report.Answers:
+def calibration_of(given: Answers, **options):
+    return calibration(given.confidences, given.predictions == given.targets, **options)
+
+
+def answers(probabilities, targets) -> Answers:
     targets = np.array(targets)
     probabilities = np.array(probabilities, dtype=np.float32)
-    return report.Answers(probabilities, targets, np.arange(len(targets)), [], 1.0, 1.0)
+    return Answers(probabilities, targets, np.arange(len(targets)), [], 1.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,7 @@ def test_calibration_error_is_that_of_the_formula():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet((0.5,) * 4, size=500).astype(np.float32)
     targets = rng.integers(0, 4, 500)
-    measured = report.calibration(answers(probabilities, targets), bins=10)
+    measured = calibration_of(answers(probabilities, targets), bins=10)
     # Guo et al. 2017, equation 3, bin by bin.
     expected, counts = 0.0, []
     for low in range(10):
@@ -101,9 +106,9 @@ def test_calibration_error_is_that_of_the_formula():
 
 def test_a_calibrated_model_has_no_error_and_an_overconfident_one_all():
     sure = [[1.0, 0.0]] * 4
-    assert report.calibration(answers(sure, [0, 0, 0, 0]))["ece"] == 0
-    assert report.calibration(answers(sure, [1, 1, 1, 1]))["ece"] == 1
-    assert report.calibration(answers([[0.75, 0.25]] * 4, [0, 0, 0, 1]))["ece"] == 0
+    assert calibration_of(answers(sure, [0, 0, 0, 0]))["ece"] == 0
+    assert calibration_of(answers(sure, [1, 1, 1, 1]))["ece"] == 1
+    assert calibration_of(answers([[0.75, 0.25]] * 4, [0, 0, 0, 1]))["ece"] == 0
 
 
 def test_top5_counts_the_five_likeliest():

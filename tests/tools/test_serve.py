@@ -249,7 +249,7 @@ def test_what_is_wrong_is_answered_with_its_status(port, content, kind, query, s
 
 
 def test_parameters_of_a_query():
-    assert Parameters.of(b"") == (5, False, None)
+    assert Parameters.of(b"") == (None, False, None)
     assert Parameters.of(b"topk=1&topk=0007&explain=ON&about=a%20b+c&x=") == (7, True, "a b c")
     assert Parameters.of(b"topk=1000&explain=False&about=")[:] == (1000, False, "")
     for number in (b"3.0", b"+3", b"%2B3", b"%203%20"):  # as clients that count in floats write it

@@ -69,7 +69,7 @@ def test_an_evaluation_is_scaled_to_the_whole_part(clock, monkeypatch):
         for batch in batches:
             clock[0] += 4.0 if batch == 0 else 0.5
             count += 6
-        return Evaluation(0.0, 0.0, None, count, torch.zeros(2), torch.zeros(2))
+        return Evaluation(0.0, 0.0, None, count, *torch.zeros(3, 2))
 
     class Loader:
         batch_size, num_workers = 6, 0
@@ -87,6 +87,7 @@ def test_an_evaluation_is_scaled_to_the_whole_part(clock, monkeypatch):
     for batches, seconds in ((10, 10 * 0.5), (1, 4.0)):
         data = SimpleNamespace(val_loader=Loader(batches), val=range(6 * batches), class_names="ab")
         tried = SimpleNamespace(data=data, settings=None, state=SimpleNamespace(model=None))
+        tried.counts = lambda: None
         assert timing.time_evaluation(tried)[1] == pytest.approx(seconds)
 
 

@@ -140,6 +140,8 @@ def test_a_space_holds_values_of_the_options_types(tmp_path):
         lr.grid()
     with pytest.raises(UserError, match="a grid of 100001 values, 100,000 at most"):
         replace(decay, step=1e-6).grid()
+    with pytest.raises(UserError, match="100,000 at most: raise its step"):
+        replace(decay, high=1e300, step=1e-300).grid()
     with pytest.raises(UserError, match="a grid of 502,002,501 points, 100,000 at most"):
         next(grid_points([replace(decay, step=1e-4 / n) for n in (0.5, 1, 1)]))
 

@@ -13,6 +13,7 @@ from runs import PLAIN, train
 
 import config
 import models
+from architectures.summary import ModelSummary
 from optimization.freezing import Freezer
 from pipeline.dataset import build_parts
 from training.outlook import (
@@ -21,6 +22,7 @@ from training.outlook import (
     few_images,
     finetuning_command,
     large_images,
+    rest_of_run,
     seconds_to_go,
 )
 
@@ -92,6 +94,25 @@ def test_the_command_reads_a_list_as_the_run_does():
     assert (data.split_column, data.background) == ("none", "drop")
 
 
+@pytest.mark.parametrize(
+    "images, words, left_out",
+    [
+        (60, ["--in-chans", "5", "--mean", "0.1", "0.2", "0.3", "0.4", "0.5"], True),
+        (3680, ["--in-chans", "1", "--bit-depth", "16"], True),
+        (3680, ["--in-chans", "1"], False),
+    ],
+)
+def test_the_command_fits_images_of_other_kinds(images, words, left_out):
+    """Recipes that alter colours are taken without that."""
+    given = config.load(["--data-path", "fields", *words])
+    command = finetuning_command(given, Images(images, 37), built("deit_small"), FOLDER)
+    found = config.load(shlex.split(command)[2:])
+    assert found.model.in_chans == given.model.in_chans
+    assert found.data.bit_depth == given.data.bit_depth
+    assert found.data.mean == given.data.mean
+    assert (found.augment.aa is None) is left_out
+
+
 def test_a_model_without_published_weights_gives_way_to_that_of_the_recipe():
     given = config.load(["--model", "simple_cnn", "--data-set", "CIFAR10", "--batch-size", "16"])
     model = models.build_model("simple_cnn", 3, input_size=32)
@@ -158,7 +179,9 @@ def hint(photographs: Path, *options: str, kind: str = "large", seconds: float |
     given = config.load([*argv, *options])
     train, _ = build_parts(given.data, seed=0)
     loader = SimpleNamespace(cached="ram" in options)
-    return large_images(given, SimpleNamespace(train=train, train_loader=loader), seconds)
+    sampler = SimpleNamespace(num_samples=len(train))
+    data = SimpleNamespace(train=train, train_loader=loader, sampler=sampler)
+    return large_images(given, data, seconds)
 
 
 def test_of_images_far_larger_than_the_crop_it_is_said_what_spares_decoding(photographs):
@@ -188,6 +211,7 @@ def test_of_images_far_larger_than_the_crop_it_is_said_what_spares_decoding(phot
         ("large", ("--epochs", "900")),  # 16 × 900 × 37 ms are less than 10 minutes
         ("large", ("--cache", "ram")),
         ("large", ("--overfit-batches", "1")),
+        ("large", ("--in-chans", "1")),  # neither --cache disk nor pack --short-side takes them
     ],
 )
 def test_it_is_not_said_where_it_does_not_matter(photographs, kind, options):
@@ -239,12 +263,42 @@ def parts(*options: str, ema: bool = False) -> SimpleNamespace:
         (("--stop-at-epoch", "3"), False, 0, 0, 3 * 20 + 3 * 5),
         (("--cooldown-epochs", "2"), False, 0, 0, 10 * 20 + 10 * 5),
         (("--accum-steps", "2"), False, 0, 4, 8 * 10 - 4 + 8 * 2.5),
+        (("--val-interval", "3"), False, 0, 0, 8 * 20 + 3 * 5),  # after 3, 6 and 8
+        (("--val-interval", "3"), True, 6, 0, 2 * 20 + 10),
     ],
 )
 def test_time_to_go(options, ema, epoch, step, seconds):
     run = parts(*options, ema=ema)
     run.state.progress.epoch, run.state.progress.step = epoch, step
     assert seconds_to_go(run, 2.0) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "options, done, seconds, rest",
+    [
+        ((), 1, 25.0, 7 * 25.0),
+        (("--val-interval", "3"), 1, 20.0, 7 * 20.0 + 3 * 5.0),  # 20 s without a validation
+        (("--val-interval", "3"), 3, 25.0, 5 * 20.0 + 2 * 5.0),
+    ],
+)
+def test_rest_of_a_run_by_its_last_epoch(options, done, seconds, rest):
+    run = parts(*options)
+    run.state.progress.epoch = done
+    assert rest_of_run(run, seconds) == pytest.approx(rest)
+
+
+def test_smaller_training_images_count_less():
+    """Two of eight epochs at a quarter of the work: updates of 1 s there take 4 s later."""
+    run = parts("--train-sizes", "112:0", "224:2")
+    run.summary = ModelSummary(1, 400)
+    run.summaries = {(112, 112): ModelSummary(1, 100), (224, 224): run.summary}
+    run.state.progress.step = 5
+    evaluations = 8 * 30 * 4.0 / 4 / 3  # of 30 images, a third of what training takes
+    assert seconds_to_go(run, 1.0) == pytest.approx(15 * 1.0 + 60 * 4.0 + evaluations)
+    run.state.progress.epoch = 1
+    assert rest_of_run(run, 10 * 1.0 + 10.0) == pytest.approx(20.0 + 6 * (40.0 + 10.0))
+    run.state.progress.epoch = 3
+    assert rest_of_run(run, 40.0 + 10.0) == pytest.approx(5 * 50.0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ from checkpointing.folder import checkpoints_in
 from config import load
 from errors import CheckpointError, OptionError
 from optimization.state import Progress
-from training.resume import find_start, open_folder, output_folder, start_at
+from training.resume import (
+    Start,
+    find_start,
+    open_folder,
+    output_folder,
+    refuse_other_options,
+    start_at,
+)
 
 CASES = {
     "deit recipe": (),
@@ -373,3 +380,9 @@ def test_start_epoch_of_a_run_sets_schedule_and_log(images, tmp_path):
     expected = logged(tmp_path / "whole")[2]
     for key in ("epoch", "train_lr", "update"):
         assert record[key] == expected[key], key
+
+
+@pytest.mark.parametrize("name", ["opt", "model"])
+def test_a_name_in_a_checkpoint_that_is_a_number(name):
+    with pytest.raises(OptionError, match=f"--{name}: x.pth was written with --{name} 5"):
+        refuse_other_options(load([]), Start("x.pth", {"config": {name: 5}}))

@@ -23,7 +23,7 @@ from runs import (
 import main
 from checkpointing.folder import checkpoints_in
 from errors import Stopped
-from training.signals import NUMBERS, StopRequest
+from training.signals import NUMBERS, TIME_IS_UP, StopRequest
 
 
 def stopped_by(number: int, images: Path, folder: Path, *options: str) -> tuple[int, str]:
@@ -169,3 +169,17 @@ def test_ctrl_c_before_training_leaves_without_a_checkpoint(images, tmp_path):
     assert terminal.wait() == 130, terminal.text
     assert "interrupted; there was nothing to save" in terminal.text
     assert "Traceback" not in terminal.text
+
+
+def test_the_end_of_a_sessions_time():
+    with StopRequest(hours=1e-7) as stop, stop.deferred():
+        assert stop.signal is None
+        time.sleep(0.001)
+        assert stop.agreed() and stop.signal == TIME_IS_UP
+        with stop.waiting():  # images are waited for as before
+            pass
+        # Another wish to stop gives its exit code, and does not leave at once.
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed() and stop.signal == signal.SIGINT
+    with StopRequest(hours=1) as stop:
+        assert not stop.agreed() and stop.signal is None

@@ -177,7 +177,7 @@ def _timm_epoch(config: Config, source: Source, device: torch.device, steps: int
 
 
 def _timm_loader(config: Config, source: Source) -> Iterable[Any]:
-    augment, size = config.augment, config.model.input_size
+    augment = config.augment
 
     def read(index: int) -> tuple[Image.Image, int]:
         image, label = source.read(index)
@@ -185,7 +185,7 @@ def _timm_loader(config: Config, source: Source) -> Iterable[Any]:
 
     return create_loader(
         TimmDataset(len(source), read),
-        (3, size, size),
+        (3, *config.model.size),
         config.data.batch_size,
         is_training=True,
         mean=MEAN,

@@ -154,7 +154,7 @@ class WithoutHttp:
         return self.classifier.transform(path)
 
     def _answer(self, images: torch.Tensor) -> None:
-        trained.probabilities(self.classifier.model, images.to(self.device)).cpu()
+        trained.probabilities(self.classifier, images.to(self.device)).cpu()
 
 
 class Turns:

@@ -12,6 +12,8 @@ from config import Config
 from distributed.processes import Processes
 from distributed.rendezvous import joined
 from errors import OptionError
+from optimization.counts import Counts
+from optimization.multilabel import MultiLabelCounts, counts_of
 from optimization.schedule import Schedule
 from optimization.state import TrainState
 from pipeline.cache import CachedLoader
@@ -65,6 +67,11 @@ class Trial:
         self.state: TrainState = self.parts.state
         self.state.ema = None
 
+    def counts(self) -> Counts | MultiLabelCounts:
+        """What counts the answers of an evaluation, empty."""
+        names, device = self.data.class_names, self.settings.device
+        return counts_of(self.config.data.task, len(names), device)
+
     def with_batches_of(self, size: int) -> "Trial":
         """The same state, of which an update takes one batch of ``size`` images.
 
@@ -102,7 +109,7 @@ class Trial:
                 self.data.batches(progress.epoch, progress.samples),
                 self.settings,
                 steps=self.data.steps,
-                mixer=self.parts.mixer,
+                mixer=self.parts.mixer_now,
                 hooks=hooks,
             )
             if progress.step >= self.data.steps:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import engine
-from optimization.counts import Evaluation
+from optimization.multilabel import Result
 from pipeline.dataset import Batch
 from pipeline.workers import BATCHES_AHEAD
 from tools.common.stage import Trial
@@ -78,12 +78,12 @@ def time_training(trial: Trial, tried: Trial) -> Training:
     return Training(reports, seconds * scale, sum(waits) / laps)
 
 
-def time_evaluation(tried: Trial) -> tuple[Evaluation, float]:
+def time_evaluation(tried: Trial) -> tuple[Result, float]:
     """Some batches of the validation part, evaluated; seconds that all of it would take."""
     loader = tried.data.val_loader
     batches = iter(loader)
 
-    def evaluate(some: Iterable[Batch]) -> tuple[Evaluation, float]:
+    def evaluate(some: Iterable[Batch]) -> tuple[Result, float]:
         began = time.monotonic()
         result = engine.evaluate(
             tried.state.model,
@@ -91,6 +91,7 @@ def time_evaluation(tried: Trial) -> tuple[Evaluation, float]:
             tried.settings,
             num_classes=len(tried.data.class_names),
             batch_size=loader.batch_size,
+            counts=tried.counts(),
         )
         return result, time.monotonic() - began
 

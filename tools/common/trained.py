@@ -7,12 +7,13 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 import inference
@@ -29,6 +30,7 @@ from pipeline.sources.registry import validation_classes
 from pipeline.sources.scan import image_files
 from pipeline.sources.tables import lines_of, opened_text
 from tools.common import command
+from tools.common.labels import is_multilabel
 from training.data import build_val_loader
 from training.plugins import import_plugins
 
@@ -82,6 +84,9 @@ def open_model(arguments: argparse.Namespace) -> Trained:
     with named(arguments.model):
         content = inference.read_content(arguments.model)
         classifier = inference.from_content(content, device=device, ema=arguments.ema)
+    if is_multilabel(classifier):
+        # What is written with the average has those of the average.
+        content = {**content, "thresholds": classifier.thresholds}
     return Trained(classifier, content, device)
 
 
@@ -113,7 +118,7 @@ def loader(arguments: argparse.Namespace, trained: Trained, *, training: bool = 
     read are left out and named in ``Batch.bad``. Raises OptionError for data that can't be had,
     DataError for other classes than the model's.
     """
-    options = _options(arguments, trained.content)
+    options = _options(arguments, trained)
     names = trained.classifier.class_names
     dataset = _dataset(options, names, training, trained.content)
     if names == inference.unnamed(len(dataset.classes)):
@@ -168,9 +173,11 @@ def _dataset(
     return build(names)
 
 
-def _options(arguments: argparse.Namespace, content: dict[str, Any]) -> config.Config:
-    saved = content.get("config", {})
+def _options(arguments: argparse.Namespace, trained: Trained) -> config.Config:
+    saved = trained.content.get("config", {})
     values = {k: v for k, v in saved.items() if k != "plugin" and config.is_option(k)}
+    # An ONNX file has no options; test_loss is logged for each task.
+    values |= {"task": trained.classifier.task, "best_metric": "test_loss"}
     if not (arguments.data_path or arguments.data_set or values.get("data_set")):
         raise OptionError("data_path", "what it was trained on isn't known here: add it")
     if arguments.data_path:
@@ -241,14 +248,15 @@ def _column_of_paths(path: Path) -> list[str]:
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, images: Tensor, *, flip: bool = False) -> Tensor:
-    """(B, 3, H, W) images to (B, C) float32; ``flip`` takes the mean with the mirrored ones'.
+def probabilities(classifier: Classifier, images: Tensor, *, flip: bool = False) -> Tensor:
+    """(B, C, H, W) images to (B, K) float32; ``flip`` takes the mean with the mirrored ones'.
 
-    Raises UserError where the model's answers are not finite.
+    Those of a multi-label model don't sum to 1. Raises UserError where they are not finite.
     """
-    answers = F.softmax(model(images).float(), dim=1)
+    squash = torch.sigmoid if is_multilabel(classifier) else partial(F.softmax, dim=1)
+    answers = squash(classifier.model(images).float())
     if flip:
-        answers = (answers + F.softmax(model(images.flip(3)).float(), dim=1)) / 2
+        answers = (answers + squash(classifier.model(images.flip(3)).float())) / 2
     if not torch.isfinite(answers).all():
         raise UserError(
             "the model's answers are not finite: python -m tools.inspect MODEL names bad weights"

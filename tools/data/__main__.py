@@ -7,6 +7,7 @@ from tools.common import command
 
 COMMANDS = {
     "explore": "counts, sizes, brightness, duplicates, damaged files: a page to look at",
+    "show": "a sheet of training images as the model sees them, several draws of each",
     "split": "train, val and test as CSV files, from a folder of classes or a CSV file",
     "pack": "shards (tar files in webdataset's form) that train without many small files",
 }

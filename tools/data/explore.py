@@ -9,97 +9,37 @@ Takes every data set that training does; a folder without val/ needs --val-fract
 
 import argparse
 import collections
-import functools
-import hashlib
-import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from augmentation.protocol import Form
+from checkpointing.files import MULTILABEL
 from config import Config
 from errors import UserError, first_names, shortened
 from outputs.console import say
 from outputs.names import chart_label
+from pipeline.bands import shown
 from pipeline.dataset import IMBALANCE, ImageDataset, findings
-from pipeline.decoding import BadImageError, decode, is_transparent, naming_lack_of_memory
 from tools.common import command, reading
 from tools.common.page import Page
+from tools.data.facts import (
+    ImageFacts,
+    measure_images,
+    normalisation,
+    recipe,
+    write_options,
+)
+from tools.multilabel.co_occurrence import add_to_page, label_report
 
 THUMBNAIL, ROW, MOST_CLASSES = 72, 10, 20  # pixels, images of a class, classes in the grid
 SHOWN = 50  # rows of a table on the page; the JSON holds all
 SMALL = 32  # pixels; an image with a shorter side is worth a look
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What is known of an image."""
-
-    index: int
-    label: int
-    digest: bytes
-    """Equal for files, or pixels, that are equal."""
-    form: str
-    """The file's format, or "pixels"."""
-    mode: str
-    """Pillow's colour mode."""
-    size: tuple[int, int]
-    """Width and height, as stored."""
-    mean: tuple[float, ...]
-    """Of red, green and blue, 0–1."""
-    square: tuple[float, ...]
-    """Mean of their squares."""
-    problem: str = ""
-    """Why the image can't be read."""
-    transparent: bool = False
-    """Whether any of its pixels is."""
-
-
-def measure_image(dataset: ImageDataset, index: int, background: str) -> ImageFacts:
-    """Read an image and measure it on ``background``; one that can't be read has a ``problem``."""
-    label = -1 if dataset.targets is None else int(dataset.targets[index])
-    digest, form, mode, size = b"", "?", "?", (0, 0)
-    try:
-        encoded, label = dataset.source.read(index)
-        content = reading.file_of(encoded)
-        raw = reading.pixels_of(encoded) if content is None else content
-        digest = hashlib.blake2b(raw, digest_size=16).digest()
-        if content is not None:
-            form, mode, size = reading.kind_of(content)
-            encoded = io.BytesIO(content)
-        transparent = is_transparent(encoded)
-        image = decode(encoded, background)
-        if content is None:
-            form, size = "pixels", image.size
-            mode = "L" if np.asarray(encoded).ndim == 2 else "RGB"
-        with naming_lack_of_memory():
-            pixels = np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255
-            means = (tuple(x.mean(0).tolist()) for x in (pixels, pixels**2))
-            return ImageFacts(
-                index, label, digest, form, mode, size, *means, transparent=transparent
-            )
-    except (BadImageError, OSError) as error:
-        return ImageFacts(index, label, digest, form, mode, size, (), (), str(error))
-
-
-def measure_images(
-    dataset: ImageDataset, name: str, limit: int | None, background: str
-) -> list[ImageFacts]:
-    """The facts of every image, or of ``limit`` of them in even distances."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    return list(
-        reading.in_threads(
-            functools.partial(measure_image, dataset, background=background),
-            indices,
-            f"read {name}",
-        )
-    )
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -108,7 +48,7 @@ def measure_images(
 def part_report(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> dict[str, Any]:
     """The report of one part, plain values."""
     good = [x for x in facts if not x.problem]
-    labels = np.array([x.label for x in facts if x.label >= 0], dtype=np.int64)
+    labels = np.array([label for x in facts for label in x.labels], dtype=np.int64)
     counts = np.bincount(labels, minlength=len(dataset.classes))
     return {
         "images": len(dataset),
@@ -120,22 +60,27 @@ def part_report(dataset: ImageDataset, facts: Sequence[ImageFacts]) -> dict[str,
         "transparent": sum(x.transparent for x in good),
         "formats": _count(x.form for x in good),
         "brightness": _spread([_brightness(x) for x in good]),
-        **_normalisation(good),
+        **normalisation(good),
         "damaged": [
             {"image": dataset.sample_id(x.index), "reason": x.problem} for x in facts if x.problem
         ],
         "duplicates": [
             {
                 "images": [dataset.sample_id(x.index) for x in group],
-                "classes": sorted({dataset.classes[x.label] for x in group}),
+                "classes": sorted({_named(dataset, x) for x in group}),
             }
             for group in _same(good)
         ],
     }
 
 
+def _named(dataset: ImageDataset, x: ImageFacts) -> str:
+    """The class of an image, or all its labels."""
+    return " and ".join(dataset.classes[label] for label in x.labels) or "no label"
+
+
 def _brightness(x: ImageFacts) -> float:
-    return sum(x.mean) / 3
+    return sum(x.mean) / len(x.mean)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -147,15 +92,6 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _count(values: Any) -> dict[str, int]:
     return dict(collections.Counter(values).most_common())
-
-
-def _normalisation(good: Sequence[ImageFacts]) -> dict[str, list[float]]:
-    """Mean and std of each colour, every image having the same weight."""
-    if not good:
-        return {"mean": [], "std": []}
-    mean = np.mean([x.mean for x in good], axis=0)
-    std = np.sqrt(np.mean([x.square for x in good], axis=0) - mean**2)
-    return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
 
 
 def _same(facts: Sequence[ImageFacts]) -> list[list[ImageFacts]]:
@@ -174,7 +110,7 @@ def find_leak(
         {
             "train": parts["train"].sample_id(train[x.digest].index),
             "val": parts["val"].sample_id(x.index),
-            "same_class": train[x.digest].label == x.label,
+            "same_class": train[x.digest].labels == x.labels,
         }
         for x in facts["val"]
         if not x.problem and x.digest in train
@@ -184,6 +120,9 @@ def find_leak(
 def warnings_of(report: dict[str, Any]) -> list[str]:
     """What is worth attention, in words."""
     found = []
+    helps = "--sampler balanced, --class-weights balanced"
+    if "labels" in report:
+        helps = "--pos-weight balanced"
     for name, part in report["parts"].items():
         if part["damaged"]:
             found.append(
@@ -204,7 +143,7 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         if present and max(present) >= IMBALANCE * min(present):
             found.append(
                 f"{name}: the largest class has {max(present) / min(present):.0f} times the "
-                "images of the smallest; see --sampler balanced, --class-weights balanced"
+                f"images of the smallest; see {helps}"
             )
         sides = [part[side]["min"] for side in ("width", "height") if part[side]]
         if sides and min(sides) < SMALL:
@@ -225,7 +164,10 @@ def _images(count: int) -> str:
 
 
 def draw(
-    report: dict[str, Any], parts: dict[str, ImageDataset], facts: dict[str, list[ImageFacts]]
+    report: dict[str, Any],
+    parts: dict[str, ImageDataset],
+    facts: dict[str, list[ImageFacts]],
+    form: Form,
 ) -> Page:
     """The report as a page with charts and a grid of samples."""
     page = Page(f"Data set {report['data_set']}")
@@ -241,10 +183,12 @@ def draw(
     page.table(("", *report["parts"]), rows)
     page.heading("Images per class")
     page.chart(_class_chart(report))
+    if "labels" in report:
+        add_to_page(page, report["labels"], parts["train"].classes)
     page.heading("Sizes and brightness")
     page.chart(_spread_chart(facts))
     page.heading("Samples of the training part")
-    for name, row in _samples(parts["train"], facts["train"], report["background"]):
+    for name, row in _samples(parts["train"], facts["train"], report["background"], form):
         page.image(row, name)
     _add_lists(page, report)
     return page
@@ -325,13 +269,14 @@ def _spread_chart(facts: dict[str, list[ImageFacts]]) -> Any:
 
 
 def _samples(
-    dataset: ImageDataset, facts: Sequence[ImageFacts], background: str
+    dataset: ImageDataset, facts: Sequence[ImageFacts], background: str, form: Form
 ) -> list[tuple[str, Image.Image]]:
     """A strip of thumbnails for each of at most ``MOST_CLASSES`` classes."""
     members: dict[int, list[int]] = {}
     for x in facts:
         if not x.problem:
-            members.setdefault(x.label, []).append(x.index)
+            for label in x.labels:
+                members.setdefault(label, []).append(x.index)
     labels = sorted(members)
     chosen = sorted({labels[round(i)] for i in np.linspace(0, len(labels) - 1, MOST_CLASSES)})
     strips = []
@@ -340,7 +285,7 @@ def _samples(
         places = np.linspace(0, len(indices) - 1, min(ROW, len(indices))).round().astype(int)
         strip = Image.new("RGB", (ROW * THUMBNAIL, THUMBNAIL), "white")
         for place, i in enumerate(places.tolist()):
-            image = decode(dataset.source.open(indices[i]), background)
+            image = shown(dataset.source.open(indices[i]), form, background)
             image.thumbnail((THUMBNAIL - 2, THUMBNAIL - 2))
             strip.paste(image, (place * THUMBNAIL, 0))
         strips.append((f"{dataset.classes[label]} ({len(indices):,})", strip))
@@ -374,8 +319,8 @@ def _add_list(page: Page, title: str, header: Sequence[str], rows: Sequence[Sequ
 def explore(config: Config, folder: Path, limit: int | None) -> dict[str, Any]:
     """Write the report of ``config``'s data set to ``folder``; returns it."""
     parts = reading.parts(config)
-    background = config.data.background
-    facts = {n: measure_images(dataset, n, limit, background) for n, dataset in parts.items()}
+    background, form = config.data.background, Form(config.model.in_chans, config.data.bit_depth)
+    facts = {n: measure_images(d, n, limit, background, form) for n, d in parts.items()}
     if not any(not x.problem for x in facts["train"]):
         raise UserError(f"no training image can be read, the first: {facts['train'][0].problem}")
     report: dict[str, Any] = {
@@ -384,11 +329,18 @@ def explore(config: Config, folder: Path, limit: int | None) -> dict[str, Any]:
         "parts": {name: part_report(parts[name], some) for name, some in facts.items()},
         "leak": find_leak(parts, facts),
     }
+    if config.data.task == MULTILABEL:
+        report["labels"] = {
+            name: label_report([x.labels for x in some], parts[name].classes)
+            for name, some in facts.items()
+        }
     report["warnings"] = findings(*parts.values()) + warnings_of(report)
-    draw(report, parts, facts).write(folder / "report.html")
+    draw(report, parts, facts, form).write(folder / "report.html")
     command.write_text(
         folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     )
+    line = write_options(folder, recipe(config, report["parts"]["train"]))
+    say(f"normalisation: {line}")
     return report
 
 

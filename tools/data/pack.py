@@ -28,14 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
+from augmentation.protocol import RGB, Form
+from checkpointing.files import MULTILABEL
 from config import Config
 from errors import DataError, UserError
 from outputs.console import say
+from pipeline.bands import decode_bands
 from pipeline.dataset import ImageDataset, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.formats import EXTENSIONS
+from pipeline.sources.base import Target
 from pipeline.sources.shard_index import ShardIndex
 from tools.common import command, reading
 from tools.data.raw import SIDE, Raw, RawImage, RawWriter
@@ -50,15 +55,23 @@ class Packed(NamedTuple):
 
     content: bytes
     extension: str
-    label: int
+    label: Target
+    """Number of the class, or which classes it has, (K,)."""
     key: str
     problem: str = ""
 
 
 def pack_image(
-    dataset: ImageDataset, index: int, side: int | None, quality: int, background: str
+    dataset: ImageDataset,
+    index: int,
+    side: int | None,
+    quality: int,
+    background: str,
+    form: Form = RGB,
 ) -> Packed:
     """Read an image; larger than ``side``, pixels or not, make a new file of it.
+
+    Files of images of another ``form`` than RGB stay as they are.
 
     What is transparent in those is on ``background`` from then on.
     """
@@ -71,11 +84,14 @@ def pack_image(
             if side is None or min(image.size) <= side:
                 return Packed(_encode(image, "PNG"), "png", label, key)
             return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label, key)
-        form, _, size = reading.kind_of(content)
+        if form != RGB:
+            decode_bands(content, form, background)
+            return Packed(content, _extension(encoded, "TIFF"), label, key)
+        kind, _, size = reading.kind_of(content)
         if side is not None and min(size) > side:
             image = _shrink(decode(io.BytesIO(content), background), side)
             return Packed(_encode(image, "JPEG", quality), "jpg", label, key)
-        return Packed(content, _extension(encoded, form), label, key)
+        return Packed(content, _extension(encoded, kind), label, key)
     except (BadImageError, OSError) as error:
         return Packed(b"", "", -1, key, f"{dataset.sample_id(index)}: {error}")
 
@@ -104,9 +120,16 @@ def _encode(image: Image.Image, form: str, quality: int = QUALITY) -> bytes:
 
 
 class ShardWriter:
-    """Writes samples into shards of about ``limit`` bytes, each with its index."""
+    """Writes samples into shards of about ``limit`` bytes, each with its index.
 
-    def __init__(self, folder: Path, part: str, limit: float) -> None:
+    With the names of ``classes`` samples have any number of labels, by name in a ``.json``; an
+    index has one of each, so there is none.
+    """
+
+    def __init__(
+        self, folder: Path, part: str, limit: float, classes: Sequence[str] | None = None
+    ) -> None:
+        self.classes = classes
         self.folder = folder
         self.part = part
         self.limit = limit
@@ -129,8 +152,13 @@ class ShardWriter:
             self._rows: list[tuple[int, int, int, str]] = []
             self.shards.append(path)
         offset = self._member(f"{packed.key}.{packed.extension}", packed.content)
-        self._rows.append((offset, len(packed.content), packed.label, packed.key))
-        self._member(f"{packed.key}.cls", str(packed.label).encode())
+        label = 0 if self.classes else packed.label
+        self._rows.append((offset, len(packed.content), label, packed.key))
+        if self.classes:
+            names = [self.classes[k] for k in np.flatnonzero(packed.label)]
+            self._member(f"{packed.key}.json", json.dumps({"labels": names}).encode())
+        else:
+            self._member(f"{packed.key}.cls", str(packed.label).encode())
 
     def _member(self, name: str, content: bytes) -> int:
         """Append a file; returns where its content begins."""
@@ -147,7 +175,8 @@ class ShardWriter:
             self._tar.close()
             self._tar = None
             shard = self.shards[-1]
-            ShardIndex.of(self._rows, shard.stat().st_size).write(shard)
+            if not self.classes:
+                ShardIndex.of(self._rows, shard.stat().st_size).write(shard)
             self.lengths.append(len(self._rows))
 
     def abandon(self) -> None:
@@ -185,6 +214,8 @@ class Shards:
     """Of the JPEG files that are made of them."""
     background: str
     """What transparent ones among those are composited on."""
+    form: Form = RGB
+    """Of the images."""
 
     data_set = "wds"
 
@@ -192,10 +223,11 @@ class Shards:
         """How large files will be isn't known before they are made."""
 
     def writer(self, folder: Path, part: str, dataset: ImageDataset) -> ShardWriter:
-        return ShardWriter(folder, part, self.size)
+        several = dataset.targets is not None and dataset.targets.ndim == 2
+        return ShardWriter(folder, part, self.size, dataset.classes if several else None)
 
     def read(self, dataset: ImageDataset, index: int) -> Packed:
-        return pack_image(dataset, index, self.side, self.quality, self.background)
+        return pack_image(dataset, index, self.side, self.quality, self.background, self.form)
 
     def write_list(
         self, folder: Path, writers: Sequence[ShardWriter], classes: Sequence[str]
@@ -266,7 +298,20 @@ def pack(config: Config, folder: Path, form: Shards | Raw) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     for writer in writers:
         print(writer.summary(folder))
-    say(f"next: python main.py --data-set {form.data_set}/{folder.name} --data-path {folder}")
+    data_set = f"{form.data_set}/{folder.name}"
+    say(f"next: python main.py {_words(config)}--data-set {data_set} --data-path {folder}")
+
+
+def _words(config: Config) -> str:
+    """The options that training takes for such images, each with a space behind it."""
+    words = "--task multilabel " if config.data.task == MULTILABEL else ""
+    channels, depth = _form(config)
+    words += f"--in-chans {channels} " if channels != RGB.channels else ""
+    return words + (f"--bit-depth {depth} " if depth != RGB.bit_depth else "")
+
+
+def _form(config: Config) -> Form:
+    return Form(config.model.in_chans, config.data.bit_depth)
 
 
 def _what_helps(error: OSError, partial: Path, writers: Sequence[Writer]) -> str:
@@ -286,6 +331,8 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     if not config.run.output_dir:
         raise UserError("--output-dir: say where the images are to go")
     raw = arguments.format == "raw"
+    if raw and config.data.task == MULTILABEL:
+        raise UserError("--format: raw keeps one class of an image: drop it for --task multilabel")
     for name in ("shard_size", "quality"):
         if raw and getattr(arguments, name) is not None:
             raise UserError(
@@ -301,12 +348,18 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     if not 1 <= quality <= 100:
         raise UserError("--quality: must be 1 to 100")
     background = config.data.background
+    kind = _form(config)
+    if kind != RGB and (raw or side is not None):
+        raise UserError(
+            f"--{'format' if raw else 'short-side'}: makes colours of 8 bits of the images: with "
+            "--in-chans or --bit-depth files are packed as they are, leave it out"
+        )
     form: Shards | Raw
     if raw:
         scaled = config.augment.jpeg_scaling == "on"
         form = Raw(SIDE if side is None else side, background, scaled)
     else:
-        form = Shards(shard_size * 2**20, side, quality, background)
+        form = Shards(shard_size * 2**20, side, quality, background, kind)
     pack(config, Path(config.run.output_dir).expanduser(), form)
 
 

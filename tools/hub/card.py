@@ -10,6 +10,7 @@ import yaml
 
 import config
 from augmentation.preprocessing import Preprocessing
+from checkpointing.files import MULTILABEL, task_of, thresholds_of
 from checkpointing.published import FOLDER
 from errors import first_names, printable
 from loggers import CURVES_FILE
@@ -57,6 +58,8 @@ def _front_matter(run: Run) -> str:
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "transformers"],
     }
+    if task_of(run.content) == MULTILABEL:
+        fields["tags"].append("multi-label-classification")
     if run.license:
         fields = {"license": run.license} | fields
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()
@@ -71,6 +74,16 @@ def _text(run: Run, form: HubForm) -> Iterator[str]:
         f"{_code(model)}{f' trained on {data}' if data else ''}, {len(names)} classes: "
         f"{_plain(first_names(names, _MANY_CLASSES))}.\n"
     )
+    if task_of(content) == MULTILABEL:
+        yield (
+            "An image may have any number of them: the sigmoid of each logit is the probability of "
+            "its class, which is there from the threshold on that validation chose.\n"
+        )
+        yield "| class | threshold |\n|---|---|"
+        limits = thresholds_of(content) or [0.5] * len(names)
+        shown = list(zip(names, limits, strict=True))[:_MANY_CLASSES]
+        yield from (f"| {_plain(name)} | {limit:.3f} |" for name, limit in shown)
+        yield ""
     if form.needs:
         yield (
             f"timm has no such architecture: `import {form.needs}` of the project that trained it "

@@ -2,15 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from timm.models import model_entrypoint
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
+from architectures.factory import COLOURS
 from augmentation.preprocessing import Preprocessing
 from checkpointing.digest import save_safetensors
+from checkpointing.files import MULTILABEL, task_of, thresholds_of
+from checkpointing.task_notes import task_notes
 from loggers import CURVES_FILE
 from outputs.console import say
 from tools.common import command
@@ -30,7 +34,7 @@ def writer(
         form = hub_form(model, example)
         preprocessing = Preprocessing.from_dict(run.content["preprocessing"])
         folder.mkdir(parents=True, exist_ok=True)
-        _write_config(folder / CONFIG, form, run.content["class_names"], preprocessing)
+        _write_config(folder / CONFIG, form, run.content, preprocessing)
         weights = {k: v.contiguous().clone() for k, v in form.model.state_dict().items()}
         with written_whole(folder / WEIGHTS) as temporary:
             # transformers reads no file without a format.
@@ -48,9 +52,10 @@ def writer(
 
 
 def _write_config(
-    path: Path, form: HubForm, names: Sequence[str], preprocessing: Preprocessing
+    path: Path, form: HubForm, content: Mapping[str, Any], preprocessing: Preprocessing
 ) -> None:
-    cfg, size = form.model.pretrained_cfg, preprocessing.input_size
+    names, task, thresholds = content["class_names"], task_of(content), thresholds_of(content)
+    cfg = form.model.pretrained_cfg
     config = {
         "architecture": form.architecture,
         "num_classes": len(names),
@@ -59,20 +64,32 @@ def _write_config(
         "model_args": form.model_args,
         "pretrained_cfg": {
             "num_classes": len(names),
-            "input_size": [3, size, size],
+            "input_size": [preprocessing.channels, *preprocessing.size],
             "crop_pct": preprocessing.crop_ratio,
             "crop_mode": preprocessing.crop_mode,
             "interpolation": preprocessing.interpolation,
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
-            "notes": preprocessing.notes(),
-            **{k: cfg[k] for k in ("fixed_input_size", "first_conv", "classifier") if cfg.get(k)},
+            "notes": [*preprocessing.notes(), *task_notes(task, thresholds)],
+            **{k: cfg[k] for k in _kept(preprocessing) if cfg.get(k)},
         },
     }
     config["preprocessing"] = preprocessing.exported()  # timm reads what is above alone
+    if task == MULTILABEL:  # transformers: its loss is BCE, its pipeline takes sigmoids
+        config["problem_type"] = "multi_label_classification"
     pool = getattr(form.model, "global_pool", None) or cfg.get("global_pool")
     config |= {"global_pool": pool} if isinstance(pool, str) else {}
     command.write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _kept(preprocessing: Preprocessing) -> tuple[str, ...]:
+    """Fields of a ``pretrained_cfg`` that go on as they are.
+
+    Where timm knows the first convolution it adapts it from three channels to others, which these
+    weights are for already.
+    """
+    first_conv = ("first_conv",) if preprocessing.channels == COLOURS else ()
+    return ("fixed_input_size", *first_conv, "classifier")
 
 
 def opened(folder: Path) -> nn.Module:

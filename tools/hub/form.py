@@ -14,9 +14,12 @@ import torch
 from timm.layers import to_2tuple
 from timm.models import model_entrypoint
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from architectures.arguments import takes_argument
+from architectures.library_model import LibraryModel
 from cait_models import TIMM_NAMES
+from errors import UserError
 
 State = Mapping[str, Tensor]
 _SIZES = {192: "tiny", 384: "small", 768: "base"}
@@ -78,6 +81,7 @@ _OTHER_ARCHITECTURE = (
     *(AssertionError, AttributeError, KeyError, RuntimeError, StopIteration),
     *(TypeError, ValueError),
 )
+_OTHERWISE = "export it as onnx or safetensors"
 _SAME = 1e-4  # largest difference of a logit of order 1, as tools.export has it
 
 
@@ -105,7 +109,32 @@ def hub_form(model: nn.Module, images: Tensor) -> HubForm:
     Args:
         model: on the CPU, in evaluation mode, with a ``pretrained_cfg``.
         images: (N, 3, H, W); equal is what gives the same logits for them.
+
+    Raises:
+        UserError: the form can't hold it, for it is another library's, or has another epsilon of
+            batch norm than the architecture.
     """
+    if isinstance(model, LibraryModel):
+        raise UserError(
+            f"the hub form is timm's, without torchvision's and transformers' models: {_OTHERWISE}"
+        )
+    form = _form_of(model, images)
+    if (own := _epsilons(model)) and own != _epsilons(_built(form)):
+        raise UserError(f"the hub form can't hold another --bn-eps: {_OTHERWISE}")
+    return form
+
+
+def _built(form: HubForm) -> nn.Module:
+    """The model with other weights, by timm's code where the architecture is timm's."""
+    entry = timms_own(form.architecture) or model_entrypoint(form.architecture)
+    return entry(num_classes=form.model.num_classes, **form.model_args)
+
+
+def _epsilons(model: nn.Module) -> list[float]:
+    return [module.eps for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _form_of(model: nn.Module, images: Tensor) -> HubForm:
     architecture = model.pretrained_cfg["architecture"]
     entry = model_entrypoint(architecture) if timm.is_model(architecture) else None
     defined = type(model).__module__, getattr(entry, "__module__", "")
@@ -154,6 +183,7 @@ def _shape(model: nn.Module) -> dict[str, Any]:
     embed = getattr(model, "patch_embed", None) or model.stem
     shape = {
         "img_size": list(to_2tuple(embed.img_size)),
+        "in_chans": stem.shape[1],
         "patch_size": stem.shape[-1],
         "embed_dim": stem.shape[0],
         "mlp_ratio": hidden.shape[0] / stem.shape[0],

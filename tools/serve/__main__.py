@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from errors import OptionError
-from tools.common import command, trained
+from tools.common import command, labels, trained
 from tools.serve import logs
 from tools.serve.nursery import Nursery
 from utils import cores
@@ -82,7 +82,11 @@ def _serve(arguments: argparse.Namespace, nursery: Nursery) -> None:
     model = trained.open_model(arguments)
     monitor = None
     if arguments.reference:
-        reference = drift.Reference.read(arguments.reference, model.classifier.class_names)
+        reference = drift.Reference.read(
+            arguments.reference,
+            model.classifier.class_names,
+            several=labels.is_multilabel(model.classifier),
+        )
         monitor = drift.DriftMonitor(reference, arguments.window)
     listener = _listen(arguments.host, arguments.port)
     service = Service(

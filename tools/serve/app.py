@@ -11,7 +11,9 @@ from urllib.parse import parse_qsl
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from checkpointing.files import MULTILABEL
 from errors import printable
+from tools.common import labels
 from tools.serve import schema
 from tools.serve.asgi import (
     App,
@@ -42,8 +44,8 @@ Handler = Callable[[Scope, Receive], Awaitable[Response]]
 class Parameters(NamedTuple):
     """What a request for answers asks besides."""
 
-    topk: int
-    """Classes per answer."""
+    topk: int | None
+    """Classes per answer; None: not asked."""
     explains: bool
     about: str | None
     """The class to explain; None: the likeliest."""
@@ -55,13 +57,18 @@ class Parameters(NamedTuple):
         Raises RefusedError (422).
         """
         given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-        topk, explain = given.get("topk", str(TOPK)), given.get("explain", NO[0]).lower()
-        number = re.fullmatch(r" *\+?0*([0-9]{1,9})(\.0*)? *", topk)  # some clients count in floats
-        if number is None or not 1 <= int(number[1]) <= MOST_CLASSES:
-            raise RefusedError(422, f"topk: a whole number from 1 to {MOST_CLASSES} is expected")
+        topk, explain = given.get("topk"), given.get("explain", NO[0]).lower()
         if explain not in YES + NO:
             raise RefusedError(422, "explain: true or false is expected")
-        return cls(int(number[1]), explain in YES, given.get("about"))
+        return cls(None if topk is None else _whole(topk), explain in YES, given.get("about"))
+
+
+def _whole(topk: str) -> int:
+    """The number of classes that a request asks for. Raises RefusedError (422)."""
+    number = re.fullmatch(r" *\+?0*([0-9]{1,9})(\.0*)? *", topk)  # some clients count in floats
+    if number is None or not 1 <= int(number[1]) <= MOST_CLASSES:
+        raise RefusedError(422, f"topk: a whole number from 1 to {MOST_CLASSES} is expected")
+    return int(number[1])
 
 
 class Paths:
@@ -103,7 +110,9 @@ def _error(status: int, message: str) -> Response:
 
 def build_app(service: Service) -> App:
     """The service as an ASGI application."""
-    description = schema.openapi(service.name, len(service.classifier.class_names))
+    names, several = service.classifier.class_names, service.thresholds is not None
+    form = service.classifier.transform.form
+    description = schema.openapi(service.name, len(names), several=several, form=form)
 
     async def predict(scope: Scope, receive: Receive) -> Response:
         return await _predict(service, scope, receive)
@@ -112,8 +121,8 @@ def build_app(service: Service) -> App:
         reason = service.stuck() or ("the service is ending" if service.ending else None)
         if reason:
             raise RefusedError(503, reason)
-        names = service.classifier.class_names
-        return as_json({"status": "ok", "model": service.name, "classes": len(names)})
+        about = {"status": "ok", "model": service.name, "classes": len(names)}
+        return as_json(about | ({"task": MULTILABEL} if several else {}))
 
     async def live(scope: Scope, receive: Receive) -> Response:
         if reason := service.stuck():
@@ -156,7 +165,7 @@ async def _predict(service: Service, scope: Scope, receive: Receive) -> Response
             if len(failed) == len(answers) and not isinstance(failed[0], RefusedError):
                 raise failed[0]
             entries = [
-                _entry(name, answer, names, parameters.topk)
+                _entry(service, name, answer, parameters.topk)
                 for (name, _), answer in zip(files, answers, strict=True)
             ]
             if parameters.explains and isinstance(answers[0], Answer):
@@ -203,7 +212,7 @@ async def _files(scope: Scope, receive: Receive, most: int) -> list[tuple[str | 
 
 
 def _entry(
-    file: str | None, answer: Answer | BaseException, names: list[str], topk: int
+    service: Service, file: str | None, answer: Answer | BaseException, topk: int | None
 ) -> dict[str, Any]:
     """An image's part of the JSON."""
     if isinstance(answer, RefusedError):
@@ -211,9 +220,29 @@ def _entry(
     if isinstance(answer, BaseException):
         log.error("no answer to an image", exc_info=answer)
         return {"file": file, "error": FAILED, "status": 500}
-    order = (-answer.probabilities).argsort(kind="stable")[:topk]
-    likely = [{"class": names[i], "confidence": float(answer.probabilities[i])} for i in order]
-    return {"file": file, "predictions": likely}
+    names, shares, thresholds = (
+        service.classifier.class_names,
+        answer.probabilities,
+        service.thresholds,
+    )
+    order = labels.likeliest_first(shares)
+    if thresholds is None:
+        likely = [
+            {"class": names[i], "confidence": float(shares[i])} for i in order[: topk or TOPK]
+        ]
+        return {"file": file, "predictions": likely}
+    found = labels.found(shares, thresholds)[:MOST_CLASSES]
+    # Also where a label with a lower threshold is less likely than one that isn't there.
+    shown = (
+        order[:topk]
+        if topk
+        else [*found, *(i for i in order if i not in found)][: max(TOPK, len(found))]
+    )
+    likely = [
+        {"class": names[i], "confidence": float(shares[i]), "threshold": float(thresholds[i])}
+        for i in shown
+    ]
+    return {"file": file, "labels": [names[i] for i in found], "predictions": likely}
 
 
 @asynccontextmanager

@@ -4,9 +4,14 @@ import io
 
 from torch import Tensor
 
+from augmentation.protocol import RGB
 from inference import ImageTransform
+from pipeline.bands import decode_bands
 from pipeline.formats import SERVED, open_image
 from pipeline.limits import BadImageError, TooLargeError, limit_pixels
+from tools.serve.schema import TAKEN
+
+_SEND = f"send {TAKEN}"
 
 
 class RefusedError(Exception):
@@ -18,15 +23,19 @@ class RefusedError(Exception):
 
 
 def decoded(content: bytes, transform: ImageTransform, max_pixels: int) -> Tensor:
-    """An image file as the model takes it, (3, H, W).
+    """An image file as the model takes it, (C, H, W).
 
     Raises RefusedError: 413 for more than ``max_pixels``, 422 for what is no whole image. No image
     of more pixels is read in this process any more, whatever it is asked.
     """
     limit_pixels(max_pixels)
     try:
-        check(content, max_pixels)
-        return transform(content)
+        if transform.form == RGB:
+            check(content, max_pixels)
+            return transform(content)
+        # What the header says is checked while it is decoded; other forms have fewer formats.
+        bands = decode_bands(content, transform.form, transform.background, SERVED)
+        return transform.apply(bands, 0, 0)
     except TooLargeError as error:
         # What comes after is for those who may set options.
         raise RefusedError(413, str(error).partition(", save it")[0]) from None
@@ -42,10 +51,8 @@ def check(content: bytes, max_pixels: int) -> None:
     except TooLargeError:
         raise
     except BadImageError as error:
-        raise RefusedError(
-            422, f"not an image that is read: {error} (send JPEG, PNG, WebP, GIF, BMP or TIFF)"
-        ) from None
+        raise RefusedError(422, f"not an image that is read: {error} ({_SEND})") from None
     except Exception:  # Pillow's plug-ins raise almost anything on a damaged header
-        raise RefusedError(422, "not an image: send JPEG, PNG, WebP, GIF, BMP or TIFF") from None
+        raise RefusedError(422, f"not an image: {_SEND}") from None
     if width * height > max_pixels:
         raise RefusedError(413, f"the image has {width}×{height} pixels, more than {max_pixels:,}")

@@ -1,8 +1,12 @@
 """The service's API as OpenAPI describes it."""
 
+import copy
 from typing import Any
 
+from augmentation.protocol import RGB, Form
+
 TOPK = 5  # classes of an answer, unless a request says otherwise
+TAKEN = "JPEG, PNG, WebP, GIF, BMP, TIFF, NPY or NPZ"
 MOST_CLASSES = 1000  # in one answer
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -47,6 +51,13 @@ ANSWERS = {
         }
     },
 }
+# What there is besides of a multi-label model.
+LABELS = {
+    "type": "array",
+    "items": {"type": "string"},
+    "description": "whose probability reaches its threshold, the likeliest first; may be empty",
+}
+THRESHOLD = {"type": "number", "description": "from which the label is there"}
 ERRORS = {
     400: "Broken multipart, no image, or more images than a request may hold",
     408: "The body did not come in time, or came too slowly",
@@ -69,8 +80,11 @@ PARAMETERS = (
 )
 
 
-def openapi(name: str, classes: int) -> dict[str, Any]:
-    """The description of the service that answers with the model ``name``."""
+def openapi(name: str, classes: int, *, several: bool = False, form: Form = RGB) -> dict[str, Any]:
+    """The description of the service that answers with the model ``name``.
+
+    ``several``: an image may have any number of the classes. ``form``: of the images that it takes.
+    """
     unwell = {503: "What is stuck, or that it ends"}
     health = "Whether images are answered, and by which model."
     live = "Whether the service need not be restarted: nothing is stuck, though it may be ending."
@@ -82,13 +96,15 @@ def openapi(name: str, classes: int) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "Image classifier",
-            "description": f"Answers of {name}, {classes} classes.",
+            "description": f"Answers of {name}, {classes} classes"
+            + (", any number of them on an image." if several else ".")
+            + _images(form),
             "version": "1",
         },
         "paths": {
             f"/{path}": {method: {"operationId": path, **operation}}
             for path, method, operation in (
-                ("predict", "post", _predict()),
+                ("predict", "post", _predict(several)),
                 ("health", "get", _operation(health, well, unwell)),
                 ("live", "get", _operation(live, well, unwell)),
                 ("metrics", "get", _operation(metrics, text, {})),
@@ -98,13 +114,31 @@ def openapi(name: str, classes: int) -> dict[str, Any]:
     }
 
 
-def _predict() -> dict[str, Any]:
+def _images(form: Form) -> str:
+    """Which images are to be sent, where they aren't three colours of 8 bits; a sentence."""
+    if form == RGB:
+        return ""
+    kind = "grey images" if form.channels == 1 else f"images of {form.channels} channels"
+    # Other files hold four channels at most.
+    files = TAKEN if form.channels <= 4 else "TIFF, NPY or NPZ"
+    return f" It takes {kind}, at {form.bit_depth} bits: {files}."
+
+
+def _predict(several: bool) -> dict[str, Any]:
     parameters = [
         {"name": name, "in": "query", "description": text, "schema": {"type": kind, **more}}
         for name, kind, text, more in PARAMETERS
     ]
-    answers = _json(ANSWERS, "One entry per image, in order")
-    operation = _operation("Classify an image, or several.", answers, ERRORS)
+    shown, text = ANSWERS, "Classify an image, or several."
+    if several:
+        shown = copy.deepcopy(ANSWERS)
+        entry = shown["properties"]["images"]["items"]["properties"]
+        entry["labels"] = LABELS
+        entry["predictions"]["items"]["properties"]["threshold"] = THRESHOLD
+        parameters[0]["description"] += ", else all labels that are there and at least these"
+        text = "Find the labels of an image, or of several."
+    answers = _json(shown, "One entry per image, in order")
+    operation = _operation(text, answers, ERRORS)
     return {**operation, "parameters": parameters, "requestBody": BODY}
 
 

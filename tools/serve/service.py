@@ -16,7 +16,7 @@ from PIL import Image
 from errors import UserError
 from pipeline.limits import BYTES_PER_PIXEL
 from tools import explain
-from tools.common import trained
+from tools.common import labels, trained
 from tools.serve import images
 from tools.serve.batcher import Answer, Batcher
 from tools.serve.bodies import Bodies
@@ -82,7 +82,9 @@ class Service:
     ) -> None:
         self.model, self.name, self.limits = model, name, limits
         self.classifier = model.classifier
-        self.metrics = Metrics(self.classifier.class_names, drift)
+        several = labels.is_multilabel(self.classifier)
+        self.thresholds = labels.thresholds_of(self.classifier) if several else None
+        self.metrics = Metrics(self.classifier.class_names, drift, self.thresholds)
         self.pending = 0
         self.ending = False
         self.bodies = Bodies(limits.bodies)
@@ -176,13 +178,14 @@ class Service:
         self.metrics.pending.set(self.pending)
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
-        return trained.probabilities(self.classifier.model, images.to(self.model.device)).cpu()
+        return trained.probabilities(self.classifier, images.to(self.model.device)).cpu()
 
     def _explain(self, tensor: torch.Tensor, class_index: int | None) -> str:
         heat = explain.heatmap(self.classifier, tensor, class_index)
         preprocessing = self.model.content["preprocessing"]
         seen = explain.seen(tensor, preprocessing["mean"], preprocessing["std"])
-        size = [max(SHOWN_SIDE, side) for side in seen.size]
+        factor = max(1, SHOWN_SIDE / max(seen.size))
+        size = [round(factor * side) for side in seen.size]
         drawn = explain.overlay(seen.resize(size, Image.Resampling.NEAREST), heat)
         buffer = io.BytesIO()
         drawn.save(buffer, "PNG")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Axis:
         if self.step is None and not self.whole:
             raise UserError(f"{self.name}: --sampler grid needs choices, or a step")
         step = self.step or 1
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        steps = (self.high - self.low) / step  # beyond all floats for a step of next to nothing
+        count = math.floor(steps + 1e-9) + 1 if math.isfinite(steps) else sys.maxsize
         if count > MOST_POINTS:
             raise UserError(
                 f"{self.name}: a grid of {shown(count)} values, {MOST_POINTS:,} at most: raise its "

@@ -31,7 +31,9 @@ class RunningTrial:
     """Held as long as this search is at the trial."""
     device: str
     values: list[float] = field(default_factory=list)
-    """The metric of each epoch so far."""
+    """The metric of each epoch with a validation so far."""
+    epoch: int = 0
+    """Epochs that are done."""
     pruned: bool = False
 
 
@@ -169,6 +171,7 @@ class Study:
         """Pass on the epochs that were logged since; end the training if it is to be pruned."""
         epochs = self.config.run.epochs + self.config.schedule.cooldown_epochs
         for record in running.training.new_records():
+            running.epoch = record["epoch"]
             value = record.get(self.metric)
             if value is None:
                 continue
@@ -201,7 +204,7 @@ class Study:
             # Also where the signal came too late.
             return self.states.COMPLETE, "done"
         if running.pruned:
-            return self.states.PRUNED, f"pruned after {len(running.values)} epochs"
+            return self.states.PRUNED, f"pruned after {running.epoch} epochs"
         if code == DivergedError.exit_code:
             # For the sampler: as bad as can be, not unknown.
             return self.states.PRUNED, "diverged"

@@ -14,6 +14,7 @@ import torch
 import uvicorn
 from uvicorn.server import ServerState
 
+from augmentation.protocol import RGB
 from tools.serve import app
 from tools.serve.batcher import Answer
 from tools.serve.bodies import Bodies
@@ -40,7 +41,9 @@ class _Service(Service):
 
     def __init__(self) -> None:
         self.name, self.limits = "cats", Limits(body=50_000, images=3, seconds=5.0)
-        self.classifier: Any = SimpleNamespace(class_names=_NAMES)
+        transform = SimpleNamespace(form=RGB)
+        self.classifier: Any = SimpleNamespace(class_names=_NAMES, transform=transform)
+        self.thresholds = None
         self.metrics = Metrics(["cat", "dog", "other"], None)
         self.bodies = Bodies(100_000)
         self.pending, self.ending = 0, False

@@ -1,0 +1,68 @@
+"""Models of the transformers library from a folder, offline."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import inference
+import models
+from architectures.hub import described
+from architectures.libraries import description
+from tests.runs import newest, train
+
+LABELS = {0: "amber", 1: "blue", 2: "crimson"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny ViT with its weights and preprocessing."""
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+        num_labels=3,
+        id2label=LABELS,
+    )
+    path = tmp_path / "vit"
+    transformers.ViTForImageClassification(config).save_pretrained(path)
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16}, resample=3)
+    processor.save_pretrained(path)
+    return path
+
+
+def test_published_folder_answers_as_the_library(folder) -> None:
+    twin = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    content = inference.read_content(f"transformers/{folder}")
+    own = inference.from_content(content)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(own.model(images), twin(images).logits)
+    assert own.class_names == list(LABELS.values())
+    preprocessing = content["preprocessing"]
+    assert (preprocessing["crop_mode"], preprocessing["interpolation"]) == ("squash", "bicubic")
+    assert preprocessing["mean"] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_description_rebuilds_it_without_the_folder(folder) -> None:
+    name = f"transformers/{folder}"
+    before, kept = models.build_model(name, 5, input_size=16), description(name)
+    shutil.rmtree(folder)
+    with described(name, kept):
+        after = models.build_model(name, 5, input_size=16)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (before, after)]
+    assert shapes[0] == shapes[1]
+
+
+def test_checkpoint_of_a_run_needs_no_folder(folder, images, tmp_path) -> None:
+    run = tmp_path / "run"
+    name = f"transformers/{folder}"
+    more = ("--model", name, "--input-size", "16", "--epochs", "1", "--warmup-epochs", "0")
+    assert train(images, run, *more, "--pretrained") == 0
+    shutil.rmtree(folder)
+    content = newest(run)
+    own = inference.from_content(content)
+    assert own.model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)

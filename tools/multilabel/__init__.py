@@ -1,0 +1,1 @@
+"""What evaluations say of models that may give an image several labels."""
