@@ -164,7 +164,7 @@ def test_a_death_is_noticed_though_a_child_of_the_worker_lives_on():
     class Forking(ArraySource):
         def open(self, index):
             if not os.fork():
-                time.sleep(3)
+                time.sleep(30)
                 os._exit(0)
             return super().open(index)
 
@@ -176,7 +176,7 @@ def test_a_death_is_noticed_though_a_child_of_the_worker_lives_on():
     began = time.monotonic()
     with pytest.raises(DataError, match="worker died"):
         list(batches)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 20
 
 
 def test_workers_end_with_their_loader():
