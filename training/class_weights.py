@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from torch import Tensor
 
 import bounded
 from config.class_weights import parse_class_weights, weight_of
-from errors import OptionError, did_you_mean, first_names, os_error_text, shortened, shown
+from errors import OptionError, did_you_mean, first_names, shortened, shown
 from losses import balanced_weights, effective_weights
 from outputs.names import from_csv_cell
 from pipeline.dataset import FEW_CLASSES, ImageDataset
+from training.label_files import text_of
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 64 << 20  # of a file
 _OPTION = "class_weights"
 
 Entries = Iterable[tuple[str, str, str]]
@@ -83,7 +82,7 @@ def read_class_weights(file: str, names: Sequence[str]) -> dict[str, float]:
     twice.
     """
     suffix = Path(file).suffix.lower()
-    content = _text(file)
+    content = text_of(_OPTION, file, "save it as UTF-8")
     if suffix == ".json":
         entries = _of_json(file, content)
     elif suffix in (".csv", ".tsv"):
@@ -121,17 +120,6 @@ def _refuse_unknown(name: str, names: Sequence[str], where: str) -> None:
     if name not in names:
         hint = did_you_mean(name, names, otherwise=f"they are {first_names(names)}")
         raise OptionError(_OPTION, f"{where}no class is called {shown(name)}; {hint}")
-
-
-def _text(file: str) -> str:
-    try:
-        return bounded.read_text(os.path.expanduser(file), MOST_BYTES)
-    except FileNotFoundError:
-        raise OptionError(_OPTION, f"{file} does not exist: name the file") from None
-    except OSError as error:
-        raise OptionError(_OPTION, os_error_text(error, file)) from None
-    except UnicodeDecodeError:
-        raise OptionError(_OPTION, f"{file} isn't text: save it as UTF-8") from None
 
 
 def _of_json(file: str, content: str) -> Entries:

@@ -111,7 +111,11 @@ def _found(option: str, file: str, place: str, word: str, find: FindClass) -> in
         raise OptionError(option, f"{file}, {place}: {shortened(str(error))}") from None
 
 
-def _text(option: str, file: str) -> str:
+def text_of(option: str, file: str, otherwise: str = "give a .txt or .json file") -> str:
+    """What the file that an option names holds; ``otherwise`` is what helps if it is no text.
+
+    Raises OptionError.
+    """
     try:
         return bounded.read_text(os.path.expanduser(file), MOST_BYTES)
     except FileNotFoundError:
@@ -119,12 +123,12 @@ def _text(option: str, file: str) -> str:
     except OSError as error:
         raise OptionError(option, os_error_text(error, file)) from None
     except UnicodeDecodeError:
-        raise OptionError(option, f"{file} isn't text: give a .txt or .json file") from None
+        raise OptionError(option, f"{file} isn't text: {otherwise}") from None
 
 
 def _lines(option: str, file: str) -> list[str]:
     """The lines of a text file, of which none but the last may be empty."""
-    lines = [line.strip() for line in _text(option, file).rstrip().splitlines()]
+    lines = [line.strip() for line in text_of(option, file).rstrip().splitlines()]
     if not lines:
         raise OptionError(option, f"{file} is empty: write a class on each line")
     if "" in lines:
@@ -135,7 +139,7 @@ def _lines(option: str, file: str) -> list[str]:
 def _json(option: str, file: str) -> Any:
     """What a JSON file holds; objects as tuples of pairs, so that a name given twice shows."""
     try:
-        return bounded.parse_json(_text(option, file), object_pairs_hook=tuple)
+        return bounded.parse_json(text_of(option, file), object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
         raise OptionError(
             option, f"{file}, line {error.lineno}: not JSON ({error.msg}): correct it"
