@@ -69,7 +69,7 @@ class StepSettings:
     size: tuple[int, int] = (224, 224)
     """Height and width of the images, pixels."""
     prepare: Callable[[Tensor, Plan | None], Tensor] | None = None
-    """Makes normalised images of uint8 ones and their plan, on the device."""
+    """Makes normalised images of uint8 or uint16 ones and their plan, on the device."""
     macs: int = 0
     """Multiply-accumulates of the forward pass of one image."""
     peak: float | None = None
@@ -89,7 +89,7 @@ class StepSettings:
     def inputs(self, batch: Batch) -> Tensor:
         """The images of ``batch`` as the model takes them."""
         images = self.place(batch.images)
-        if images.dtype == torch.uint8:
+        if not images.is_floating_point():
             images = self.place(self.prepare(images, batch.plan))
         return images
 

@@ -222,8 +222,11 @@ class RunLogger:
 
     # --- extras -----------------------------------------------------------------------------------
 
-    def images(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-        """A grid of training images (B, 3, H, W) as the model sees them, in TensorBoard."""
+    def images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], bit_depth: int = 8
+    ) -> None:
+        """A grid of training images (B, C, H, W) as the model sees them, in TensorBoard; bands and
+        16 bits as ``augmentation.bands.composite`` has them."""
         if self.writer:
             from torchvision.transforms.functional import pil_to_tensor
             from torchvision.utils import make_grid
@@ -234,7 +237,7 @@ class RunLogger:
             scale = torch.tensor(std).view(1, -1, 1, 1)
             shift = torch.tensor(mean).view(1, -1, 1, 1)
             images = (images * scale + shift).clamp(0, 1)
-            if images.shape[1] not in (1, 3):
+            if images.shape[1] not in (1, 3) or bit_depth != 8:
                 images = torch.stack([pil_to_tensor(composite(x.numpy())) for x in images]) / 255
             grid = make_grid(images, nrow=8)
             self.writer.add_image("train/augmented", grid, 0)

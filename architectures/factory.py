@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import timm
@@ -12,6 +13,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from architectures.arguments import argument_names, takes_argument
+from architectures.first_conv import COLOURS
 from architectures.hub import FOLDER, HUB, for_timm, reached, read_config
 from architectures.libraries import library_of
 from architectures.library_model import LIBRARIES
@@ -23,7 +25,6 @@ from errors import CheckpointError, OptionError, did_you_mean, first_line, first
 
 log = logging.getLogger(__name__)
 
-COLOURS = 3  # channels that all models take
 # Our options and the arguments by which timm's models know them.
 _ARGUMENTS = {
     "drop": "drop_rate",
@@ -224,14 +225,16 @@ def _with_published_weights(
                 weights = library.published_weights(name)
                 log.info("%s: %s", name, load_pretrained_weights(model, weights).summary())
                 return model
-            kwargs = variant.keywords
-            published = _named_model(name, cfg["num_classes"], values, pretrained=True, **kwargs)
+            published = _published_model(name, cfg, values, variant)
     except CheckpointError as error:
         raise OptionError("pretrained", f"the weights of {name}: {error}") from None
     except (OSError, RuntimeError) as error:
         if str(error).startswith("Error(s) in loading"):
             reason = str(error).splitlines()[1].strip()
-            hint = ": leave --input-size out" if "size mismatch" in str(error) else ""
+            hint = ""
+            if "size mismatch" in str(error):
+                native = size_text(cfg["input_size"][1:]).replace("×", " ")
+                hint = f": leave --input-size out, or --input-size {native}"
             message = f"the weights of {name} don't fill the model ({reason}){hint}"
             raise OptionError("pretrained", message) from error
         raise OptionError(
@@ -244,6 +247,26 @@ def _with_published_weights(
         return published
     log.info("%s: %s", name, load_pretrained_weights(model, published.state_dict()).summary())
     return model
+
+
+def _published_model(
+    name: str, cfg: Mapping[str, Any], values: Mapping[str, Any], variant: Variant
+) -> nn.Module:
+    """The model with timm's weights for its own classes, of the size in ``values``.
+
+    Where timm can't fit the weights to the size, they are taken from the model of their own.
+    """
+    build = partial(_named_model, name, cfg["num_classes"], **variant.keywords)
+    try:
+        return build(values, pretrained=True)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) or "input_size" not in values:
+            raise
+        native = cfg["input_size"][1:]
+        weights = build({**values, "input_size": native}, pretrained=True).state_dict()
+        model = build(values)
+        log.info("%s: %s", name, load_pretrained_weights(model, weights, size=native).summary())
+        return model
 
 
 def _address(cfg: Mapping[str, Any]) -> str:

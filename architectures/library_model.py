@@ -107,3 +107,9 @@ def classifier_of(model: nn.Module, num_classes: int) -> str:
         if isinstance(module, nn.Linear | nn.Conv2d) and outputs == num_classes:
             found = name
     return found
+
+
+def first_conv_of(model: nn.Module, channels: int) -> str:
+    """The name of the first convolution over ``channels``; empty without one."""
+    convolutions = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    return next((name for name, m in convolutions if m.in_channels == channels), "")

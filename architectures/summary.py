@@ -1,10 +1,12 @@
 """Parameters and multiply-accumulates of a model."""
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,25 +35,37 @@ def summarise(
     """Count parameters, and the multiply-accumulates of one image of ``input_size`` pixels and
     ``in_chans`` channels.
 
-    Counting runs on shapes alone where the model allows it. Raises OptionError if the model doesn't
-    take images of that size, or needs more than images, or (with ``num_classes``) answers with
-    other things than a logit for each class: an encoder of timm's gives features.
+    Counting runs on shapes alone where the model allows it and they tell whether the size fits.
+    Raises OptionError if the model doesn't take images of that size, or needs more than images, or
+    (with ``num_classes``) answers with other things than a logit for each class: an encoder of
+    timm's gives features.
     """
     name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
     shape = in_chans, *height_width(input_size)
+    # MViT V2 looks up its positions, and an index out of their range shows with values alone.
+    real = next(model.parameters()).device
+    device = real if isinstance(model, MultiScaleVit) else torch.device("meta")
     try:
-        macs, answer = _count_macs(model, shape, torch.device("meta"))
+        macs, answer = _count_macs(model, shape, device)
     except Exception:  # of any kind: the size is wrong, or the model can't do without real values
         try:
-            macs, answer = _count_macs(model, shape, next(model.parameters()).device)
+            macs, answer = _count_macs(model, shape, real)
         except Exception as error:
             _check_arguments(model, name)
             raise OptionError(
-                "input_size", f"{size_text(input_size)} doesn't fit {name}: {first_line(error)}"
+                "input_size",
+                f"{size_text(input_size)} doesn't fit {name}: {_reason(error)}",
             ) from error
     if num_classes is not None:
         _check_answer(answer, name, num_classes)
     return ModelSummary(sum(p.numel() for p in model.parameters()), macs)
+
+
+def _reason(error: Exception) -> str:
+    """In one line; torch's own of maps without a place left says nothing of images."""
+    text = first_line(error)
+    small = re.search(r"greater than (actual input size|0)|output size is too small", text, re.I)
+    return "the image is smaller than its layers take" if small else text
 
 
 def _check_arguments(model: nn.Module, name: str) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 from architectures.arguments import names_of_class
-from architectures.library_model import TORCHVISION, LibraryModel, classifier_of
+from architectures.first_conv import COLOURS, replace_first_conv
+from architectures.library_model import TORCHVISION, LibraryModel, classifier_of, first_conv_of
 from architectures.registry import plain_cfg
 from architectures.sizes import height_width
 from errors import OptionError, did_you_mean, first_names
@@ -72,7 +73,10 @@ def build(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modul
     model = _plain(name, num_classes, arguments)
     model.__class__ = _with_interface(type(model))
     model.num_classes = num_classes
-    model.pretrained_cfg = published_cfg(name) | {"classifier": classifier_of(model, num_classes)}
+    model.pretrained_cfg = published_cfg(name) | {
+        "classifier": classifier_of(model, num_classes),
+        "first_conv": first_conv_of(model, arguments.get("in_chans", COLOURS)),
+    }
     return model
 
 
@@ -85,9 +89,15 @@ def _plain(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modu
     if architecture.startswith("maxvit") and "image_size" in named:
         named["input_size"] = height_width(named.pop("image_size"))
     unknown = [argument for argument in named if argument in inspect.signature(function).parameters]
+    if "in_chans" in named and architecture in _FIXED:  # they transform three colours
+        unknown.append("in_chans")
     if unknown:  # "weights" and "progress" alone are named there
         raise TypeError(f"{architecture}() takes no {unknown[0]}")
-    return function(num_classes=num_classes, **(_FIXED.get(architecture, {}) | named))
+    channels = named.pop("in_chans", COLOURS)
+    model = function(num_classes=num_classes, **(_FIXED.get(architecture, {}) | named))
+    if channels != COLOURS:
+        replace_first_conv(model, first_conv_of(model, COLOURS), channels)
+    return model
 
 
 def _shapes_alone(name: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from architectures.first_conv import COLOURS
 from architectures.hub import described_as, reached
-from architectures.library_model import TRANSFORMERS, LibraryModel, classifier_of
+from architectures.library_model import TRANSFORMERS, LibraryModel, classifier_of, first_conv_of
 from architectures.registry import plain_cfg
 from errors import OptionError, first_line
 
@@ -24,6 +25,8 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 # Of a configuration: names and places, which building needs not, and code from elsewhere.
 _NOT_KEPT = ("id2label", "label2id", "_name_or_path", "auto_map", "dtype", "torch_dtype")
 _NOT_KEPT += ("architectures", "transformers_version", "name_or_path")
+# They interpolate their positions to each image, and take those of their own for a square.
+_INTERPOLATING = ("beit", "data2vec-vision", "dinov2", "dinov2_with_registers")
 
 
 def resolve(name: str) -> str:
@@ -52,7 +55,10 @@ def build(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modul
     transformers = _library()
     config = _config(name)
     for argument, value in arguments.items():
-        setattr(config, _own_name(argument, config), value)
+        own = _own_name(argument, config)
+        rectangle = own == "image_size" and len(set(_two(value))) == 2
+        if not (rectangle and config.model_type in _INTERPOLATING):
+            setattr(config, own, value)
     config.num_labels = num_classes
     try:
         inner = transformers.AutoModelForImageClassification.from_config(config)
@@ -70,7 +76,12 @@ class TransformersModel(LibraryModel):
         super().__init__()
         self.model = model
         self.num_classes = num_classes
-        self.pretrained_cfg = {**cfg, "classifier": classifier_of(self, num_classes)}
+        channels = getattr(model.config, "num_channels", COLOURS)
+        self.pretrained_cfg = {
+            **cfg,
+            "classifier": classifier_of(self, num_classes),
+            "first_conv": first_conv_of(self, channels),
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images, return_dict=False)[0]

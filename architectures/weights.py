@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from architectures.first_conv import adapt_first_convs
 from architectures.position_embeddings import TOKENS, Fitted, fit_positions
+from architectures.size_tables import depends_on_size, fit_tables, size_hint
 from architectures.sizes import ImageSize
+from architectures.torchvision_names import is_torchvisions, timm_names
 from errors import CheckpointError, first_names
 
 log = logging.getLogger(__name__)
@@ -114,12 +116,14 @@ def load_pretrained_weights(
     _without_half_a_classifier(model, new, report)
     if sum(x.numel() for x in new.values()) < 0.1 * sum(x.numel() for x in own.values()):
         left_out = f"; left out {_listed(report.skipped)}" if report.skipped else ""
+        others = is_torchvisions(source) and not is_torchvisions(own)
+        hint = "; weights of torchvision's are for --model torchvision/NAME" if others else ""
         raise CheckpointError(
             f"the checkpoint belongs to another model: {len(new)} of {len(own)} tensors fit "
-            f"{type(model).__name__}{left_out}"
+            f"{type(model).__name__}{left_out}{hint}"
         )
     if not allow_partial:
-        _check_complete(model, known, report)
+        _check_complete(model, known, report, size)
     others = [name for name, x in given.items() if not isinstance(x, Tensor)]
     report.skipped.update(dict.fromkeys(others, "not a tensor"))
     with torch.no_grad():
@@ -160,14 +164,21 @@ def _in_its_terms(
     what had to be changed, and how. Positions that can't be fitted go into the report."""
     # DINOv2's name; timm's function would take the positions apart on meeting it.
     source = {name.replace("register_tokens", "reg_token"): x for name, x in source.items()}
+    source = timm_names(model, source, own)
     try:
         positions = fit_positions(model, source, size)
     except CheckpointError as error:
         del source["pos_embed"]
         report.skipped["pos_embed"] = str(error)
         positions = Fitted()
-    known = _renamed(model, own, source | positions.tensors)
+    # Twice: timm's functions for published weights take all tables for squares.
+    tables = fit_tables(model, source, size)
+    known = _renamed(model, own, source | positions.tensors | tables)
+    later = fit_tables(model, {n: x for n, x in known.items() if n not in source}, size)
+    known |= later
     changes = dict(positions.how)
+    changes |= {name: f"{_shape(source[name])} to {_shape(x)}" for name, x in tables.items()}
+    changes |= dict.fromkeys(later, "to the size of the images")
     for name in known.keys() & source.keys() - changes.keys():
         if known[name].shape != source[name].shape:
             changes[name] = f"{_shape(source[name])} to {_shape(known[name])}"
@@ -296,7 +307,9 @@ def _filter_of(model: nn.Module) -> Callable[..., dict[str, Any]] | None:
 # --- what may be new ------------------------------------------------------------------------------
 
 
-def _check_complete(model: nn.Module, known: Mapping[str, Tensor], report: LoadReport) -> None:
+def _check_complete(
+    model: nn.Module, known: Mapping[str, Tensor], report: LoadReport, size: ImageSize | None
+) -> None:
     """PartialWeightsError if something is missing or left out that may not be."""
     heads = _heads(model)
     own_tokens = set(TOKENS) - known.keys()
@@ -314,6 +327,9 @@ def _check_complete(model: nn.Module, known: Mapping[str, Tensor], report: LoadR
             parts.append(f"missing ({len(missing)}): {first_names(missing)}")
         if unused:
             parts.append(f"left over ({len(unused)}): {_listed(unused)}")
+        resized = {name: known[name] for name in unused if name in known and name in missing}
+        if depends_on_size(resized):
+            parts.append(size_hint(model, resized, size))
         raise PartialWeightsError(
             f"the checkpoint doesn't fill {type(model).__name__}: {'; '.join(parts)}"
         )

@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from augmentation.bands import window_of_bands
+from augmentation.bands import rounded, window_of_bands
 from augmentation.crops import (
     ATTEMPTS,
+    movable,
     random_offsets,
     random_rectangle,
     resize,
@@ -105,7 +106,8 @@ class BatchAugment(Normalise, StoreTransform):
         self.pads = (self.is_small or options.src) and not self.keeps_ratio
         self.margin = margin(self.size)
         self.planner = Planner(preprocessing, options, seed)
-        self._constants["fill"] = torch.tensor(mean_colour(preprocessing), dtype=torch.uint8)
+        kind = torch.uint8 if self.form.bit_depth == 8 else torch.float32
+        self._constants["fill"] = torch.tensor(mean_colour(preprocessing), dtype=kind)
         if self.planner.erasing > 0 and options.remode != "const":
             generator = torch.Generator().manual_seed(derive_seed(seed, "noise") % 2**63)
             self._constants["noise"] = noise_table(self.size, generator, self.form.channels)
@@ -168,7 +170,7 @@ class BatchAugment(Normalise, StoreTransform):
     def padded(self, images: Tensor) -> Tensor:
         """(…, 3, H, W) with its margin: black around small images, mirrored in ``src``."""
         if self.is_small:
-            return F.pad(images, [self.margin] * 4)
+            return F.pad(movable(images), [self.margin] * 4).view(images.dtype)
         # There is no reflection of bytes.
         return F.pad(images.float(), [self.margin] * 4, mode="reflect").to(images.dtype)
 
@@ -199,13 +201,18 @@ class BatchAugment(Normalise, StoreTransform):
 
     @torch.no_grad()
     def alter(self, images: Tensor, plan: Plan) -> Tensor:
-        """Splits, flips, geometry and colours: uint8 to uint8 images, new ones if there is anything
-        to do."""
+        """Splits, flips, geometry and colours: uint8 or uint16 images to the same, new ones if
+        there is anything to do. 16 bits are rounded once, at the end."""
         if len(plan.flips) > len(images):
             images = images.repeat(len(plan.flips) // len(images), 1, 1, 1)
         if not (plan.flips.any() or plan.kinds.any()):
             return images
         images = flipped(images, plan.flips)
+        if not plan.kinds.any():
+            return images
+        deep = images.dtype == torch.uint16
+        if deep:
+            images = images.float()
         arguments, warps = (
             torch.from_numpy(values).to(images.device, non_blocking=True)
             for values in (plan.arguments, plan.warps)
@@ -217,7 +224,7 @@ class BatchAugment(Normalise, StoreTransform):
                     cubic = plan.cubic[:, layer]
                     given = warps if KINDS[kind] == "perspective" else arguments[:, layer]
                     self._operate(KINDS[kind], images, given, which, cubic)
-        return images
+        return rounded(images) if deep else images
 
     def _operate(
         self, kind: str, images: Tensor, arguments: Tensor, which: np.ndarray, cubic: np.ndarray
@@ -235,11 +242,28 @@ class BatchAugment(Normalise, StoreTransform):
             )
 
 
+class OneByOne(BatchAugment):
+    """The same, one image at a time in the workers, of images that Pillow has no operations for."""
+
+    by_batch = False
+
+    def apply(self, image: Tensor | Parts, epoch: int, position: int) -> Tensor:
+        """uint8 or uint16 (C, H, W) to float32 (C, *size), normalised; of splits (S, C, *size)."""
+        plan = self.planner.plan(epoch, np.array([position]))
+        made = self(super().apply(image, epoch, position)[None], plan)
+        return made if self.options.aug_splits else made[0]
+
+    def plan(self, epoch: int, positions: np.ndarray) -> None:
+        return None
+
+    def for_store(self) -> None:
+        return None
+
+
 def flipped(images: Tensor, flips: np.ndarray) -> Tensor:
     """Images flipped left to right and upside down, (B, 2) bool; always new ones."""
     images = images.clone()
-    # CUDA has no indexing of uint16; which bits move where doesn't depend on their meaning.
-    moved = images.view(torch.int16) if images.dtype == torch.uint16 else images
+    moved = movable(images)
     for axis, flip in zip((3, 2), flips.T, strict=True):
         _change(moved, flip, lambda part, _, axis=axis: part.flip(axis))
     return images
@@ -285,5 +309,7 @@ def build_train_transform(
     preprocessing: Preprocessing, options: "AugmentOptions", seed: int
 ) -> Transform:
     """The transform of a run's training images: ``BatchAugment`` where that can be had."""
-    kind = BatchAugment if augments_by_batch(options) else TrainTransform
+    if augments_by_batch(options):
+        return BatchAugment(preprocessing, options, seed)
+    kind = TrainTransform if preprocessing.form == RGB else OneByOne
     return kind(preprocessing, options, seed)

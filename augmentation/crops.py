@@ -62,6 +62,11 @@ def random_offsets(draws: Draws, rows: int, columns: int) -> tuple[np.ndarray, n
     return top, left
 
 
+def movable(images: Tensor) -> Tensor:
+    """The same bits in a type that is moved on every device: CUDA has no indexing of uint16."""
+    return images.view(torch.int16) if images.dtype == torch.uint16 else images
+
+
 def take_crops(
     images: Tensor,
     indices: np.ndarray,
@@ -82,8 +87,8 @@ def take_crops(
         for x in (indices, top, left)
     )
     # Advanced indexing puts the channels last: (B, H, W, C).
-    cut = images[which, :, top_ + rows[:, None], left_ + columns]
-    return cut.permute(0, 3, 1, 2).contiguous()
+    cut = movable(images)[which, :, top_ + rows[:, None], left_ + columns]
+    return cut.permute(0, 3, 1, 2).contiguous().view(images.dtype)
 
 
 def _take_on_host(

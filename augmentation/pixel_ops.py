@@ -1,5 +1,7 @@
 """What Pillow does to an image, done to a batch: uint8 (n, C, H, W) in and out, on any device.
 
+Rotation, perspective and ``gaussian`` also take images of 16 bits, as float32, and keep fractions.
+
 Each function takes one argument per image, (n,) float32, ``perspective`` eight of them. Results are
 Pillow's to one level of 255, except for rotation and perspective, whose cubic kernel differs a
 little, the hue, of which a few pixels in a thousand are off by one of 255 steps, and ``blur``,
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augmentation import host
-from augmentation.sampling import middles, sampled
+from augmentation.sampling import limited, middles, sampled
 from augmentation.warp import perspective
 
 RED, GREEN, BLUE = 0.299, 0.587, 0.114  # ITU-R 601-2, as Pillow's mode L
@@ -27,13 +29,13 @@ def _each(values: Tensor) -> Tensor:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether NumPy does what torch is slow at (``host``)."""
-    return x.device.type == "cpu"
+    """Whether NumPy does what torch is slow at (``host``), which is of bytes."""
+    return x.device.type == "cpu" and x.dtype != torch.float32
 
 
 def _to_bytes(x: Tensor) -> Tensor:
     """Floats from 0 to 255, cut off."""
-    return host.to_bytes(x) if on_host(x) else x.to(torch.uint8)
+    return host.to_bytes(x) if x.device.type == "cpu" else x.to(torch.uint8)
 
 
 def _to_levels(x: Tensor) -> Tensor:
@@ -188,7 +190,8 @@ def blur(x: Tensor, std: Tensor, around: str = "replicate") -> Tensor:
         (along_columns, (0, 0, reach, reach)),
     ):
         values = F.conv2d(F.pad(values, margin, mode=around), weight, groups=n * channels)
-    return _to_levels(values.view_as(x).add_(0.5))
+    values = values.view_as(x)
+    return _to_levels(values.add_(0.5)) if x.dtype == torch.uint8 else limited(values, x.dtype)
 
 
 # --- geometry -----------------------------------------------------------------------------------

@@ -83,8 +83,9 @@ def colours(preprocessing: Preprocessing, options: "AugmentOptions") -> list[Ste
 
 
 def mean_colour(preprocessing: Preprocessing) -> tuple[int, ...]:
-    """What comes from outside of an image, 0–255."""
-    return tuple(min(255, round(255 * m)) for m in preprocessing.mean)
+    """What comes from outside of an image, 0–255, or 0–65535 of 16 bits."""
+    levels = preprocessing.form.levels
+    return tuple(min(levels, round(levels * m)) for m in preprocessing.mean)
 
 
 def jitter_strengths(options: "AugmentOptions") -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from torchvision.transforms import functional
 
 from architectures.sizes import ImageSize, size_text
 from augmentation.bands import window_of_bands
-from augmentation.crops import resize_by_pillow
+from augmentation.crops import movable, resize_by_pillow
 from augmentation.keep_ratio import KeepRatioCrop
 from augmentation.preprocessing import SMALL, Preprocessing
 from augmentation.protocol import RGB, Parts, StoreTransform, Transform
@@ -247,13 +247,18 @@ class CentreCrop(StoreTransform):
     def take(
         self, images: torch.Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
     ) -> torch.Tensor:
-        return images[torch.from_numpy(indices).to(images.device, non_blocking=True)]
+        index = torch.from_numpy(indices).to(images.device, non_blocking=True)
+        return movable(images)[index].view(images.dtype)
 
 
-# By crop mode.
+def _squashed(size: Size, target: Size) -> Size:
+    return target
+
+
+# By crop mode; functions with names, which go to other processes.
 _RESIZED: dict[str, Callable[[Size, Size], Size]] = {
     "center": around,
-    "squash": lambda size, target: target,
+    "squash": _squashed,
     "border": within,
 }
 

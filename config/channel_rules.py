@@ -15,7 +15,7 @@ IN_CHANS = "--in-chans"
 BIT_DEPTHS = (8, 16)
 # Of colours, and on unless something else is said.
 COLOUR_DEFAULTS = ("aa", "color_jitter")
-_INSTEAD = "use --scale, --hflip, --vflip, --reprob, --mixup and --cutmix"
+_INSTEAD = "use --scale, --hflip, --vflip, --rotate, --perspective, --blur-prob, --reprob, --mixup"
 
 
 def has_colours(in_chans: int, bit_depth: int) -> bool:
@@ -44,11 +44,9 @@ def _form(config: "Config") -> Iterator[OptionError]:
         return
     what = _named(config)
     augment = config.augment
-    single = one_by_one(augment)
-    if single or augment.augment_on == "cpu":
+    if single := one_by_one(augment):
         yield OptionError(
-            "augment_on",
-            f"{what} are augmented by the batch: leave out {single or '--augment-on cpu'}",
+            "augment_on", f"{single} takes colours of 8 bits, not {what}: leave it out"
         )
     if config.data.cache == "disk":
         yield OptionError("cache", f"disk keeps colours of 8 bits, not {what}: use ram")
@@ -79,8 +77,6 @@ def _of_colours(config: "Config") -> Iterator[str]:
         yield "color_jitter"
     if augment.grayscale_prob > 0:
         yield "grayscale_prob"
-    if config.data.bit_depth == 16:
-        yield from (n for n in ("rotate", "perspective", "blur_prob") if getattr(augment, n) > 0)
 
 
 def _normalisation(config: "Config") -> Iterator[OptionError]:

@@ -54,11 +54,11 @@ def multilabel_conflicts(config: "Config") -> Iterator[OptionError]:
 def _of_data(config: "Config") -> Iterator[OptionError]:
     data = config.data
     name = data.data_set
-    if name.upper() in _ONE_CLASS or name.lower().startswith(("raw/", "tfds/")):
+    if name.upper() in _ONE_CLASS:
         yield OptionError(
             "data_set",
             f"{name} gives each image one class: for --task multilabel list the labels in a CSV "
-            "file (--data-set CSV), or take wds/NAME or hfds/NAME",
+            "file (--data-set CSV), or take wds/NAME, raw/NAME, hfds/NAME or tfds/NAME",
         )
     if data.label_columns and data.label_column:
         yield OptionError(

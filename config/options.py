@@ -564,8 +564,8 @@ class LossOptions:
     )
     pos_weight: str = option(
         "",
-        "multilabel: factor of the loss where a label is there: a number, balanced (negatives / "
-        "positives of each class), or a file with NAME FACTOR on each line",
+        "multilabel: factor of the loss where a label is there: none, a number, balanced "
+        "(negatives / positives of each class), or a file with NAME FACTOR on each line",
     )
     asl_gamma_neg: float = option(4.0, "asl: focusing exponent of absent labels", low=0)
     asl_gamma_pos: float = option(1.0, "asl: focusing exponent of present labels", low=0)

@@ -1,5 +1,6 @@
 """Combinations of options that are impossible, and options without effect beside the others."""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from config.keywords import keyword_conflicts
 from config.metrics import unknown_metric
 from config.multilabel import is_multilabel, multilabel_conflicts
 from config.train_sizes import stages
-from errors import OptionError, did_you_mean
+from errors import OptionError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from config.config import Config
@@ -139,9 +140,10 @@ def _freezing(config: "Config") -> Errors:
     if model.unfreeze_at and not model.freeze:
         yield OptionError("unfreeze_at", "needs something frozen: add --freeze PATTERN")
     for rule in model.unfreeze_at:
-        epoch, _, pattern = rule.partition(":")
-        if not (epoch.isdigit() and pattern):
-            yield OptionError("unfreeze_at", f"{rule!r} is not EPOCHS:PATTERN, e.g. 5:blocks.11.*")
+        if not re.fullmatch(r"[0-9]{1,9}:.+", rule):
+            yield OptionError(
+                "unfreeze_at", f"{shown(rule)} is not EPOCHS:PATTERN, e.g. 5:blocks.11.*"
+            )
     if model.attn_only and model.freeze:
         yield OptionError("attn_only", "and --freeze both say what is fixed: leave one out")
 
@@ -152,12 +154,6 @@ def _lora(config: "Config") -> Errors:
         return
     if model.attn_only:
         yield OptionError("lora", "and --attn-only both say what is trained: leave one out")
-    if config.dist.fsdp:
-        yield OptionError(
-            "lora",
-            "with --fsdp: adapters leave little to share, use plain torchrun with "
-            "--grad-checkpointing",
-        )
 
 
 # --- data and augmentation ------------------------------------------------------------------------

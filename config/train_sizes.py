@@ -4,12 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from errors import OptionError
+from errors import OptionError, shown
 
 if TYPE_CHECKING:
     from config.options import ModelOptions
 
-_STAGE = re.compile(r"(\d+)(?:x(\d+))?:(\d+)")
+_STAGE = re.compile(r"([0-9]{1,6})(?:x([0-9]{1,6}))?:([0-9]{1,9})")
 
 
 class Stage(NamedTuple):
@@ -32,7 +32,7 @@ def stages(texts: Sequence[str]) -> tuple[Stage, ...]:
         match = _STAGE.fullmatch(text)
         if match is None or not int(match[1]) or not int(match[2] or 1):
             raise OptionError(
-                "train_sizes", f"{text!r} is not SIZE:EPOCH, e.g. 128:0 160:30, or 128x96:0"
+                "train_sizes", f"{shown(text)} is not SIZE:EPOCH, e.g. 128:0 160:30, or 128x96:0"
             )
         found.append(Stage(int(match[3]), (int(match[1]), int(match[2] or match[1]))))
     epochs = [stage.epoch for stage in found]

@@ -104,7 +104,7 @@ _FLOATS = (np.float32, np.float64)
 
 def _check_shape(shape: tuple[int, ...], itemsize: int, form: str) -> None:
     """Raise BadImageError for what is no image, or too large a one."""
-    if len(shape) not in (2, 3) or 0 in shape:
+    if len(shape) not in (2, 3) or min(shape) < 1:
         given = "×".join(map(str, shape)) or "one number"
         raise BadImageError(f"{form} of {given}: an image has H×W, H×W×C or C×H×W numbers")
     bands = min(shape[0], shape[-1]) if len(shape) == 3 else 1

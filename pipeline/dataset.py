@@ -19,7 +19,7 @@ from pipeline.decoding import (
 )
 from pipeline.limits import BadImageError, limit_pixels, most_pixels
 from pipeline.sources.base import Drawn, Source, Subset, Target, image_numbers
-from pipeline.sources.registry import open_source
+from pipeline.sources.registry import open_both, open_source
 from pipeline.workers import WorkerProgress
 from samplers import SampleKey
 
@@ -212,26 +212,38 @@ def build_dataset(
     """
     limit_pixels(data.max_image_pixels)
     source = open_source(is_train, data, seed=seed, classes=classes)
-    if held_out is not None and isinstance(source, Drawn):
-        source = source.as_held_out(held_out.numpy())
-    return _dataset(source, is_train, data)
+    return _dataset(_as_held_out(source, held_out), is_train, data)
 
 
 def build_parts(
-    data: "DataOptions", *, seed: int, held_out: torch.Tensor | None = None
+    data: "DataOptions",
+    *,
+    seed: int,
+    held_out: torch.Tensor | None = None,
+    same_classes: bool = True,
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the validation part, as :func:`build_dataset` gives each.
 
-    A set of which a share is held out is read once for both. Raises DataError as well for a
-    validation part with classes that the training part lacks.
+    Lists that say what both parts hold are read once for both. Raises DataError as well for a
+    validation part with classes that the training part lacks, unless ``same_classes`` is False.
     """
-    train = build_dataset(True, data, seed=seed, held_out=held_out)
+    limit_pixels(data.max_image_pixels)
+    part = open_both(data, seed=seed)
+    train = _dataset(_as_held_out(part(True), held_out), True, data)
     if isinstance(train.source, Drawn):
         return train, _dataset(train.source.other_part(), False, data)
-    val = build_dataset(False, data, seed=seed, held_out=held_out)
-    check_same_classes(data.data_set, train.source, val.source)
+    val = _dataset(part(False), False, data)
+    if same_classes:
+        check_same_classes(data.data_set, train.source, val.source)
     val.source.findings = (*val.source.findings, *unlearnt_labels(train.source, val.source))
     return train, val
+
+
+def _as_held_out(source: Source, numbers: torch.Tensor | None) -> Source:
+    """A source of which a share is held out, with these images held out."""
+    if numbers is None or not isinstance(source, Drawn):
+        return source
+    return source.as_held_out(numbers.numpy())
 
 
 def _dataset(source: Source, is_train: bool, data: "DataOptions") -> ImageDataset:

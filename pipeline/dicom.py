@@ -1,25 +1,24 @@
-"""DICOM files: one uncompressed image, as what a radiologist is shown.
+"""DICOM files: one image, as what a radiologist is shown.
 
-Greys go through the rescale slope and intercept (PS3.3 C.11.1) and the first VOI window (C.11.2);
-without a window the whole range of the stored bits is shown, so that two files stay comparable.
-MONOCHROME1, where the least value is white, is inverted.
+Greys go through the modality table, or rescale slope and intercept (PS3.3 C.11.1), and the first
+VOI table or window (C.11.2); without either the whole range of the stored bits is shown, so that
+two files stay comparable. MONOCHROME1, where the least value is white, is inverted.
 """
 
-import math
-import re
+import io
 import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from errors import shown as shown_text
+from pipeline.dicom_frames import INSTEAD, Syntax, check_frame, transfer_syntax
+from pipeline.dicom_greys import check_groups, of_stored_bits, shown
 from pipeline.limits import BadImageError, check_pixels
 
 EXTENSIONS = (".dcm", ".dicom")
 PACKAGE = "pydicom"
 _AT, _MARK = 128, b"DICM"
-_META = 1 << 16  # bytes in which the transfer syntax is to be found
-_SYNTAX = re.compile(rb"\x02\x00\x10\x00UI(..)([0-9.]+)", re.DOTALL)
-_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _GREYS = ("MONOCHROME1", "MONOCHROME2")
 _COLOURS = ("RGB", "YBR_FULL")
 _COST = 40  # bytes of memory per pixel: floats as they are rescaled
@@ -34,89 +33,78 @@ def is_dicom(file: BinaryIO) -> bool:
 def read_dicom(file: BinaryIO) -> np.ndarray:
     """The image in 0-1: float32 (H, W), or (H, W, 3) where it has colours.
 
-    Raises BadImageError without the package pydicom, and for what isn't one uncompressed image.
+    Raises BadImageError without pydicom or the package for how the image is compressed, and for
+    what isn't one image of greys or colours.
     """
     try:
         import pydicom
     except ImportError:
         raise BadImageError(f"DICOM needs a package: pip install {PACKAGE}") from None
-    _check_syntax(file)
+    if not isinstance(file, io.BytesIO):
+        # Before it reads, a file on disk allocates the length that an element claims to have.
+        file.seek(0)
+        file = io.BytesIO(file.read())
+    syntax = transfer_syntax(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             file.seek(0)
             header = pydicom.dcmread(file, stop_before_pixels=True)
-            kind = _checked(header)
+            kind = _checked(header, syntax)
             file.seek(0)
             found = pydicom.dcmread(file)
+            if syntax is not None:
+                check_frame(found, syntax)
             values = pydicom.pixels.pixel_array(found)
+            shape = (int(header.Rows), int(header.Columns), *((3,) if kind not in _GREYS else ()))
+            if values.shape != shape:
+                raise BadImageError(f"DICOM of {values.shape} pixels that claims to be {shape}")
+            values = of_stored_bits(values, header, exact=syntax is not None)
+            if kind not in _GREYS:
+                return (values / np.float32(2 ** int(header.BitsStored) - 1)).astype(np.float32)
+            greys = shown(values, header)
     except (BadImageError, MemoryError):
         raise
     except Exception:  # pydicom raises almost anything on a damaged file
-        raise BadImageError("a damaged DICOM file, or one without an image") from None
-    if kind in _COLOURS:
-        return (values / np.float32(2 ** int(header.BitsStored) - 1)).astype(np.float32)
-    shown = windowed(values.astype(np.float64), header)
-    return (1 - shown if kind == "MONOCHROME1" else shown).astype(np.float32)
+        raise BadImageError(_unreadable(syntax)) from None
+    return (1 - greys if kind == "MONOCHROME1" else greys).astype(np.float32)
 
 
-def _check_syntax(file: BinaryIO) -> None:
-    """Raise BadImageError for compressed files: what they hold has no bounds in the header."""
-    file.seek(0)
-    found = _SYNTAX.search(file.read(_META))
-    syntax = found[2][: int.from_bytes(found[1], "little")].decode() if found else ""
-    if syntax not in _PLAIN:
-        what = f"compressed (transfer syntax {syntax})" if syntax else "without a transfer syntax"
-        raise BadImageError(f"DICOM {what}: write it uncompressed, with gdcmconv --raw")
+def _unreadable(syntax: Syntax | None) -> str:
+    what = "a damaged DICOM file, or one without an image"
+    if syntax is None:
+        return what
+    package = f"pip install {syntax.packages}, or " if syntax.packages else ""
+    return f"{what}, or {syntax.name} that isn't read: {package}{INSTEAD}"
 
 
-def _checked(header: Any) -> str:
+def _checked(header: Any, syntax: Syntax | None) -> str:
     """The photometric interpretation of what is one image within the limits."""
     height, width = int(header.Rows), int(header.Columns)
     frames = int(header.get("NumberOfFrames") or 1)
     if frames != 1:
-        raise BadImageError(f"DICOM of {frames:,} frames: write each to a file of its own")
+        raise BadImageError(
+            f"DICOM of {frames:,} frames: a label is of one image, write each frame to a file of "
+            "its own, as dcmj2pnm --all-frames does"
+        )
     check_pixels("DICOM image", width, height, _COST)
     kind, samples = str(header.PhotometricInterpretation), int(header.SamplesPerPixel)
-    if samples != (1 if kind in _GREYS else 3) or kind not in (*_GREYS, *_COLOURS):
-        raise BadImageError(f"DICOM in {kind} of {samples} samples: write it as MONOCHROME2 or RGB")
-    if int(header.BitsAllocated) not in (8, 16):
-        raise BadImageError(f"DICOM of {header.BitsAllocated} bits: write 8 or 16")
-    return kind
-
-
-def windowed(values: np.ndarray, header: Any) -> np.ndarray:
-    """Stored greys, float64, as they are shown, in 0-1, by the rescaling and window of a header.
-
-    Raises BadImageError for a window that is none.
-    """
-    slope, intercept = (
-        float(default if header.get(name) is None else header.get(name))
-        for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+    colours = _COLOURS if syntax is None else syntax.colours
+    if samples != (1 if kind in _GREYS else 3) or kind not in (*_GREYS, *colours):
+        raise BadImageError(
+            f"DICOM in {shown_text(kind)} of {samples} samples: write it as MONOCHROME2 or RGB"
+        )
+    allocated, stored, signed = (
+        int(header[name].value) for name in ("BitsAllocated", "BitsStored", "PixelRepresentation")
     )
-    bits, signed = int(header.BitsStored), int(header.PixelRepresentation) == 1
-    low = -(2 ** (bits - 1)) if signed else 0
-    ends = [slope * x + intercept for x in (low, low + 2**bits - 1)]
-    values = values * slope + intercept
-    centre, width = (_first(header.get(n)) for n in ("WindowCenter", "WindowWidth"))
-    if centre is None or width is None:
-        low, high = min(ends), max(ends)
-        return ((values - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(values)
-    shape = str(header.get("VOILUTFunction") or "LINEAR")
-    if not math.isfinite(centre) or not width >= (1 if shape == "LINEAR" else 1e-12):
-        raise BadImageError(f"DICOM with a window of centre {centre:g} and width {width:g}")
-    if shape == "SIGMOID":
-        return 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-60, 60)))
-    if shape == "LINEAR":  # C.11.2.1.2.1: of whole numbers, whose ends count
-        centre, width = centre - 0.5, width - 1
-    if width <= 0:
-        return (values > centre).astype(np.float64)
-    return ((values - centre) / width + 0.5).clip(0, 1)
-
-
-def _first(value: Any) -> float | None:
-    """The first of what may be several windows."""
-    if value is None or isinstance(value, str):
-        return None
-    several = not isinstance(value, int | float) and hasattr(value, "__len__")
-    return (float(value[0]) if len(value) else None) if several else float(value)
+    if allocated not in (8, 16):
+        raise BadImageError(f"DICOM of {allocated} bits: write 8 or 16")
+    high = int(header.get("HighBit", stored - 1))
+    if not 1 <= stored <= allocated or high != stored - 1 or signed not in (0, 1):
+        raise BadImageError(
+            f"DICOM of {stored} bits up to bit {high} of {allocated}, sign {signed}: write it anew"
+        )
+    if kind not in _GREYS and (signed or (kind.startswith("YBR_FULL") and stored != 8)):
+        raise BadImageError(f"DICOM in {kind} of {stored} bits, sign {signed}: write it as RGB")
+    check_groups(header)
+    return kind

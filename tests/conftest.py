@@ -1,5 +1,6 @@
 """What all tests share: one thread per process, fresh random state, tiny images to train on."""
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+# Imports and collection make millions of objects that stay: to look for garbage among them takes a
+# third of their time.
+gc.disable()
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it reads this once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,6 +34,11 @@ LONGEST |= {"test_rendezvous.py", "test_serve_command.py", "test_tune.py", "test
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """From here on objects come and go."""
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

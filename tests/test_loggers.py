@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +269,16 @@ def test_a_bar_is_drawn_on_a_terminal_and_gone_in_the_end(images, tmp_path):
     left = on_screen(terminal.text)
     assert len([line for line in left if line.startswith("epoch 1/1  train loss")]) == 1
     assert not any("batch/s" in line for line in left), left
+
+
+def test_sixteen_bit_greys_are_stretched_on_the_sheet():
+    grids = []
+    logger = RunLogger(None)
+    logger.writer = types.SimpleNamespace(add_image=lambda tag, grid, step: grids.append(grid))
+    dark = torch.linspace(0, 0.01, 64).view(1, 1, 8, 8)
+    for depth in (16, 8):
+        logger.images(dark, (0.0,), (1.0,), depth)
+    low, high = torch.quantile(dark, 0.02), torch.quantile(dark, 0.98)
+    wanted = ((dark[0] - low) / (high - low)).clamp(0, 1)
+    torch.testing.assert_close(grids[0], wanted.expand(3, 8, 8), atol=1 / 255, rtol=0)
+    torch.testing.assert_close(grids[1], dark[0].expand(3, 8, 8))

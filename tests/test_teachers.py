@@ -221,6 +221,15 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         build_teacher(tmp_path / "other.pth")
 
 
+def test_teacher_of_other_channels_is_refused(tmp_path):
+    bands = dataclasses.replace(STUDENT, mean=(0.5,) * 5, std=(0.5,) * 5)
+    model = timm.create_model("resnet10t", num_classes=3, in_chans=5)
+    torch.save({"model": model.state_dict(), "preprocessing": bands.to_dict()}, tmp_path / "t.pth")
+    message = "--teacher-path: the teacher takes images of 5 channels, the student of 3: give"
+    with pytest.raises(OptionError, match=message):
+        build_teacher(tmp_path / "t.pth", model="resnet10t")
+
+
 def test_unknown_teacher_names_its_own_option(tmp_path):
     with pytest.raises(OptionError, match="--teacher-model: .*resnet18") as caught:
         build_teacher(tmp_path / "t.pth", model="resnet1818")

@@ -259,12 +259,14 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     return Image.composite(colors, image, mask)
 
 
-def seen(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The part of an image that the model sees: a normalised (C, H, W) tensor back as RGB; of
-    other bands than grey and colours what ``composite`` shows."""
+def seen(
+    tensor: Tensor, mean: Sequence[float], std: Sequence[float], bit_depth: int = 8
+) -> Image.Image:
+    """The part of an image that the model sees: a normalised (C, H, W) tensor back as RGB; of 16
+    bits, and of other bands than grey and colours, what ``composite`` shows."""
     pixels = tensor * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
     pixels = pixels.clamp(0, 1)
-    if len(pixels) in (1, 3):
+    if bit_depth == 8 and len(pixels) in (1, 3):
         pixels = (pixels * 255).round().to(torch.uint8)
     return composite(pixels.numpy())
 
@@ -320,7 +322,7 @@ def _run(arguments: argparse.Namespace) -> int:
             say(f"{path}: {error}", error=True)
             unreadable += 1
             continue
-        image = seen(tensor, *_normalisation(model))
+        image = seen(tensor, *_normalisation(model), _bit_depth(model))
         # Small inputs are drawn large enough to be looked at.
         factor = max(1, 224 / max(image.size))
         image = image.resize(
@@ -368,6 +370,10 @@ def _caption(classifier: Classifier, path: str, about: int | None, answer: Tenso
         threshold = labels.thresholds_of(classifier)[index]
         caption += "" if answer[index] >= threshold else f", below its {100 * threshold:.1f} %"
     return caption
+
+
+def _bit_depth(model: trained.Trained) -> int:
+    return model.content["preprocessing"].get("bit_depth", 8)
 
 
 def _normalisation(model: trained.Trained) -> tuple[Sequence[float], Sequence[float]]:

@@ -86,7 +86,7 @@ def read_class_weights(file: str, names: Sequence[str]) -> dict[str, float]:
     if suffix == ".json":
         entries = _of_json(file, content)
     elif suffix in (".csv", ".tsv"):
-        entries = _of_csv(content)
+        entries = _of_csv(file, content)
     else:
         entries = _of_lines(content)
     found: dict[str, float] = {}
@@ -136,10 +136,14 @@ def _of_json(file: str, content: str) -> Entries:
     return [(f"entry {i}", name, str(value)) for i, (name, value) in enumerate(found, start=1)]
 
 
-def _of_csv(content: str) -> Entries:
+def _of_csv(file: str, content: str) -> Entries:
     content = content.removeprefix("\ufeff")
     delimiter = max(",;\t", key=content.partition("\n")[0].count)
-    for number, row in enumerate(csv.reader(io.StringIO(content), delimiter=delimiter), start=1):
+    try:
+        rows = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise OptionError(_OPTION, f"{file}: not CSV ({error}): correct it") from None
+    for number, row in enumerate(rows, start=1):
         row = [cell.strip() for cell in row]
         header = number == 1 and len(row) == 2 and not any(c.isdigit() for c in row[1])
         if not any(row) or header:

@@ -271,6 +271,8 @@ def with_train_size(
     """
     transform, before = _train_transform(config, preprocessing, size), data.train_loader
     train = before.dataset.with_transform(transform)
+    # It may stand where a resumed epoch had few images left, or none.
+    before.sampler.set_epoch(before.sampler.epoch)
     loader: Loader | CachedLoader = Loader(train, before.sampler, before.settings)
     if before.from_store:
         loader = apply_cache(config.data.cache, loader, device=device, visible=visible)

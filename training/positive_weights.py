@@ -18,10 +18,10 @@ _OPTION = "pos_weight"
 def positive_weights(text: str, dataset: ImageDataset) -> Tensor | None:
     """The factors that ``--pos-weight`` means for the classes of a training part, (K,) float32.
 
-    None without one. "balanced" is negatives / positives of each class, so that both weigh alike;
-    1 for a class without positives. Raises OptionError for a file that can't be used.
+    None for "none" and without one. "balanced" is negatives / positives of each class, so that both
+    weigh alike; 1 for a class without positives. Raises OptionError for a file that can't be used.
     """
-    if not text:
+    if text in ("", "none"):
         return None
     names = list(dataset.classes)
     number = positive_number(text)

@@ -198,7 +198,8 @@ class Trainer(engine.Hooks):
         images = parts.settings.inputs(batch)
         if parts.mixer_now is not None:
             images, _ = parts.mixer_now(images.clone(), parts.settings.place(batch.targets), 0)
-        self.logger.images(images, parts.preprocessing.mean, parts.preprocessing.std)
+        shown = parts.preprocessing
+        self.logger.images(images, shown.mean, shown.std, shown.bit_depth)
 
     def report(self, report: StepReport) -> None:
         """Log a step; say once what to change where images keep the device waiting."""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,3 +288,16 @@ def read_json(path: Path, most: int = MOST_JSON) -> Any:
 
 # (is_train, data options, seed) to one part of a data set.
 Factory = Callable[[bool, "DataOptions", int], Source]
+PartOf = Callable[[bool], Source]
+"""is_train to a part of a data set whose lists are read."""
+
+
+@dataclass(frozen=True)
+class ReadOnce:
+    """The factory of a set of which one reading of the lists gives both parts."""
+
+    read: Callable[["DataOptions", int], PartOf]
+    """Data options and seed to what gives the parts."""
+
+    def __call__(self, is_train: bool, data: "DataOptions", seed: int) -> Source:
+        return self.read(data, seed)(is_train)

@@ -20,7 +20,7 @@ from errors import (
     shown,
 )
 from outputs.names import from_csv_cell
-from pipeline.sources.base import FileSource, Source, Subset, data_root, held_out
+from pipeline.sources.base import Drawn, FileSource, PartOf, Source, Subset, data_root, held_out
 from pipeline.sources.labels import (
     Labels,
     check_class_columns,
@@ -75,8 +75,14 @@ class _Listed(NamedTuple):
         """Which of its rows are for validation."""
         return next((name for name in ("val", "test") if self.has_part(name)), None)
 
+    @property
+    def names_both(self) -> bool:
+        """Whether its column names a training and a validation part."""
+        return bool(self.val_part) and self.has_part("train")
 
-def _read(path: Path, data: "DataOptions") -> _Listed:
+
+def _read(path: Path, data: "DataOptions", *, several: bool = True) -> _Listed:
+    """The list in a file; with ``several`` as False cells of several labels stay as they are."""
     files = ImageFiles(_image_root(path, data), anywhere=bool(data.image_root))
 
     def exists(name: str) -> bool:
@@ -88,7 +94,7 @@ def _read(path: Path, data: "DataOptions") -> _Listed:
     classes = None
     if columns.label is not None:
         labels = list(map(from_csv_cell, table.column(columns.label)))
-    if data.task == "multilabel":
+    if several and data.task == "multilabel":
         labels, classes = read_labels(table, columns, labels, data)
     return _Listed(
         path,
@@ -223,7 +229,9 @@ def _repeated(path: Path, paths: list[str], labels: list[str]) -> list[str]:
         return []
     pairs = {(n, label) for n, label in zip(paths, labels, strict=True) if n in again}
     torn = sum(count > 1 for count in Counter(name for name, _ in pairs).values())
-    under = f", {torn} of them under more than one class" if torn else ""
+    several = not isinstance(labels[0], str)
+    how = "with different labels" if several else "under more than one class"
+    under = f", {torn} of them {how}" if torn else ""
     return [
         f"{path}: {len(again)} images are listed more than once{under} "
         f"({first_names(sorted(again), 2)})"
@@ -284,7 +292,7 @@ def _read_labelled(path: Path, data: "DataOptions") -> _Listed | None:
     return None if listed.labels is None else listed
 
 
-def csv_file(is_train: bool, data: "DataOptions", seed: int) -> Source:
+def csv_set(data: "DataOptions", seed: int) -> PartOf:
     """train.csv and val.csv of a folder, or one file with a column that says train, val or test,
     or of which a share is held out.
 
@@ -300,17 +308,18 @@ def csv_file(is_train: bool, data: "DataOptions", seed: int) -> Source:
             f"{own} and {val.path} both name a validation part: give one file alone, "
             "or add --split-column none",
         )
-    if val is None and not (train.val_part and train.has_part("train")):
-        return _drawn(is_train, train, unusable, data, seed)
+    if val is None and not train.names_both:
+        drawn = _drawn(train, unusable, data, seed)
+        return lambda is_train: drawn if is_train else drawn.other_part()
     if data.val_fraction is not None:
         where = f"{own} names a validation part" if val is None else f"{root} has {val.path.name}"
         column = ", or add --split-column none to draw one" if val is None else ""
         alone = f", or give {train.path} alone" if val is not None else ""
         raise OptionError("val_fraction", f"{where}: leave it out{column}{alone}")
     source = _source(train, data)
-    if val is not None:
-        return source if is_train else _source(val, data, source.classes)
-    return _part(source, train, "train" if is_train else train.val_part)
+    if val is None:
+        return lambda is_train: _part(source, train, "train" if is_train else train.val_part)
+    return lambda is_train: source if is_train else _source(val, data, source.classes)
 
 
 def _part(source: FileSource, listed: _Listed, part: str) -> Source:
@@ -320,10 +329,8 @@ def _part(source: FileSource, listed: _Listed, part: str) -> Source:
     return Subset(source, np.flatnonzero(np.array(listed.parts) == part))
 
 
-def _drawn(
-    is_train: bool, train: _Listed, unusable: list[str], data: "DataOptions", seed: int
-) -> Source:
-    """A file of which a share is held out."""
+def _drawn(train: _Listed, unusable: list[str], data: "DataOptions", seed: int) -> Drawn:
+    """The training part of a file of which a share is held out."""
     if data.val_fraction is None:
         why = f"{'; '.join(unusable)}: " if unusable else ""
         raise OptionError(
@@ -333,17 +340,15 @@ def _drawn(
         )
     source = _source(train, data)
     source.findings = (*(f"{text}: it isn't used" for text in unusable), *source.findings)
-    return held_out(source, is_train, data.val_fraction, seed)
+    return held_out(source, True, data.val_fraction, seed)
 
 
 def _part_alone(data: "DataOptions") -> _Listed | None:
-    """The CSV file of a set without a training part; None for other sets."""
+    """The CSV file of a set without a training part, or a file that names both parts; None for
+    other sets."""
     root = data_root(data)
     if root.is_file():
-        if data.val_fraction is not None:
-            return None
-        listed = _read(root, data)
-        return None if listed.has_part("train") and listed.val_part else listed
+        return None if data.val_fraction is not None else _read(root, data)
     if "train" in _tables(root).values():
         return None
     val, unusable = _validation_file(root, data)
@@ -355,15 +360,18 @@ def _part_alone(data: "DataOptions") -> _Listed | None:
 
 
 def csv_validation_part(data: "DataOptions", classes: list[str]) -> Source | None:
-    """A CSV file without a training part, for a model that knows its classes."""
+    """A CSV file without a training part, for a model that knows its classes; of a file with both
+    parts, that for validation."""
     part = _part_alone(data)
+    if part is not None and part.names_both:
+        return _part(_source(part, data), part, part.val_part)
     return None if part is None else _source(part, data, classes)
 
 
 def csv_classes(data: "DataOptions") -> list[str] | None:
     """The labels in the CSV file of a set without a training part; None for other sets."""
     part = _part_alone(data)
-    if part is None:
+    if part is None or part.names_both:
         return None
     if part.labels is None:
         raise DataError(no_labels(part.table))
@@ -376,9 +384,16 @@ def values_of_column(data: "DataOptions", name: str, option: str) -> dict[str, s
     Raises OptionError about ``option`` for a column that isn't there, and DataError for a row
     without a value and for an image with two.
     """
-    listed = _read(_training_file(data_root(data)), data)
+    listed = _read(_training_file(data_root(data)), data, several=False)
     if listed.table.header is None:
         raise OptionError(option, f"{listed.path} has no header: write the names of its columns")
+    if data.task == "multilabel" and listed.labels is None and not data.label_columns:
+        flag = option.replace("_", "-")
+        raise OptionError(
+            "label_columns",
+            f"the column {shown(name)} would be taken for a class, and --{flag} goes by it: name "
+            "the columns of classes",
+        )
     values = listed.table.column(named_column(listed.table, option, name))
     paths, _ = _found(listed, data.on_bad_image)
     found: dict[str, str] = {}

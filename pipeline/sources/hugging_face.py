@@ -1,7 +1,9 @@
 """hfds/NAME: data sets of the Hugging Face package."""
 
+import functools
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,15 @@ import numpy as np
 
 from architectures.hub import reached
 from errors import DataError, OptionError, first_names
-from pipeline.sources.base import VAL_NAMES, Source, refuse_val_fraction
-from pipeline.sources.labels import class_names, each_once, label_texts, multi_hot
+from pipeline.sources.base import (
+    VAL_NAMES,
+    Factory,
+    PartOf,
+    ReadOnce,
+    Source,
+    refuse_val_fraction,
+)
+from pipeline.sources.labels import class_names, each_once, label_texts, multi_hot, named
 
 if TYPE_CHECKING:
     from config import DataOptions
@@ -60,10 +69,10 @@ class HuggingFaceSource(Source):
             )
         self.column = self.reader.label_key = column
         rows = [list(row or ()) for row in self.reader.dataset[column]]
-        named = getattr(inner, "names", None)
-        if named:
-            labels = [each_once([named[number] for number in row]) for row in rows]
-            classes = list(named)
+        names = getattr(inner, "names", None)
+        if names:
+            labels = [named(row, names, self.sample_id(index)) for index, row in enumerate(rows)]
+            classes = list(names)
         else:
             labels = [each_once(label_texts(row)) for row in rows]
         self.classes = classes or class_names(sorted({name for row in labels for name in row}))
@@ -119,14 +128,29 @@ def import_hugging_face() -> None:
         sys.path = path
 
 
-def hugging_face_set(name: str, is_train: bool, data: "DataOptions") -> Source:
-    """A part of the set ``name``; ``data_path`` is the package's cache folder."""
-    refuse_val_fraction(data, "a Hugging Face set")
+def hugging_face_set(name: str) -> Factory:
+    """The factory of the set ``name``; ``data_path`` is the package's cache folder."""
+
+    def read(data: "DataOptions", seed: int) -> PartOf:
+        refuse_val_fraction(data, "a Hugging Face set")
+
+        @functools.cache
+        def part(is_train: bool) -> Source:
+            if is_train:
+                return _first_split(name, ("train",), data)
+            classes = part(True).classes if data.task == "multilabel" else None
+            return _first_split(name, ("validation", *VAL_NAMES), data, classes)
+
+        return part
+
+    return ReadOnce(read)
+
+
+def _first_split(
+    name: str, splits: Sequence[str], data: "DataOptions", classes: list[str] | None = None
+) -> Source:
+    """The first of these splits that the set has. Raises OptionError and DataError."""
     root, multilabel = data.data_path or None, data.task == "multilabel"
-    classes = None
-    if multilabel and not is_train:
-        classes = hugging_face_set(name, True, data).classes
-    splits = ("train",) if is_train else ("validation", *VAL_NAMES)
     for split in dict.fromkeys(splits):
         try:
             with reached(f"hfds/{name}"):

@@ -1,13 +1,16 @@
 """INAT and INAT19: iNaturalist's folders and JSON files."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import DataError, OptionError, first_names
 from pipeline.sources.base import (
     Factory,
     FileSource,
-    Source,
+    PartOf,
+    ReadOnce,
     data_root,
     read_json,
     refuse_val_fraction,
@@ -23,17 +26,25 @@ class INatDataset(FileSource):
     ``root`` holds ``train{year}.json``, ``val{year}.json``, ``categories.json`` and the images
     at the ``file_name`` of the JSON or, as DeiT has them, without its second folder. Classes are in
     the order in which the training annotations name them, as DeiT numbers them.
+
+    ``read`` gives the content of a JSON file.
     """
 
     shareable = True
 
     def __init__(
-        self, root: str | Path, train: bool = True, year: int = 2018, category: str = "name"
+        self,
+        root: str | Path,
+        train: bool = True,
+        year: int = 2018,
+        category: str = "name",
+        *,
+        read: Callable[[Path], Any] = read_json,
     ) -> None:
         root = Path(root)
-        levels = read_json(root / "categories.json")
-        part = read_json(root / f"{'train' if train else 'val'}{year}.json")
-        reference = part if train else read_json(root / f"train{year}.json")
+        levels = read(root / "categories.json")
+        part = read(root / f"{'train' if train else 'val'}{year}.json")
+        reference = part if train else read(root / f"train{year}.json")
         try:
             level_of = {int(c.get("id", i)): c for i, c in enumerate(levels)}
             if category not in levels[0]:
@@ -73,8 +84,10 @@ def _without_second_folder(path: str) -> str:
 def inat(year: int) -> Factory:
     """The factory of iNaturalist 2018 or 2019; ``inat_category`` is the level of the taxonomy."""
 
-    def factory(is_train: bool, data: "DataOptions", seed: int) -> Source:
+    def read(data: "DataOptions", seed: int) -> PartOf:
         refuse_val_fraction(data, "iNaturalist")
-        return INatDataset(data_root(data), train=is_train, year=year, category=data.inat_category)
+        root, level = data_root(data), data.inat_category
+        once = functools.cache(read_json)
+        return lambda is_train: INatDataset(root, is_train, year, level, read=once)
 
-    return factory
+    return ReadOnce(read)

@@ -62,6 +62,13 @@ def class_names(labels: Sequence[str]) -> list[str]:
     return sorted(names, key=int) if numeric else names
 
 
+def named(numbers: Sequence[int], classes: Sequence[str], where: str) -> Labels:
+    """The labels of these numbers. Raises DataError, which says ``where``, for one of no class."""
+    if wrong := [number for number in numbers if not 0 <= number < len(classes)]:
+        raise DataError(f"{where}: label {wrong[0]} is none of {len(classes)} classes")
+    return each_once([classes[number] for number in numbers])
+
+
 def each_once(names: Sequence[str]) -> Labels:
     """Labels without repetitions and empty ones."""
     return tuple(dict.fromkeys(name for name in names if name))

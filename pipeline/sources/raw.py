@@ -11,7 +11,7 @@ import bounded
 from errors import DataError, OptionError, os_error_text
 from pipeline.image_file import MOST_IMAGES, SUFFIX, DamagedError, ImageFile
 from pipeline.limits import BadImageError
-from pipeline.sources.base import Source, data_root, read_json, refuse_val_fraction
+from pipeline.sources.base import Factory, Source, data_root, read_json, refuse_val_fraction
 from pipeline.sources.names import Names
 from pipeline.sources.shard_index import MOST_CLASSES
 
@@ -26,15 +26,18 @@ MOST_LIST = 1 << 30  # bytes of the labels and names of a part
 class RawSource(Source):
     """The images of a part in ``folder``.
 
-    Beside ``PART.images`` (``pipeline.image_file``) lies ``PART.list``: all labels, 8 bytes each,
-    and then all names, each with a NUL byte behind it.
+    Beside ``PART.images`` (``pipeline.image_file``) lies ``PART.list``: all labels, and then all
+    names, each with a NUL byte behind it. A label has 8 bytes; where ``several`` are possible, an
+    image has a bit for each class, as ``numpy.packbits`` writes them.
 
     Raises DataError for files that don't belong together, or are damaged.
     """
 
     decoded = True
 
-    def __init__(self, folder: Path, part: str, entry: Any, classes: list[str]) -> None:
+    def __init__(
+        self, folder: Path, part: str, entry: Any, classes: list[str], *, several: bool = False
+    ) -> None:
         self.path = folder / f"{part}{SUFFIX}"
         self.classes = classes
         count, crc, key = (_field(folder, part, entry, name) for name in ("images", "crc", "key"))
@@ -45,14 +48,19 @@ class RawSource(Source):
             raise DataError(os_error_text(error, self.path)) from None
         except DamagedError as error:
             raise DataError(str(error)) from None
+        begin = count * (-(-len(classes) // 8) if several else 8)  # of the names
         whole = zlib.crc32(content) == crc and content.endswith(b"\0")
-        whole = whole and content.count(b"\0", 8 * count) == count
+        whole = whole and content.count(b"\0", begin) == count
         if not whole or self.images.key.hex() != key or not count <= self.images.count:
             raise DataError(
                 f"{folder}: {part}{SUFFIX}, {part}{LIST_SUFFIX} and {INFO} don't belong together, "
                 "or are damaged: pack the set again"
             )
-        self.names = Names(content[8 * count : -1].split(b"\0"))
+        self.names = Names(content[begin:-1].split(b"\0"))
+        if several:
+            bits = np.frombuffer(content, dtype=np.uint8, count=begin).reshape(count, -1)
+            self.targets = np.unpackbits(bits, axis=1, count=len(classes))
+            return
         self.targets = np.frombuffer(content, dtype="<i8", count=count).astype(np.int64)
         wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(classes)))
         if len(wrong):
@@ -91,8 +99,12 @@ def _field(folder: Path, part: str, entry: Any, name: str) -> Any:
     return value
 
 
-def raw_images(name: str, is_train: bool, data: "DataOptions") -> Source:
-    """A part of the folder ``--data-path``."""
+def raw_images(name: str) -> Factory:
+    """The factory of the parts of the folder ``--data-path``."""
+    return _part_of
+
+
+def _part_of(is_train: bool, data: "DataOptions", seed: int) -> Source:
     refuse_val_fraction(data, "a packed set")
     root = data_root(data)
     if not (root / INFO).exists():
@@ -107,4 +119,5 @@ def raw_images(name: str, is_train: bool, data: "DataOptions") -> Source:
         raise DataError(f"{root / INFO}: 'classes' is no list of names: pack the set again")
     part = "train" if is_train else "val"
     parts = info.get("parts")
-    return RawSource(root, part, parts.get(part) if isinstance(parts, dict) else None, classes)
+    entry = parts.get(part) if isinstance(parts, dict) else None
+    return RawSource(root, part, entry, classes, several=info.get("several") is True)

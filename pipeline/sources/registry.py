@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from errors import OptionError, did_you_mean
-from pipeline.sources.base import Factory, Source
+from pipeline.sources.base import Factory, PartOf, ReadOnce, Source
 from pipeline.sources.cifar import cifar
-from pipeline.sources.csv_files import csv_classes, csv_file, csv_validation_part
+from pipeline.sources.csv_files import csv_classes, csv_set, csv_validation_part
 from pipeline.sources.digits import digits
 from pipeline.sources.folders import folder_classes, folder_validation_part, image_folder
 from pipeline.sources.hugging_face import hugging_face_set
@@ -29,12 +29,12 @@ FACTORIES: dict[str, Factory] = {
     "FMNIST": idx("FashionMNIST"),
     "INAT": inat(2018),
     "INAT19": inat(2019),
-    "CSV": csv_file,
+    "CSV": ReadOnce(csv_set),
     "DIGITS": digits,
 }
 
-# --data-set PREFIX/NAME: factories that take the name first.
-PREFIXES: dict[str, Callable[[str, bool, "DataOptions"], Source]] = {
+# --data-set PREFIX/NAME: what makes the factory of a name.
+PREFIXES: dict[str, Callable[[str], Factory]] = {
     "wds": webdataset,
     "hfds": hugging_face_set,
     "tfds": tensorflow_set,
@@ -80,19 +80,33 @@ def open_source(
     is_train: bool, data: "DataOptions", *, seed: int, classes: list[str] | None = None
 ) -> Source:
     """The images of one part of ``data.data_set``; see ``pipeline.dataset.build_dataset``."""
+    factory, known = _factory(data), data.data_set.upper()
+    if classes is not None and not is_train and known in VALIDATION_PARTS:
+        source = VALIDATION_PARTS[known](data, list(classes))
+        if source is not None:
+            return source
+    return factory(is_train, data, seed)
+
+
+def open_both(data: "DataOptions", *, seed: int) -> PartOf:
+    """What gives the images of each part; lists that say what both parts hold are read once."""
+    factory = _factory(data)
+    if isinstance(factory, ReadOnce):
+        return factory.read(data, seed)
+    return lambda is_train: factory(is_train, data, seed)
+
+
+def _factory(data: "DataOptions") -> Factory:
+    """Raises OptionError for an unknown set."""
     prefix, slash, name = data.data_set.partition("/")
     if slash and prefix.lower() in PREFIXES:
-        return PREFIXES[prefix.lower()](name, is_train, data)
+        return PREFIXES[prefix.lower()](name)
     known = data.data_set.upper()
     if known not in FACTORIES:
         names = [*FACTORIES, *(f"{prefix}/NAME" for prefix in PREFIXES)]
         hint = did_you_mean(known, FACTORIES, otherwise=f"one of {', '.join(names)}")
         raise OptionError("data_set", f"unknown data set {data.data_set!r}; {hint}")
-    if classes is not None and known in VALIDATION_PARTS:
-        source = VALIDATION_PARTS[known](data, list(classes))
-        if source is not None:
-            return source
-    return FACTORIES[known](is_train, data, seed)
+    return FACTORIES[known]
 
 
 def validation_classes(data: "DataOptions") -> list[str] | None:

@@ -18,8 +18,10 @@ from typing import IO, NamedTuple
 import numpy as np
 
 import bounded
-from errors import DataError, shortened, shown
+from errors import DataError, OptionError, shortened, shown
 from pipeline.formats import EXTENSIONS
+from pipeline.sources.labels import Labels
+from pipeline.sources.shard_labels import ARRAYS, labels_of_sample, restored, stored
 from utils import written_whole
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ MOST_INDEX = 256 << 20  # bytes of an index file, and of what it holds when unpa
 MOST_DIRECTORY = 64 << 10  # bytes of the list of its arrays
 MOST_LABEL = 1 << 20  # bytes of a .cls or .json
 MOST_HEADER = 64 << 10  # bytes of a header of a tar file
+SEVERAL = -1  # the target of an image that has any number of labels
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _LONG_NUMBER = re.compile(rb"[0-9]{100}")
 _END = struct.Struct("<4s4H2LH")  # the last bytes of a zip file
@@ -46,6 +49,10 @@ _DAMAGE += (SyntaxError, TokenError)
 _DAMAGE += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
+Place = tuple[int, int, int, str]
+"""Offset, size, label and key of an image."""
+
+
 class ShardIndex(NamedTuple):
     """Where the images of a shard are."""
 
@@ -59,7 +66,7 @@ class ShardIndex(NamedTuple):
     """Size of the shard, which shows whether the index is its."""
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, str]], shard_bytes: int) -> "ShardIndex":
+    def of(cls, rows: Sequence[Place], shard_bytes: int) -> "ShardIndex":
         """The index of rows of offset, size, label and key.
 
         Raises DataError for a key of more than ``MOST_KEY`` bytes.
@@ -75,34 +82,47 @@ class ShardIndex(NamedTuple):
         return cls(places, targets, np.array(keys, np.bytes_), shard_bytes)
 
     @classmethod
-    def scan(cls, shard: Path, label_of: "LabelOf | None" = None) -> "ShardIndex":
+    def scan(cls, shard: Path) -> "ShardIndex":
         """The index made from the headers of the tar file, all of which are read.
 
-        ``label_of`` finds the label of a sample in another way than by ``.cls`` and ``.json``.
         Raises DataError for a file that isn't a plain tar file, or lacks an image or label.
         """
-        rows = []
-        for key, members in shard_samples(shard):
-            image = next((m for e, m in members.items() if f".{e}" in EXTENSIONS), None)
-            if image is None:
-                raise DataError(f"{shard}: sample {key} has no image")
-            label = (label_of or _shard_label)(shard, key, members)
-            rows.append((image.offset_data, image.size, label, key))
+        rows = [_place(*sample, _shard_label(*sample)) for sample in _samples(shard)]
         return cls.of(rows, shard.stat().st_size)
+
+    @classmethod
+    def scan_labelled(cls, shard: Path) -> "Labelled":
+        """As :meth:`scan`, with any number of labels of each image."""
+        rows, labels = [], []
+        for sample in _samples(shard):
+            rows.append(_place(*sample, SEVERAL))
+            labels.append(labels_of_sample(*sample))
+        return cls.of(rows, shard.stat().st_size), labels
 
     @classmethod
     def read(cls, shard: Path, *, there: bool = True) -> "ShardIndex | None":
         """The index beside ``shard``; None if there is none for a shard of its name and size.
 
-        ``there``: the shard is a file already, whose size can be compared.
+        ``there``: the shard is a file already, whose size can be compared. Raises OptionError where
+        images have any number of labels.
         """
+        found = cls.read_labelled(shard, there=there)
+        if found is None or found[1] is None:
+            return found and found[0]
+        raise several_labels(shard)
+
+    @classmethod
+    def read_labelled(cls, shard: Path, *, there: bool = True) -> "Labelled | None":
+        """As :meth:`read`, with the labels of each image, which are None where it has one."""
         path = cls.path(shard)
         try:
             with bounded.opened(path, MOST_INDEX) as file:
-                arrays = _arrays(file, (*cls._fields, "shard"))
+                arrays = _arrays(file, (*cls._fields, "shard"), ARRAYS)
             size = int(arrays.pop("shard_bytes"))
             if arrays.pop("shard") == shard.name and (not there or size == shard.stat().st_size):
-                return cls(**arrays, shard_bytes=size)._checked()
+                own = {name: arrays.pop(name) for name in ("places", "targets", "keys")}
+                index = cls(**own, shard_bytes=size)._checked(several=bool(arrays))
+                return index, restored(arrays, len(index.keys)) if arrays else None
             reason = "is of another shard"
         except FileNotFoundError:
             return None
@@ -111,8 +131,11 @@ class ShardIndex(NamedTuple):
         logger.warning("%s %s: the shard is scanned in its place", path, reason)
         return None
 
-    def _checked(self) -> "ShardIndex":
-        """Itself. Raises ValueError where it can't be the index of a shard of its size."""
+    def _checked(self, *, several: bool) -> "ShardIndex":
+        """Itself. Raises ValueError where it can't be the index of a shard of its size.
+
+        ``several``: its targets are no labels, which are stored in another way.
+        """
         places, targets, keys, size = self
         kinds = (places.dtype.kind, targets.dtype.kind, keys.dtype.kind)
         if kinds != ("i", "i", "S") or keys.dtype.itemsize > MOST_KEY:
@@ -121,17 +144,24 @@ class ShardIndex(NamedTuple):
             raise ValueError("its arrays have other shapes")
         begins, sizes = places.T
         if len(targets) and not (
-            (places >= 0).all() and (begins <= size - sizes).all() and targets.min() >= 0
+            (places >= 0).all()
+            and (begins <= size - sizes).all()
+            and ((targets == SEVERAL).all() if several else targets.min() >= 0)
         ):
             raise ValueError("it names places outside of the shard")
         if len(targets) and targets.max() >= MOST_CLASSES:
             raise ValueError(f"label {targets.max()}, {MOST_CLASSES - 1} at most")
         return self
 
-    def write(self, shard: Path) -> None:
-        """Put the index beside ``shard``, which must be whole."""
+    def write(self, shard: Path, labels: Sequence[Labels] | None = None) -> None:
+        """Put the index beside ``shard``, which must be whole.
+
+        ``labels`` are those of each image where it has any number of them; its target is
+        ``SEVERAL`` then.
+        """
+        more = {} if labels is None else stored(labels)
         with written_whole(self.path(shard)) as path:
-            np.savez(path, shard=shard.name, **self._asdict())
+            np.savez(path, shard=shard.name, **self._asdict(), **more)
 
     @staticmethod
     def path(shard: Path) -> Path:
@@ -139,10 +169,22 @@ class ShardIndex(NamedTuple):
         return shard.with_suffix(".index.npz")
 
 
-def _arrays(file: IO[bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
+def several_labels(where: Path | str) -> OptionError:
+    """What is said of shards that are to have one label of each image and have several."""
+    return OptionError("task", f"{where}: images have any number of labels: add --task multilabel")
+
+
+Labelled = tuple[ShardIndex, list[Labels] | None]
+"""An index, and the labels of each image where it has any number of them."""
+
+
+def _arrays(
+    file: IO[bytes], names: Sequence[str], together: Sequence[str]
+) -> dict[str, np.ndarray]:
     """The named arrays of a file of numpy.savez, of ``MOST_INDEX`` bytes at most when unpacked.
 
-    Raises ValueError, and what zipfile raises for damage.
+    Those ``together`` are all there, or none is. Raises ValueError, and what zipfile raises for
+    damage.
     """
     file.seek(-_ZIP64_BYTES - _END.size, os.SEEK_END)
     before, end = file.read(_ZIP64_BYTES), _END.unpack(file.read())
@@ -154,6 +196,8 @@ def _arrays(file: IO[bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
         if unpacked > MOST_INDEX:
             most = bounded.size_text(MOST_INDEX)
             raise ValueError(f"{bounded.size_text(unpacked)} when unpacked, {most} at most")
+        if f"{together[0]}.npy" in saved.namelist():
+            names = (*names, *together)
         return {name: _array(saved, name) for name in names}
 
 
@@ -180,8 +224,20 @@ class _Member(NamedTuple):
     content: bytes  # of labels; images stay on disk
 
 
-LabelOf = Callable[[Path, str, dict[str, _Member]], int]
-"""(shard, key, members by extension) to the label of a sample."""
+Sample = tuple[Path, str, dict[str, _Member]]
+"""Shard, key, members by extension."""
+
+
+def _samples(shard: Path) -> Iterator[Sample]:
+    return ((shard, key, members) for key, members in shard_samples(shard))
+
+
+def _place(shard: Path, key: str, members: dict[str, _Member], label: int) -> Place:
+    """A row of an index. Raises DataError for a sample without an image."""
+    image = next((m for e, m in members.items() if f".{e}" in EXTENSIONS), None)
+    if image is None:
+        raise DataError(f"{shard}: sample {key} has no image")
+    return image.offset_data, image.size, label, key
 
 
 class _Headers:

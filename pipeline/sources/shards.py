@@ -1,5 +1,6 @@
 """wds/NAME: tar shards in WebDataset's form, local or remote."""
 
+import functools
 import hashlib
 import io
 import os
@@ -17,6 +18,9 @@ from pipeline.limits import MOST_FILE_BYTES, BadImageError
 from pipeline.remote import INDEX_BYTES, LISTING_BYTES, RemoteFolder, is_remote
 from pipeline.sources.base import (
     VAL_NAMES,
+    Factory,
+    PartOf,
+    ReadOnce,
     Source,
     data_root,
     first_existing,
@@ -25,13 +29,19 @@ from pipeline.sources.base import (
 )
 from pipeline.sources.labels import Labels, class_names, multi_hot
 from pipeline.sources.names import Names
-from pipeline.sources.shard_index import MOST_CLASSES, MOST_KEY, ShardIndex
-from pipeline.sources.shard_labels import labels_of_sample
+from pipeline.sources.shard_index import (
+    MOST_CLASSES,
+    MOST_KEY,
+    Labelled,
+    ShardIndex,
+    several_labels,
+)
 
 if TYPE_CHECKING:
     from config import DataOptions
 
 MOST_SHARDS = 100_000  # of a split
+TRAIN_NAMES = ("train", "training")  # of the training part
 
 
 class ShardSource(Source):
@@ -46,8 +56,7 @@ class ShardSource(Source):
     ``_info.json`` lists them as ``classes``.
 
     With ``multilabel`` a sample has any number of labels
-    (``pipeline.sources.shard_labels.labels_of_sample``), by name or by number. An index holds one
-    of each, so the tar files are scanned.
+    (``pipeline.sources.shard_labels.labels_of_sample``), by name or by number.
     """
 
     MOST_OPEN = 64  # files per process
@@ -64,13 +73,11 @@ class ShardSource(Source):
         self.shards = list(shards)
         self.remote = remote
         self._files: dict[int, IO[bytes]] = {}  # the one used last comes last
-        labels: list[Labels] = []
-        if multilabel:
-            tables = [_scanned(shard, labels) for shard in self.shards]
-        elif remote is None:
-            tables = [ShardIndex.read(shard) or ShardIndex.scan(shard) for shard in self.shards]
+        if remote is None:
+            found = [_index_of(shard, multilabel) for shard in self.shards]
         else:
-            tables = _fetch_indices(remote, self.shards)
+            found = _fetch_indices(remote, self.shards, multilabel)
+        tables = [table for table, _ in found]
         self.sizes = [table.shard_bytes for table in tables]
         if not any(len(table.targets) for table in tables):
             raise DataError(f"no samples in {first_names([str(s) for s in self.shards])}")
@@ -81,7 +88,7 @@ class ShardSource(Source):
         self.targets = np.concatenate([table.targets for table in tables])
         self.keys = Names([key for table in tables for key in table.keys.tolist()])
         if multilabel:
-            self._label(labels, classes)
+            self._label([label for _, labels in found for label in labels], classes)
             return
         self.classes = classes or [str(label) for label in range(self.targets.max() + 1)]
         wrong = np.flatnonzero((self.targets < 0) | (self.targets >= len(self.classes)))
@@ -148,36 +155,43 @@ class ShardSource(Source):
         return self.sample_id(index).removeprefix(folder)
 
 
-def _scanned(shard: Path, labels: list[Labels]) -> ShardIndex:
-    """The index of a shard whose samples' labels are added to ``labels``."""
-
-    def note(shard: Path, key: str, members: dict[str, Any]) -> int:
-        labels.append(labels_of_sample(shard, key, members))
-        return 0
-
-    return ShardIndex.scan(shard, note)
+def _index_of(shard: Path, multilabel: bool) -> Labelled:
+    """The index of a local shard, made where there is none."""
+    if not multilabel:
+        return ShardIndex.read(shard) or ShardIndex.scan(shard), None
+    found = ShardIndex.read_labelled(shard)
+    return found if found and found[1] is not None else ShardIndex.scan_labelled(shard)
 
 
-def _fetch_indices(remote: RemoteFolder, shards: Sequence[Path]) -> list[ShardIndex]:
+def _fetch_indices(
+    remote: RemoteFolder, shards: Sequence[Path], multilabel: bool
+) -> list[Labelled]:
     """The indices of remote shards, which can't be scanned without fetching them all."""
 
-    def fetch(shard: Path) -> ShardIndex:
+    def fetch(shard: Path) -> Labelled:
         name = ShardIndex.path(shard).relative_to(remote.folder).as_posix()
         try:
             remote.fetch(name, most=INDEX_BYTES)
         except OSError as error:
             raise DataError(f"{error}; python -m tools.data pack writes the index") from None
-        index = ShardIndex.read(shard, there=False)
-        if index is None:
+        found = ShardIndex.read_labelled(shard, there=False)
+        if found is None:
             ShardIndex.path(shard).unlink(missing_ok=True)
             raise DataError(f"{remote.address}/{name} is not the index of its shard")
-        return index
+        if multilabel and found[1] is None:
+            raise DataError(
+                f"{remote.address}/{name} has one label of each image: pack the set again, with "
+                "--task multilabel"
+            )
+        if not multilabel and found[1] is not None:
+            raise several_labels(f"{remote.address}/{name}")
+        return found
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(fetch, shards))
 
 
-def _remote_shards(is_train: bool, data: "DataOptions") -> Source:
+def _remote_set(data: "DataOptions") -> PartOf:
     """The shards of ``_info.json`` at an address."""
     remote = RemoteFolder(data.data_path, data.shard_cache, int(data.shard_cache_gb * 1e9))
     try:
@@ -185,14 +199,21 @@ def _remote_shards(is_train: bool, data: "DataOptions") -> Source:
         info = read_json(remote.fetch("_info.json", most=LISTING_BYTES, fresh=True))
     except OSError as error:
         raise OptionError("data_path", f"{error}; python -m tools.data pack writes it") from None
-    names = ("train", "training") if is_train else VAL_NAMES
     where = f"{remote.address}/_info.json"
-    files, classes = _listed(info, names, where), _listed_classes(info, where)
-    if not files:
-        raise OptionError("data_path", f"{where} has no split {names[0]}")
-    if classes is None and not is_train:
-        classes = _remote_shards(True, data).classes
-    return ShardSource([remote.path(file) for file in files], classes, remote)
+
+    @functools.cache
+    def part(is_train: bool) -> Source:
+        names = TRAIN_NAMES if is_train else VAL_NAMES
+        files = _listed(info, names, where)
+        if not files:
+            raise OptionError("data_path", f"{where} has no split {names[0]}")
+        classes = _listed_classes(info, where)
+        if classes is None and not is_train:
+            classes = part(True).classes
+        shards = [remote.path(file) for file in files]
+        return ShardSource(shards, classes, remote, multilabel=data.task == "multilabel")
+
+    return part
 
 
 def _listed(info: Any, splits: Sequence[str], where: Path | str) -> list[str]:
@@ -235,29 +256,31 @@ def _shown(name: Any) -> str:
     return printable(repr(name)[:100])
 
 
-def webdataset(name: str, is_train: bool, data: "DataOptions") -> Source:
-    """Shards of a split: those of ``_info.json``, or ``*train*.tar`` and ``*val*.tar``."""
+def webdataset(name: str) -> Factory:
+    """The factory of shards: those of ``_info.json``, or ``*train*.tar`` and ``*val*.tar``."""
+    return ReadOnce(_shard_set)
+
+
+def _shard_set(data: "DataOptions", seed: int) -> PartOf:
     refuse_val_fraction(data, "a sharded set")
-    multilabel = data.task == "multilabel"
-    if is_remote(data.data_path) and multilabel:
-        raise OptionError(
-            "data_path",
-            "the index of remote shards has one label each: download them and name the folder",
-        )
     if is_remote(data.data_path):
-        return _remote_shards(is_train, data)
-    root = data_root(data)
-    train = _shards(root, ("train", "training"))
-    if not train:
+        return _remote_set(data)
+    multilabel, root = data.task == "multilabel", data_root(data)
+    shards = _shards(root, TRAIN_NAMES)
+    if not shards:
         raise OptionError("data_path", f"{root} has no shards *train*.tar and no _info.json")
     classes = _listed_classes(_shard_info(root), root / "_info.json")
-    source = ShardSource(train, classes, multilabel=multilabel)
-    if is_train:
-        return source
-    val = _shards(root, VAL_NAMES)
-    if not val:
-        raise OptionError("data_path", f"{root} has no shards *val*.tar (nor *test*.tar)")
-    return ShardSource(val, source.classes, multilabel=multilabel)
+    train = ShardSource(shards, classes, multilabel=multilabel)
+
+    def part(is_train: bool) -> Source:
+        if is_train:
+            return train
+        val = _shards(root, VAL_NAMES)
+        if not val:
+            raise OptionError("data_path", f"{root} has no shards *val*.tar (nor *test*.tar)")
+        return ShardSource(val, train.classes, multilabel=multilabel)
+
+    return part
 
 
 def _shards(root: Path, splits: Sequence[str]) -> list[Path]:

@@ -1,5 +1,7 @@
 """Which images are held out for validation, so that each label has its share."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -43,3 +45,43 @@ def iterative_split(
     side[rest] = 0
     side[rest[:outside]] = 1
     return np.flatnonzero(side == 0), np.flatnonzero(side == 1)
+
+
+def deal_labels(
+    counts: np.ndarray, sizes: np.ndarray, shares: Sequence[float], seed: int
+) -> np.ndarray:
+    """Part of each unit, (U,) int64, so that each part has its share of every label.
+
+    Iterative stratification (Sechidis et al. 2011, algorithm 1) of images, or of groups of images
+    that stay whole: the label of the fewest remaining images comes first, and of its units the one
+    with most of it; each goes where most of that label is wanted, of several such parts where most
+    images are.
+
+    Args:
+        counts: (U, K) images of a unit that have a label.
+        sizes: (U,) images of a unit.
+        shares: of the parts, 1 in all.
+        seed: decides between units that fit alike.
+    """
+    share = np.asarray(shares, dtype=np.float64)
+    wanted, room = np.outer(share, counts.sum(0)), share * sizes.sum()
+    part = np.full(len(counts), -1)
+    order = np.random.RandomState(seed % 2**32).permutation(len(counts))
+
+    def deal(unit: int, first: np.ndarray) -> None:
+        best = np.flatnonzero(np.isclose(first, first.max()))
+        part[unit] = best[room[best].argmax()]
+        wanted[part[unit]] -= counts[unit]
+        room[part[unit]] -= sizes[unit]
+
+    left = counts.sum(0)
+    while left.any():
+        label = np.where(left > 0, left, left.sum() + 1).argmin()
+        units = order[(part[order] < 0) & (counts[order, label] > 0)]
+        for unit in units[np.argsort(-counts[units, label], kind="stable")]:
+            deal(unit, wanted[:, label])
+            left = left - counts[unit]
+    rest = order[part[order] < 0]
+    for unit in rest[np.argsort(-sizes[rest], kind="stable")]:
+        deal(unit, room)
+    return part

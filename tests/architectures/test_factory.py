@@ -228,10 +228,14 @@ def test_published_weights_that_lack_a_part(hub, num_classes):
     assert error.value.option == "pretrained"
 
 
-def test_published_weights_that_do_not_take_another_size(hub):
+def test_published_weights_at_another_size(hub):
+    """timm refuses LeViT's; a layer over all patches fits no other number of them."""
     hub["timm/levit_128s.fb_dist_in1k"] = timm.create_model("levit_128s").state_dict()
-    with pytest.raises(OptionError, match="attention_biases.*leave --input-size out"):
-        build_model("levit_128s", 1000, pretrained=True, input_size=288)
+    model = build_model("levit_128s", 1000, pretrained=True, input_size=288)
+    assert model.stages[0].blocks[0].attn.attention_biases.shape == (4, 18 * 18)
+    hub["timm/resmlp_12_224.fb_in1k"] = timm.create_model("resmlp_12_224").state_dict()
+    with pytest.raises(OptionError, match="--input-size 224"):
+        build_model("resmlp_12_224", 1000, pretrained=True, input_size=288)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "resnet10t"])

@@ -43,6 +43,12 @@ def test_summary_of_an_impossible_size(size):
     assert error.value.option == "input_size"
 
 
+def test_positions_that_are_looked_up_and_not_there():
+    model = build_model("mvitv2_tiny", 5, input_size=112)
+    with pytest.raises(OptionError, match="112 doesn't fit mvitv2_tiny: index 5"):
+        summarise(model, 112)
+
+
 class Elsewhere(nn.Linear):
     """Answers with ``form`` of its logits."""
 

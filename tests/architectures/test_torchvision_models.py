@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.models import group_parameters
+from timm.models import adapt_input_conv, group_parameters
 
 import models
 from architectures.factory import published_cfg
@@ -55,6 +55,29 @@ def test_layers_go_from_stem_to_head() -> None:
     blocks = [f"layer{i}.{j}.conv1.weight" for i in range(1, 5) for j in range(2)]
     order = ["conv1.weight", *blocks, "fc.weight"]
     assert [layers[name] for name in order] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("resnet18", "conv1"), ("squeezenet1_1", "features.0")]
+)
+def test_other_channels(name: str, first: str) -> None:
+    twin = torchvision.models.get_model(name, num_classes=3).eval()
+    own = models.build_model(f"torchvision/{name}", 3, in_chans=5).eval()
+    new, old = own.get_submodule(first), twin.get_submodule(first)
+    torch.testing.assert_close(new.weight.var() * 5, old.weight.var() * 3, rtol=0.1, atol=0)
+    report = load_pretrained_weights(own, twin.state_dict())
+    assert report.fitted == {f"{first}.weight": "3 to 5 channels"}
+    assert torch.equal(new.weight, adapt_input_conv(5, old.weight))
+    with torch.no_grad():
+        old.weight, old.in_channels = torch.nn.Parameter(new.weight.clone()), 5
+        images = torch.randn(1, 5, 64, 64)
+        assert torch.equal(own(images), twin(images))
+
+
+def test_a_transform_of_three_colours_takes_no_other_channels() -> None:
+    with pytest.raises(OptionError, match="takes no in_chans") as error:
+        models.build_model("torchvision/googlenet", 3, in_chans=1)
+    assert error.value.option == "in_chans"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from timm.models import adapt_input_conv
 
 import inference
 import models
@@ -45,6 +46,34 @@ def test_published_folder_answers_as_the_library(folder) -> None:
     preprocessing = content["preprocessing"]
     assert (preprocessing["crop_mode"], preprocessing["interpolation"]) == ("squash", "bicubic")
     assert preprocessing["mean"] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_weights_are_adapted_to_other_channels(folder) -> None:
+    twin = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    name = f"transformers/{folder}"
+    own = models.build_model(name, 3, input_size=16, in_chans=4, pretrained=True)
+    first = "vit.embeddings.patch_embeddings.projection"
+    old, new = (m.get_submodule(first).weight for m in (twin, own.model))
+    assert torch.equal(new, adapt_input_conv(4, old))
+    assert own(torch.randn(2, 4, 16, 16)).shape == (2, 3)
+
+
+def test_weights_are_fitted_to_other_sizes(folder, tmp_path) -> None:
+    """As the library does for images of another size, here not a square."""
+    image = torch.randn(2, 3, 24, 16)
+    twin = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    name = f"transformers/{folder}"
+    own = models.build_model(name, 3, input_size=(24, 16), pretrained=True).eval()
+    expected = twin(image, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(own(image), expected)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    twin = transformers.Dinov2ForImageClassification(config).eval()
+    twin.save_pretrained(tmp_path / "dino")
+    name = f"transformers/{tmp_path / 'dino'}"
+    own = models.build_model(name, 2, input_size=(24, 16), pretrained=True).eval()
+    assert torch.equal(own(image), twin(image).logits)
 
 
 def test_description_rebuilds_it_without_the_folder(folder) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from augmentation.batch import BatchAugment, Normalise
+from augmentation.batch import BatchAugment, Normalise, build_train_transform
 from augmentation.preprocessing import Preprocessing, per_channel
 from augmentation.transforms import CentreCrop, EvalTransform
 from config import AugmentOptions
@@ -70,6 +70,57 @@ def test_sixteen_bits_are_flipped_cropped_and_rounded():
     shrunk = transform.apply(torch.from_numpy(np.full((2, 80, 90), 60001, np.uint16)), 0, 1)
     assert shrunk.dtype == torch.uint16
     assert (shrunk.int() == 60001).all()
+
+
+@pytest.mark.parametrize("name", ["rotate", "perspective", "blur_prob"])
+def test_sixteen_bits_are_turned_and_blurred_as_eight(name):
+    """An image of 257 times the levels becomes 257 times what it would; fractions are kept."""
+    value = 20.0 if name == "rotate" else 1.0
+    options = dataclasses.replace(PLAIN, reprob=0.0, **{name: value})
+    pixels = torch.from_numpy(RNG.integers(0, 256, (2, 8, 40, 40), dtype=np.uint8))
+    positions, results = np.arange(8), []
+    for depth, scale in ((8, 1), (16, 257)):
+        transform = BatchAugment(prepared(2, depth), options, seed=1)
+        images = pixels.transpose(0, 1).numpy() * np.asarray(scale, f"u{depth // 8}")
+        plan = transform.plan(0, positions)
+        found = transform.alter(torch.from_numpy(images), plan)
+        assert plan.kinds.any(1).all()
+        assert found.dtype == (torch.uint8 if depth == 8 else torch.uint16)
+        results.append(found.numpy().astype(np.float64))
+    apart = np.abs(results[1] / 257 - results[0])
+    assert (apart > 1).mean() < 1e-3  # a border that falls on the other side
+    assert len(np.unique(results[1] % 257)) > 200
+
+
+def test_what_is_flat_stays_what_it_is():
+    """Fractions are rounded at the end: cut off, most levels would be one too low."""
+    options = dataclasses.replace(PLAIN, reprob=0.0, hflip=0.0, blur_prob=1.0)
+    transform = BatchAugment(prepared(2, 16), options, seed=1)
+    levels = np.arange(60_001, 60_065).repeat(2 * 16 * 16).reshape(64, 2, 16, 16)
+    images = torch.from_numpy(levels.astype(np.uint16))
+    assert torch.equal(transform.alter(images, transform.plan(0, np.arange(64))), images)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_one_by_one_as_by_the_batch(depth):
+    """The same draws and pixels, with what pixels of 8 and of 16 bits have and with splits."""
+    options = dataclasses.replace(PLAIN, reprob=0.6, rotate=20.0, perspective=0.5, blur_prob=0.5)
+    levels = RNG.integers(0, 2**depth, (6, 2, 50, 60)).astype(f"u{depth // 8}")
+    positions = np.arange(4, 10)
+    for splits in (0, 2):
+        chosen = dataclasses.replace(options, aug_splits=splits)
+        batch = build_train_transform(prepared(2, depth), chosen, 3)
+        one = build_train_transform(
+            prepared(2, depth), dataclasses.replace(chosen, augment_on="cpu"), 3
+        )
+        assert (batch.by_batch, one.by_batch, one.plan(5, positions)) == (True, False, None)
+        given = [
+            (torch.from_numpy(image), 5, int(p)) for image, p in zip(levels, positions, strict=True)
+        ]
+        images = torch.stack([batch.apply(*each) for each in given])
+        wanted = batch(images, batch.plan(5, positions))
+        found = torch.stack([one.apply(*each) for each in given])
+        assert torch.equal(found.transpose(0, 1).flatten(0, 1) if splits else found, wanted)
 
 
 def test_greys_have_the_policies_of_colours():

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from augmentation.batch import CROP, BatchAugment
-from augmentation.crops import ATTEMPTS, random_rectangle
+from augmentation.crops import ATTEMPTS, movable, random_rectangle, take_crops
 from augmentation.draws import Draws
 from augmentation.protocol import Parts
 from augmentation.transforms import TrainTransform
@@ -139,3 +139,12 @@ def test_scaled_photographs_are_near_the_full_ones(kind, number, src, most_mean,
             assert 0 < difference.max() < most
             means.append(difference.mean())
     assert len(means) >= 10 and (alike or src) and np.mean(means) < most_mean
+
+
+def test_crops_of_sixteen_bits_are_moved_as_what_a_device_can_index():
+    """CUDA can't index uint16; a device without pixels goes through the same operations."""
+    images = torch.zeros(3, 2, 9, 8, dtype=torch.uint16)
+    assert movable(images).dtype == torch.int16
+    places = (np.array([2, 0]), np.array([1, 0]), np.array([0, 2]))
+    crops = take_crops(images.to("meta"), *places, (5, 4))
+    assert (crops.shape, crops.dtype) == ((2, 2, 5, 4), torch.uint16)

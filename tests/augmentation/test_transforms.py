@@ -1,6 +1,7 @@
 """augmentation/transforms.py, one image at a time, against timm and torchvision."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_crop_modes_are_timms(size, ratio, crop_mode):
         64, crop_pct=ratio, crop_mode=crop_mode, interpolation="bilinear", mean=MEAN, std=STD
     )
     assert torch.equal(ours(image), theirs(image))
+    # The service's processes, and loaders' that aren't forked, get it pickled.
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(image), theirs(image))
 
 
 def test_preprocessing_of_older_checkpoints_cuts_out_the_centre():

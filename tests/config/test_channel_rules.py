@@ -23,9 +23,9 @@ def test_colours_are_left_alone_where_there_are_none():
         ("--in-chans 4 --grayscale-prob 0.1", "grayscale_prob"),
         ("--in-chans 1 --grayscale-prob 0.1", "grayscale_prob"),
         ("--in-chans 1 --aa none --color-jitter 0.1 0.1 0.1 0.1", "color_jitter"),
-        ("--bit-depth 16 --rotate 5", "rotate"),
+        ("--bit-depth 16 --color-jitter 0.2", "color_jitter"),
         ("--bit-depth 12", "bit_depth"),
-        ("--in-chans 4 --augment-on cpu", "augment_on"),
+        ("--in-chans 4 --augment-on cpu --aa trivial", "augment_on"),
         ("--in-chans 1 --aa augmix-m5", "augment_on"),
         ("--in-chans 4 --cache disk", "cache"),
         ("--in-chans 4 --mean 0.5 0.5 0.5", "mean"),
@@ -54,6 +54,10 @@ def test_a_value_for_each_channel():
             "5",
             "--blur-prob",
             "0.1",
+            "--bit-depth",
+            "16",
+            "--augment-on",
+            "cpu",
         ]
     )
     assert config.data.mean == (0.1, 0.2, 0.3, 0.4)

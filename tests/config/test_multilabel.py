@@ -40,7 +40,6 @@ def test_options_that_nobody_set_are_those_of_the_task(tmp_path):
         ("--loss asl --cosub", "--cosub: contradicts --loss asl"),
         ("--loss asl --bce-loss", "--bce-loss: contradicts --loss asl"),
         ("--data-set IMNET", "--data-set: IMNET gives each image one class"),
-        ("--data-set tfds/voc", "--data-set: tfds/voc gives each image one class"),
         ("--label-columns a --label-column b", "--label-columns: and --label-column both"),
         ("--label-columns a --label-separator ;", "--label-separator: is for one column"),
         ("--class-map x.txt", "--class-map: is not for --task multilabel"),

@@ -14,7 +14,6 @@ from errors import OptionError
 SPLITS = "--aug-splits 3 --mixup 0 --cutmix 0"
 CONFLICTS = [
     ("lora", "--lora 4 --attn-only"),
-    ("lora", "--lora 4 --fsdp"),
     ("model_kwargs", "--model-kwargs depth"),
     ("src", "--src --train-crop-mode rkrc"),
     ("color_jitter", "--color-jitter 0.4 0.4"),
@@ -66,9 +65,13 @@ CONFLICTS = [
     ("rollback_fp32_steps", "--rollback-fp32-steps 9"),
     ("pretrained", "--pretrained --finetune f.pth"),
     ("train_sizes", "--train-sizes 128"),
+    ("train_sizes", "--train-sizes ²:0"),
+    ("train_sizes", f"--train-sizes {'9' * 5000}:0"),
     ("unfreeze_at", "--unfreeze-at 3:head"),
     ("unfreeze_at", "--freeze blocks --unfreeze-at head"),
     ("unfreeze_at", "--freeze blocks --unfreeze-at x:head"),
+    ("unfreeze_at", "--freeze blocks --unfreeze-at ²:head"),
+    ("unfreeze_at", f"--freeze blocks --unfreeze-at {'9' * 5000}:head"),
     ("attn_only", "--attn-only --freeze blocks"),
     ("best_metric", "--best-metric ema_acc1 --no-model-ema"),
     ("best_metric", "--best-metric acc2"),

@@ -1,14 +1,17 @@
 """Adapters in training: which layers, what is trained, resume, and what is saved."""
 
+import shutil
+
 import pytest
 import torch
 
 import inference
 import models
+from checkpointing.folder import newer_checkpoints
 from config import ModelOptions
 from errors import OptionError
 from optimization.lora import add_adapters
-from tests.runs import newest, train
+from tests.runs import PLAIN, assert_close, assert_same_state, newest, train, train_together
 
 LORA = ("--lora", "2", "--lora-alpha", "4", "--epochs", "2", "--model-kwargs", "depth=2")
 
@@ -52,3 +55,20 @@ def test_resumed_run_equals_one_that_was_not_stopped(images, tmp_path) -> None:
     model = inference.from_content(one).model
     assert "blocks.0.attn.qkv.weight" in model.state_dict()
     assert train(images, parts, *LORA[2:], "--lora", "3", "--resume", "auto") == 2
+
+
+def test_sharded_adapters_are_those_of_one_process_and_go_on_exactly(images, tmp_path) -> None:
+    """Two processes whose sharded checkpoints of the second epoch are lost in its middle."""
+    plain = (*PLAIN, *LORA[:-1], "depth=1", "--unscale-lr")
+    assert train(images, tmp_path / "alone", *plain, "--batch-size", "8") == 0
+    options = (*plain, "--fsdp", "--save-every-steps", "2", "--keep", "9")
+    whole = train_together(images, tmp_path / "parts", *options)
+    alone = newest(tmp_path / "alone")
+    weights = [inference.from_content(content).model.state_dict() for content in (alone, whole)]
+    assert_close({"model": weights[0]}, {"model": weights[1]})
+    assert any(x.any() for name, x in whole["model"].items() if ".lora_B" in name)
+    assert not any(".lora_" in name for name in weights[1])
+    for later in newer_checkpoints(tmp_path / "parts", 1, 16):
+        shutil.rmtree(later)
+    again = train_together(images, tmp_path / "parts", *options, "--resume", "auto")
+    assert_same_state(whole, again)

@@ -39,6 +39,23 @@ def test_optimiser_of_a_missing_package_is_refused():
         build_optimizer(nn.Linear(2, 2), OptimOptions(opt="fusednovograd"), lr=0.1)
 
 
+def test_further_arguments_reach_the_optimiser():
+    """A step of RMSprop by hand, centred by the mean of the gradients."""
+    layer = nn.Linear(1, 1, bias=False)
+    start = layer.weight.item()
+    options = OptimOptions(
+        opt="rmsprop", momentum=0.0, weight_decay=0.0, opt_kwargs=("alpha=0.5", "centered=true")
+    )
+    optimizer = build_optimizer(layer, options, lr=0.1)
+    layer.weight.grad = torch.full_like(layer.weight, 3.0)
+    optimizer.step()
+    square, mean = 0.5 * 3.0**2, 0.5 * 3.0
+    step = 0.1 * 3.0 / (math.sqrt(square - mean**2) + optimizer.param_groups[0]["eps"])
+    assert layer.weight.item() == pytest.approx(start - step, rel=1e-5)
+    with pytest.raises(OptionError, match="--opt-kwargs: --opt rmsprop takes no 'centred': did"):
+        build_optimizer(layer, OptimOptions(opt="rmsprop", opt_kwargs=("centred=true",)), lr=0.1)
+
+
 FUSED = ["lamb", "adam", "adamw", "sgd", "momentum", "lookahead_lamb"]
 
 

@@ -28,6 +28,7 @@ def npy(shape: str, kind: str = "|u1", body: bytes = b"\0" * 64) -> bytes:
         (npy("(99999, 99999, 5)"), TooLargeError),
         (npy("(9, 9, 5)"), BadImageError),  # fewer bytes than it says
         (npy("(-9, 9, 5)"), BadImageError),
+        (npy("(-1, 9, 5)", body=bytes(90)), BadImageError),  # whose size would be guessed
         (npy("(9, 9, 5)", "|O"), BadImageError),  # would be unpickled
         (npy("(9, 9, 5)", "|V99999999"), BadImageError),
         (npy("(9" + ",9" * 40 + ")"), BadImageError),

@@ -158,9 +158,7 @@ def test_lists_of_classes_are_compared_where_labels_are_not_known(
         monkeypatch.setitem(registry.FACTORIES, "PLUGGED", factory)
         data = DataOptions(data_set="plugged")
     else:
-        monkeypatch.setitem(
-            registry.PREFIXES, prefix, lambda name, is_train, data: factory(is_train)
-        )
+        monkeypatch.setitem(registry.PREFIXES, prefix, lambda name: factory)
         data = DataOptions(data_set=f"{prefix}/x")
     if not message:
         assert len(build_parts(data, seed=0)) == 2

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from tiny_images import image_folder
 
@@ -12,6 +13,8 @@ from errors import DataError, OptionError
 from pipeline.dataset import build_dataset
 from pipeline.image_file import HEADER_BYTES, ROW_BYTES
 from pipeline.limits import BadImageError
+from pipeline.sources import registry
+from pipeline.sources.base import ArraySource
 from pipeline.sources.raw import INFO
 from tools.data.__main__ import main
 
@@ -42,6 +45,19 @@ def test_images_are_named_by_their_files(packed):
     assert dataset.targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert dataset.source.open(4).shape == (32, 38, 3)
     assert len(open_raw(packed, False)) == 3
+
+
+def test_a_plugins_labels_may_be_numpys(tmp_path, monkeypatch):
+    class Plugged(ArraySource):
+        def read(self, index):
+            return self.open(index), self.targets[index]
+
+    images, labels = np.zeros((3, 8, 8, 3), np.uint8), np.array([2, 0, 1])
+    source = Plugged(images, labels, ["a", "b", "c"], "mine")
+    monkeypatch.setitem(registry.FACTORIES, "PLUGGED", lambda is_train, data, seed: source)
+    argv = ["pack", "--data-set", "PLUGGED", "--output-dir", str(tmp_path / "raw")]
+    assert main([*argv, "--format", "raw"]) == 0
+    assert open_raw(tmp_path / "raw").targets.tolist() == [2, 0, 1]
 
 
 def test_a_damaged_image_is_a_bad_one(mine):

@@ -112,6 +112,32 @@ def test_remote_images_are_those_of_the_folder(shards, tmp_path, serve, kind):
         assert far.sample_id(0).endswith(near.sample_id(0).split("/")[-1])
 
 
+def test_any_number_of_labels_is_in_the_index(shards, tmp_path, serve):
+    image_folder(tmp_path, {"train": 4, "val": 4}, classes=("x",))
+    for part in ("train", "val"):
+        labels = ("a|b", "", "b", "a|c")
+        rows = [f"{part}/x/{i}.png,{text}\n" for i, text in enumerate(labels)]
+        (tmp_path / f"{part}.csv").write_text("path,labels\n" + "".join(rows))
+    folder, several = tmp_path / "packed", ["--task", "multilabel"]
+    argv = ["pack", *several, "--data-set", "CSV", "--data-path", str(tmp_path)]
+    assert data_tool([*argv, "--output-dir", str(folder)]) == 0
+    address, asked, _ = serve(folder)
+    far = [open_part(address, tmp_path / "cache", p, task="multilabel") for p in (True, False)]
+    assert not any(name.endswith(".tar") for name in asked)
+    with pytest.raises(OptionError, match="any number of labels: add --task multilabel"):
+        open_part(address, tmp_path / "cache")
+    for index in folder.glob("*.npz"):
+        index.unlink()  # the tar files are scanned
+    for part, source in zip((True, False), far, strict=True):
+        near = open_part(folder, tmp_path, part, task="multilabel")
+        assert source.classes == near.classes == ["a", "b", "c"]
+        assert source.targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0], [1, 0, 1]]
+        assert np.array_equal(near.targets, source.targets)
+        assert np.array_equal(near.read(3)[1], source.read(3)[1])
+    with pytest.raises(DataError, match="one label of each image: pack the set again"):
+        open_part(serve(shards)[0], tmp_path / "other", task="multilabel")
+
+
 def test_names_do_not_depend_on_where_copies_lie(shards, tmp_path, serve):
     """Processes compare them, and each machine may have a folder of its own."""
     address = serve(shards)[0]

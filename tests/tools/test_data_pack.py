@@ -142,7 +142,7 @@ def test_pack_overwrites_nothing(pets, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_nothing_and_says_what_helps(pets, tmp_path, capsys, monkeypatch):
-    def full(self, shard):
+    def full(self, shard, labels):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ShardIndex, "write", full)

@@ -364,3 +364,7 @@ def test_overlay_leaves_the_image_where_there_is_no_heat():
 def test_seen_undoes_the_normalisation():
     tensor = (torch.full((3, 2, 2), 0.6) - 0.5) / 0.25
     assert explain.seen(tensor, (0.5,) * 3, (0.25,) * 3).getpixel((0, 0)) == (153, 153, 153)
+    # Of 16 bits, here the lowest hundredth of the range, the levels that there are fill it.
+    dark = torch.linspace(0, 0.01, 100).view(1, 10, 10)
+    shown = explain.seen(dark, (0.0,), (1.0,), bit_depth=16)
+    assert shown.getextrema() == ((0, 255),) * 3

@@ -1,6 +1,7 @@
 """What the tools make of a model that finds any number of labels on an image."""
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -16,7 +17,9 @@ from tiny_images import COLOURS, tiny_image
 
 from checkpointing.files import load_checkpoint
 from config import DataOptions
+from errors import OptionError
 from inference import load_for_inference
+from optimization.multilabel import probabilities
 from pipeline.dataset import build_dataset
 from tools import average, explain, export, report
 from tools import predict as predict_tool
@@ -169,6 +172,21 @@ def test_predict_gives_all_labels_that_reach_their_thresholds(checkpoint, scenes
     assert [r["present"] == "1" for r in rows] == there
 
 
+def test_a_probability_on_its_threshold_is_a_label(checkpoint, scenes):
+    """Training chooses thresholds in float64."""
+    classifier = load_for_inference(checkpoint)
+    for i in range(6):
+        path = str(scenes / f"val{i}.png")
+        with torch.no_grad():
+            logits = classifier.model(classifier.transform(path)[None])[0]
+        thresholds = probabilities(logits.numpy())
+        assert thresholds.dtype == np.float64
+        [answer] = predict_tool.predict(
+            classifier, [path], device=torch.device("cpu"), thresholds=thresholds
+        )
+        assert sorted(answer.classes) == sorted(NAMES) and all(answer.present())
+
+
 def test_a_threshold_is_for_several_labels(checkpoint, scenes, capsys):
     for value in ("1.5", "nan"):
         argv = (checkpoint, scenes / "val0.png", "--threshold", value)
@@ -315,8 +333,16 @@ def test_shards_hold_all_labels(scenes, tmp_path, capsys):
         dataset = build_dataset(part == "train", data, seed=0)
         assert dataset.classes == NAMES
         assert np.array_equal(dataset.targets, targets_of(scenes, part))
-    assert pack.main([*argv[:-1], "|", "--format", "raw"]) == 2
-    assert "drop it for --task multilabel" in capsys.readouterr().err
+        assert len(list((tmp_path / "packed").glob(f"{part}*.index.npz"))) >= 1
+    with pytest.raises(OptionError, match="--task: .* add --task multilabel"):
+        build_dataset(True, dataclasses.replace(data, task="classification"), seed=0)
+    raw = str(tmp_path / "raw")
+    assert pack.main([*argv[:2], "--output-dir", raw, *options, "--format", "raw"]) == 0
+    data = DataOptions(task="multilabel", data_set="raw/x", data_path=raw)
+    for part in ("train", "val"):
+        dataset = build_dataset(part == "train", data, seed=0)
+        assert dataset.classes == NAMES
+        assert np.array_equal(dataset.targets, targets_of(scenes, part))
 
 
 def test_a_split_gives_each_label_its_share(scenes, tmp_path, capsys):
@@ -336,5 +362,53 @@ def test_a_split_gives_each_label_its_share(scenes, tmp_path, capsys):
     assert sorted(both.tolist()) == sorted(wanted.astype(int).tolist())
     for count, held_out in zip(wanted.sum(0), parts[1].targets.sum(0), strict=True):
         assert abs(held_out - count / 4) <= 1
-    assert split.main([*argv, "--folds", "3"]) == 2
-    assert capsys.readouterr().err.startswith("error: --folds: goes by one class")
+
+
+def test_folds_keep_groups_whole(scenes, tmp_path, capsys, caplog):
+    """Also where their column is named like a label."""
+    caplog.set_level("INFO", "pipeline")
+    header, *rows = (scenes / "train.csv").read_text().splitlines()
+    table, binary = scenes / "grouped.csv", scenes / "binary.csv"
+    lines = (f"{row},s{i // 4}" for i, row in enumerate(rows))
+    again = f"train0.png,{'|'.join(NAMES)},s0"
+    table.write_text("\n".join([f"{header},{NAMES[0]}", *lines, again]) + "\n")
+    binary.write_text("path,a,b\n" + "".join(f"train{i}.png,{i % 2},1\n" for i in range(24)))
+    argv = ["--task", "multilabel", "--folds", "3", "--output-dir", str(tmp_path / "folds")]
+    assert split.main([str(table), *argv, "--group-by", NAMES[0]]) == 0
+    out = capsys.readouterr().out
+    assert "1 images are listed more than once, 1 of them with different labels" in out
+    assert "main.py --task multilabel --data-set CSV --data-path" in out
+    assert sum("labels between '|'" in record.getMessage() for record in caplog.records) == 1
+    validated = []
+    for number in (1, 2, 3):
+        parts = []
+        for part in ("train", "val"):
+            path = tmp_path / "folds" / f"fold-{number}" / f"{part}.csv"
+            names = [Path(row["path"]).stem for row in csv.DictReader(path.open())]
+            parts.append([int(name.removeprefix("train")) for name in names])
+        assert len(parts[0] + parts[1]) == 25
+        assert not {i // 4 for i in parts[0]} & {i // 4 for i in parts[1]}
+        validated += parts[1]
+    assert sorted(validated) == [0, *range(24)]
+    argv[-1] = str(tmp_path / "binary")
+    assert split.main([str(binary), *argv, "--group-by", "A"]) == 2
+    assert capsys.readouterr().err.startswith("error: --label-columns: the column 'A' would be")
+    assert split.main([str(binary), *argv, "--group-by", "A", "--label-columns", "b"]) == 2
+    assert "2 groups are too few for 3 parts" in capsys.readouterr().err
+    for path in (table, binary):
+        path.unlink()
+
+
+def test_folds_of_groups_share_out_each_label():
+    rng = np.random.default_rng(0)
+    targets = (rng.random((240, 4)) < [0.5, 0.3, 0.2, 0.1]).astype(np.uint8)
+    groups = np.arange(240) // 4
+    for owner in (None, groups):
+        found = split.folds_of(targets, owner, 4, seed=0)
+        assert np.array_equal(np.sort(np.concatenate([val for _, val, _ in found])), np.arange(240))
+        for learnt, val, moved in found:
+            assert not moved and not set(learnt) & set(val)
+            wanted = targets.sum(0) / 4
+            assert (np.abs(targets[val].sum(0) - wanted) <= (1 if owner is None else 3)).all()
+            if owner is not None:
+                assert not set(owner[learnt]) & set(owner[val])

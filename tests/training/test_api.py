@@ -61,6 +61,25 @@ def test_what_it_returns(images, tmp_path):
     assert classifier.model(image).shape == (1, len(classifier.class_names))
 
 
+def test_labels_of_grey_images_by_a_model_of_torchvision(tmp_path):
+    rows = ["path,labels"]
+    for number, labels in enumerate(("dark", "light|round", "", "round") * 2):
+        Image.new("L", (40, 40), 60 * number % 256).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{labels}")
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(rows))
+    more = {"data_set": "CSV", "data_path": table, "val_fraction": 0.5, "task": "multilabel"}
+    more |= {"label_separator": "|", "image_root": tmp_path, "in_chans": 1, "input_size": 32}
+    more |= {"model": "torchvision/shufflenet_v2_x0_5", "epochs": 1, "warmup_epochs": 0}
+    result = train(**options(tmp_path, tmp_path / "run", **more))
+    assert 0 <= result.metrics["test_map"] <= 100
+    classifier = load_for_inference(result.checkpoint)
+    image = classifier.transform(Image.new("L", (50, 40)))[None]
+    assert image.shape == (1, 1, 32, 32)
+    assert classifier.class_names == ["dark", "light", "round"]
+    assert classifier.model(image).shape == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -88,6 +88,7 @@ def test_texts_that_are_refused(text, message):
         ("w.txt", "ant 1\nbee 2\n", "no weight of 1 of 3 classes (cat, black): add them"),
         ("w.csv", "ant,1\nbea,2\n", "w.csv, line 2: no class is called 'bea'; did you mean bee?"),
         ("w.csv", "ant,1\nbee\n", "w.csv, line 2: '' is no weight"),
+        ("w.csv", f"ant,1\nbee,{'9' * 140_000}\n", "w.csv: not CSV (field larger than field limit"),
         ("w.csv", "ant,1\nant,1\n", "w.csv, line 2: 'ant' is there already"),
         ("w.json", "[1, 2]", 'is not {"NAME": WEIGHT}'),
         ("w.json", "{", "not JSON"),

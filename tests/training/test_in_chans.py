@@ -19,6 +19,7 @@ from tools.serve.schema import openapi
 
 BANDS = 5
 OPTIONS = ("--in-chans", "5", "--no-repeated-aug", "--vflip", "0.5", "--epochs", "2")
+DEEP = (*OPTIONS, "--bit-depth", "16", "--rotate", "20", "--perspective", "0.4", "--blur-prob", "1")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,15 @@ def test_a_run_that_goes_on_from_memory_in_mid_epoch_is_the_whole_one(bands, tra
     again = ("--cache", "ram", "--resume", "auto")
     assert train(bands, tmp_path / "run", *OPTIONS, "--save-every-steps", "2", *again) == 0
     assert_same_state(newest(trained), newest(tmp_path / "run"))
+
+
+def test_sixteen_bits_by_the_batch_and_gone_on_with_one_by_one(bands, tmp_path):
+    assert train(bands, tmp_path / "whole", *DEEP, "--save-every-steps", "2") == 0
+    with stopped_after(8):
+        train(bands, tmp_path / "run", *DEEP, "--save-every-steps", "2")
+    again = ("--augment-on", "cpu", "--resume", "auto")
+    assert train(bands, tmp_path / "run", *DEEP, "--save-every-steps", "2", *again) == 0
+    assert_same_state(newest(tmp_path / "whole"), newest(tmp_path / "run"))
 
 
 def test_the_tools_know_bands(bands, trained, tmp_path, capsys):

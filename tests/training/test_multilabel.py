@@ -1,7 +1,7 @@
 """--task multilabel from the command line to the checkpoint: runs on tiny images."""
 
 import csv
-import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,10 @@ from runs import (
 from sklearn.metrics import average_precision_score, f1_score
 
 import main
+from checkpointing.files import load_checkpoint
+from checkpointing.folder import newer_checkpoints
 from inference import load_for_inference
+from tools.data import pack
 
 CLASSES = ["blue", "green", "red"]
 
@@ -41,8 +44,10 @@ def table(tmp_path_factory) -> Path:
 
 
 def arguments(table: Path, folder: Path, *more: str) -> list[str]:
-    argv = ["--task", "multilabel", "--data-set", "CSV", "--data-path", table]
-    argv += ["--val-fraction", "0.3", "--output-dir", folder, "--model", "deit_nano_patch4_32"]
+    packed = table.is_dir()
+    argv = ["--task", "multilabel", "--data-path", table, "--output-dir", folder]
+    argv += ["--data-set", "raw/x"] if packed else ["--data-set", "CSV", "--val-fraction", "0.3"]
+    argv += ["--model", "deit_nano_patch4_32"]
     argv += ["--input-size", "8", "--batch-size", "4", "--epochs", "2", "--num-workers", "0"]
     argv += ["--device", "cpu", "--lr", "0.01", "--log-interval", "2"]
     return [str(a) for a in (*argv, "--no-tensorboard", *more)]
@@ -61,7 +66,6 @@ def trained(table, tmp_path_factory) -> Path:
 
 def held_out(folder: Path, ema: bool) -> tuple[np.ndarray, np.ndarray]:
     """Targets and probabilities of the images that a run validates on, one by one."""
-    from checkpointing.files import load_checkpoint
     from config import DataOptions
     from pipeline.dataset import build_dataset
 
@@ -88,6 +92,10 @@ def test_the_log_has_scikit_learns_figures_and_the_checkpoint_the_thresholds(tra
         for mean in ("micro", "macro"):
             wanted = 100 * f1_score(targets, likely >= least, average=mean, zero_division=0)
             assert record[f"{prefix}_{mean}_f1{suffix}"] == pytest.approx(wanted)
+
+
+def test_the_list_is_read_once_for_both_parts(trained):
+    assert (trained / "run.log").read_text().count("labels between '|'") == 1
 
 
 def test_results_per_class_are_written(trained):
@@ -117,7 +125,12 @@ def test_evaluation_takes_the_thresholds_of_the_checkpoint(trained, tmp_path, ca
 
 @pytest.mark.parametrize("options", [("--cache", "none", "--augment-on", "cpu"), ()])
 def test_a_run_that_was_stopped_goes_on_exactly(table, tmp_path, options):
-    """Mixup and cutmix of the label vectors, one by one and by the batch."""
+    """Mixup and cutmix of the label vectors, one by one and by the batch of packed pixels."""
+    if not options:
+        data = ["--task", "multilabel", "--data-set", "CSV", "--data-path", str(table)]
+        data += ["--val-fraction", "0.3", "--output-dir", str(tmp_path / "packed")]
+        assert pack.main([*data, "--format", "raw"]) == 0
+        table = tmp_path / "packed"
     options += ("--loss", "asl", "--pos-weight", "balanced", "--smoothing", "0.1")
     assert train(table, tmp_path / "whole", *options) == 0
     with stopped_after(8):
@@ -144,13 +157,25 @@ def test_two_processes_evaluate_as_one(table, tmp_path, trained):
     assert lines[0] == lines[1] and len(lines[0]) == 2
 
 
-def test_two_processes_train(table, tmp_path):
-    codes, output = run_processes(
-        arguments(table, tmp_path / "run", "--epochs", "1", "--batch-size", "2"), tmp_path / "out"
-    )
+def test_two_processes_of_a_sharded_model_have_scikit_learns_figures(table, tmp_path):
+    """Thirteen images, of which one process has seven; the last epoch is resumed in its middle."""
+    folder = tmp_path / "run"
+    argv = arguments(table, folder, "--fsdp", "--batch-size", "2", "--val-fraction", "0.4")
+    argv += ["--save-every-steps", "4", "--keep", "9", "--model-kwargs", "depth=1"]
+    codes, output = run_processes(argv, tmp_path / "out")
     assert codes == [0, 0], output
-    record = json.loads((tmp_path / "run" / "log.txt").read_text())
-    assert 0 <= record["test_map"] <= 100 and len(newest(tmp_path / "run")["thresholds"]) == 3
+    whole, log = newest(folder), logged(folder)
+    for later in newer_checkpoints(folder, 1, 16):
+        shutil.rmtree(later)
+    codes, output = run_processes([*argv, "--resume", "auto"], tmp_path / "again")
+    assert codes == [0, 0] and "16 images into the next" in output, output
+    again = newest(folder)
+    assert_same_state(whole, again)
+    assert whole["thresholds"] == again["thresholds"] and log == logged(folder)
+    score = load_checkpoint(folder / "best.pth")["metrics"]["test_map"]
+    targets, likely = held_out(folder, False)
+    assert len(targets) == 13
+    assert score / 100 == pytest.approx(average_precision_score(targets, likely), abs=1e-6)
 
 
 def test_a_file_of_weights_that_is_missing_is_named(table, tmp_path, capsys):

@@ -14,7 +14,7 @@ IMAGES = ImageDataset(ArraySource(np.zeros((4, 4, 4), np.uint8), TARGETS, list("
 
 
 def test_numbers_and_counts():
-    assert positive_weights("", IMAGES) is None
+    assert positive_weights("", IMAGES) is positive_weights("none", IMAGES) is None
     assert positive_weights("2.5", IMAGES).tolist() == [2.5] * 4
     # 2 : 2, 3 : 1, no image, and no image without: as of one in all.
     torch.testing.assert_close(

@@ -8,6 +8,7 @@ from runs import (
     PLAIN,
     arguments,
     assert_close,
+    fork_process,
     logged,
     newest,
     start_process,
@@ -62,7 +63,7 @@ def test_two_tasks_of_slurm_meet_by_its_variables(images, alone, tmp_path):
     port = str(free_port())
     argv = arguments(images, tmp_path, *SGD)
     tasks = [
-        start_process(argv, **slurm_variables(rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        fork_process(argv, **slurm_variables(rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
         for rank in range(2)
     ]
     outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]

@@ -13,9 +13,9 @@ from runs import (
     STOPPED,
     Terminal,
     arguments,
+    fork_process,
     logged,
     newest,
-    start_process,
     stopped_after,
     train,
 )
@@ -29,7 +29,7 @@ from training.signals import NUMBERS, TIME_IS_UP, StopRequest
 def stopped_by(number: int, images: Path, folder: Path, *options: str) -> tuple[int, str]:
     """Exit code and output of a run that is sent a signal after its eighth update, of 18."""
     argv = arguments(images, folder, *options, *holding.OPTIONS)
-    process = start_process(argv, **holding.variables(folder.parent, 8))
+    process = fork_process(argv, **holding.variables(folder.parent, 8))
     holding.wait_for_hold(
         folder.parent, 0, lambda: process.poll() is not None, lambda: process.communicate()[0]
     )

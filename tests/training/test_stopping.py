@@ -22,6 +22,7 @@ from runs import (
     ROOT,
     arguments,
     assert_same_state,
+    fork_process,
     logged,
     newest,
     run_processes,
@@ -70,6 +71,8 @@ def start_hanging(argv: list[str], launcher: tuple[str, ...] = ()) -> subprocess
         argv = [*argv[:at], hanging.__file__, *argv[at:]]
     else:
         argv = [*argv, *hanging.OPTIONS]
+    if not launcher:
+        return fork_process(argv, **hanging.ENVIRONMENT)
     return start_process(argv, launcher, **hanging.ENVIRONMENT)
 
 
@@ -204,7 +207,7 @@ def test_a_checkpoint_that_storage_holds_is_given_up(images, tmp_path):
     folder = tmp_path / "run"
     options = (*impatient(tmp_path), *holding.OPTIONS[1:])
     argv = arguments(images, folder, "--cache", "none", *options)
-    process = start_process(argv, **holding.variables(tmp_path, 8))
+    process = fork_process(argv, **holding.variables(tmp_path, 8))
     holding.wait_for_hold(
         tmp_path, 0, lambda: process.poll() is not None, lambda: process.communicate()[0]
     )

@@ -1,7 +1,7 @@
 """training/train_sizes.py: smaller training images in early epochs, evaluation at the full size."""
 
 import pytest
-from runs import assert_same_state, logged, newest, stopped_after, train
+from runs import STOPPED, assert_same_state, logged, newest, stopped_after, train
 
 import models
 from config import resolve
@@ -29,16 +29,17 @@ def test_training_sees_each_size_and_evaluation_the_full_one(images, tmp_path, m
 
 
 def test_a_run_goes_on_exactly_in_a_later_phase(images, tmp_path):
-    """Six updates an epoch; with images that are kept ready for crops, and with a worker."""
+    """Six updates an epoch, of which the last is the first stop; with images that are kept ready
+    for crops, and with a worker."""
     options = (*SIZES, "--src", "--cache")
     assert train(images, tmp_path / "whole", *options, "none") == 0
     parts = tmp_path / "parts"
     for updates, more in (
-        (8, ("ram",)),
-        (7, ("none", "--num-workers", "1", "--resume", "auto")),  # up to update 15
+        (6, ("ram",)),
+        (9, ("none", "--num-workers", "1", "--resume", "auto")),  # up to update 15
     ):
         with stopped_after(updates):
-            train(images, parts, *options, *more)
+            assert train(images, parts, *options, *more) == STOPPED
     assert train(images, parts, *options, "none", "--resume", "auto") == 0
     assert_same_state(newest(tmp_path / "whole"), newest(parts))
     assert logged(tmp_path / "whole") == logged(parts)
@@ -47,6 +48,7 @@ def test_a_run_goes_on_exactly_in_a_later_phase(images, tmp_path):
 def test_what_does_not_fit_is_refused_before_training(images, tmp_path, capsys):
     for sizes, model, reason in (
         (["10:0"], "deit_nano_patch4_32", "don't tile"),
+        (["3:0"], "deit_nano_patch4_32", "the image is smaller than its layers take"),
         (
             ["24:0"],
             "deit_nano_patch4_32",

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from tools.bench.card_summary import Done, write_summary
@@ -83,8 +84,11 @@ def bench(name: str, limit: float, out: Path, *options: str, benchmark: str = ""
 def tests(name: str, files: Sequence[str], workers: int) -> Part:
     """Tests on several processes; a hanging one shows where in its output."""
     line = ["-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=8", "-p", "no:cacheprovider"]
-    line += ["-o", "faulthandler_timeout=100", "-n", str(workers), "--dist=worksteal", *files]
-    return Part(name, 150, tuple(line), toy=("--collect-only", "-n", "0"), told=False)
+    # The machine's own pytest may know fewer options, or have no pytest-xdist.
+    line += ["-o", "faulthandler_timeout=100", "-o", "addopts=", "--import-mode=importlib"]
+    several = ("-n", str(workers), "--dist=worksteal") if find_spec("xdist") else ()
+    one = ("-n", "0") if several else ()
+    return Part(name, 150, (*line, *several, *files), toy=("--collect-only", *one), told=False)
 
 
 def waves(out: Path, scratch: Path) -> list[list[Part]]:

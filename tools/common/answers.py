@@ -31,7 +31,7 @@ class Answers:
     """A model's answers to N images of C classes."""
 
     probabilities: np.ndarray
-    """(N, C) float32."""
+    """(N, C) float32; of a multi-label model float64."""
     targets: np.ndarray
     """(N,) int64; of a multi-label set (N, C) of 0 and 1."""
     indices: np.ndarray
@@ -50,7 +50,7 @@ class Answers:
 
     @property
     def confidences(self) -> np.ndarray:
-        """(N,) float32, their probabilities."""
+        """(N,), their probabilities."""
         return self.probabilities.max(1)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from config import Config
 from errors import UserError, os_error_text
-from pipeline.dataset import ImageDataset, build_dataset
+from pipeline.dataset import ImageDataset, build_parts
 from pipeline.formats import open_image
 from pipeline.limits import BadImageError, read_regular
 from pipeline.workers import auto_num_workers
@@ -27,10 +27,8 @@ BLOCK = 256  # images that are in memory at a time
 def parts(config: Config) -> dict[str, ImageDataset]:
     """The training and validation part of the run's data set, without a transform."""
     import_plugins(config.run.plugin)
-    return {
-        name: build_dataset(name == "train", config.data, seed=config.run.seed)
-        for name in ("train", "val")
-    }
+    train, val = build_parts(config.data, seed=config.run.seed, same_classes=False)
+    return {"train": train, "val": val}
 
 
 def new_folder(path: Path) -> None:

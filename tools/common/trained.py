@@ -23,6 +23,7 @@ from checkpointing.published import is_published, short_name
 from distributed.processes import Processes
 from errors import DataError, OptionError, UserError, first_names
 from inference import Classifier
+from optimization import multilabel
 from pipeline import imagenet
 from pipeline.dataset import ImageDataset, build_dataset
 from pipeline.loader import Loader
@@ -251,9 +252,10 @@ def _column_of_paths(path: Path) -> list[str]:
 def probabilities(classifier: Classifier, images: Tensor, *, flip: bool = False) -> Tensor:
     """(B, C, H, W) images to (B, K) float32; ``flip`` takes the mean with the mirrored ones'.
 
-    Those of a multi-label model don't sum to 1. Raises UserError where they are not finite.
+    Those of a multi-label model are float64 in host memory, as thresholds are chosen among, and
+    don't sum to 1. Raises UserError where they are not finite.
     """
-    squash = torch.sigmoid if is_multilabel(classifier) else partial(F.softmax, dim=1)
+    squash = _of_labels if is_multilabel(classifier) else partial(F.softmax, dim=1)
     answers = squash(classifier.model(images).float())
     if flip:
         answers = (answers + squash(classifier.model(images.flip(3)).float())) / 2
@@ -262,6 +264,10 @@ def probabilities(classifier: Classifier, images: Tensor, *, flip: bool = False)
             "the model's answers are not finite: python -m tools.inspect MODEL names bad weights"
         )
     return answers
+
+
+def _of_labels(logits: Tensor) -> Tensor:
+    return torch.from_numpy(multilabel.probabilities(logits.cpu().numpy()))
 
 
 def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -133,7 +133,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
             extra = sum(len(g["images"]) - 1 for g in groups)
             found.append(f"{name}: {_images(extra)} too many, copies of others")
             if torn := sum(len(g["classes"]) > 1 for g in groups):
-                found.append(f"{name}: {_images(torn)} under more than one class")
+                how = "with different labels" if "labels" in report else "under more than one class"
+                found.append(f"{name}: {_images(torn)} {how}")
         counts = part["classes"]
         if empty := [c for c, count in counts.items() if not count]:
             found.append(

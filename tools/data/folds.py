@@ -4,10 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.sources.stratified import deal_labels
+
 
 def deal_images(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Fold of each image, (N,) int64: of a class, as of all images, the folds' counts differ by one
-    at most. ``labels`` are (N,) integers."""
+    at most. ``labels`` are (N,) integers; or (N, K) of 0 and 1, by ``deal_labels``."""
+    if labels.ndim == 2:
+        return deal_labels(labels.astype(np.int64), np.ones(len(labels)), [1 / folds] * folds, seed)
     mixed = np.random.RandomState(seed).permutation(len(labels))
     by_class = mixed[np.argsort(labels[mixed], kind="stable")]
     fold = np.empty(len(labels), dtype=np.int64)
@@ -26,10 +30,13 @@ def deal_groups(
 
     Args:
         groups: (N,) integers from 0, the group of each image.
-        labels: (N,) integers from 0.
+        labels: (N,) integers from 0; or (N, K) of 0 and 1, which ``deal_labels`` shares out.
         shares: of the parts, above 0, 1 in all; no more parts than groups.
         seed: decides between groups that are alike.
     """
+    if labels.ndim == 2:
+        part_of = _deal_labelled(groups, labels, shares, seed)
+        return part_of[groups]
     share = np.asarray(shares)[:, None]
     classes, counts, starts = _contents(groups, labels)
     totals = np.bincount(classes, weights=counts)
@@ -48,6 +55,18 @@ def deal_groups(
         held[part, inside] += number
     _fill_empty(part_of, np.bincount(groups), len(shares))
     return part_of[groups]
+
+
+def _deal_labelled(
+    groups: np.ndarray, labels: np.ndarray, shares: Sequence[float], seed: int
+) -> np.ndarray:
+    """Part of each group of images with any number of labels."""
+    sizes = np.bincount(groups)
+    counts = np.zeros((len(sizes), labels.shape[1]), dtype=np.int64)
+    np.add.at(counts, groups, labels)
+    part_of = deal_labels(counts, sizes, shares, seed)
+    _fill_empty(part_of, sizes, len(shares))
+    return part_of
 
 
 def _contents(groups: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -77,15 +96,22 @@ def keep_classes(
     """What is held out, changed so that training has every class, and how many images that took.
 
     Of a class without training images the smallest group goes over to training. ``held_out`` is
-    (N,) bool, the others are (N,) integers from 0.
+    (N,) bool, ``groups`` are (N,) integers from 0; so are ``labels``, or they are (N, K) of 0 and
+    1.
     """
     held_out, moved = held_out.copy(), 0
     sizes = np.bincount(groups)
-    for label in np.setdiff1d(labels, labels[~held_out]):
-        if (labels[~held_out] == label).any():
+    for label in np.setdiff1d(classes_of(labels), classes_of(labels[~held_out])):
+        has = labels == label if labels.ndim == 1 else labels[:, label] > 0
+        if has[~held_out].any():
             continue  # came with the group of another class
-        candidates = np.unique(groups[labels == label])
+        candidates = np.unique(groups[has])
         of_group = groups == candidates[sizes[candidates].argmin()]
         moved += int((of_group & held_out).sum())
         held_out &= ~of_group
     return held_out, moved
+
+
+def classes_of(labels: np.ndarray) -> np.ndarray:
+    """The numbers of the classes that images of these labels, (N,) or (N, K), have."""
+    return np.unique(labels) if labels.ndim == 1 else np.flatnonzero(labels.any(0))

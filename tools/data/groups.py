@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from config import DataOptions
-from errors import OptionError, UserError, printable
+from errors import OptionError, UserError, printable, shown
 from pipeline.sources.csv_files import values_of_column
 
 PARENT = "parent"  # --group-by parent: the folder that an image lies in
@@ -51,8 +51,8 @@ def groups_of(
 def _by_pattern(paths: Sequence[str], pattern: str) -> list[str]:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
-        raise OptionError("group_pattern", f"{pattern!r} is no pattern: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise OptionError("group_pattern", f"{shown(pattern)} is no pattern: {error}") from None
     names = []
     for path in paths:
         found = compiled.search(path)

@@ -41,7 +41,8 @@ from pipeline.dataset import ImageDataset, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.formats import EXTENSIONS
 from pipeline.sources.base import Target
-from pipeline.sources.shard_index import ShardIndex
+from pipeline.sources.labels import Labels
+from pipeline.sources.shard_index import SEVERAL, Place, ShardIndex
 from tools.common import command, reading
 from tools.data.raw import SIDE, Raw, RawImage, RawWriter
 
@@ -122,8 +123,7 @@ def _encode(image: Image.Image, form: str, quality: int = QUALITY) -> bytes:
 class ShardWriter:
     """Writes samples into shards of about ``limit`` bytes, each with its index.
 
-    With the names of ``classes`` samples have any number of labels, by name in a ``.json``; an
-    index has one of each, so there is none.
+    With the names of ``classes`` samples have any number of labels, by name in a ``.json``.
     """
 
     def __init__(
@@ -149,13 +149,15 @@ class ShardWriter:
         if self._tar is None:
             path = self.folder / f"{self.part}-{len(self.shards):06d}.tar"
             self._tar = tarfile.TarFile(path, "w", format=tarfile.USTAR_FORMAT)
-            self._rows: list[tuple[int, int, int, str]] = []
+            self._rows: list[Place] = []
+            self._labels: list[Labels] = []
             self.shards.append(path)
         offset = self._member(f"{packed.key}.{packed.extension}", packed.content)
-        label = 0 if self.classes else packed.label
+        label = SEVERAL if self.classes else packed.label
         self._rows.append((offset, len(packed.content), label, packed.key))
         if self.classes:
-            names = [self.classes[k] for k in np.flatnonzero(packed.label)]
+            names = tuple(self.classes[k] for k in np.flatnonzero(packed.label))
+            self._labels.append(names)
             self._member(f"{packed.key}.json", json.dumps({"labels": names}).encode())
         else:
             self._member(f"{packed.key}.cls", str(packed.label).encode())
@@ -175,8 +177,8 @@ class ShardWriter:
             self._tar.close()
             self._tar = None
             shard = self.shards[-1]
-            if not self.classes:
-                ShardIndex.of(self._rows, shard.stat().st_size).write(shard)
+            index = ShardIndex.of(self._rows, shard.stat().st_size)
+            index.write(shard, self._labels if self.classes else None)
             self.lengths.append(len(self._rows))
 
     def abandon(self) -> None:
@@ -331,8 +333,6 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     if not config.run.output_dir:
         raise UserError("--output-dir: say where the images are to go")
     raw = arguments.format == "raw"
-    if raw and config.data.task == MULTILABEL:
-        raise UserError("--format: raw keeps one class of an image: drop it for --task multilabel")
     for name in ("shard_size", "quality"):
         if raw and getattr(arguments, name) is not None:
             raise UserError(

@@ -19,7 +19,7 @@ from pipeline.decoding import decode, naming_lack_of_memory
 from pipeline.disk_cache import estimated_bytes, key_of, size_text, small_pixels, whole_of
 from pipeline.image_file import SUFFIX, DamagedError, ImageFile
 from pipeline.limits import BadImageError
-from pipeline.sources.base import Source
+from pipeline.sources.base import Source, Target
 from pipeline.sources.raw import INFO, LIST_SUFFIX
 
 SIDE = 256  # pixels of the short side, where none is given: for inputs of 224
@@ -31,7 +31,8 @@ class RawImage(NamedTuple):
     pixels: np.ndarray
     """uint8 (H, W, 3)."""
     name: str
-    label: int
+    label: Target
+    """Number of the class, or which classes it has, (K,)."""
     problem: str = ""
 
 
@@ -57,7 +58,7 @@ class RawWriter:
         whole, numbers = whole_of(source)
         key = key_of(whole, f"raw {part}, side {side}, {zlib.crc32(numbers)}")
         self.file = ImageFile(folder / f"{part}{SUFFIX}", key, len(source))
-        self.labels: list[int] = []
+        self.labels: list[Target] = []
         self.names: list[bytes] = []
         self.crc = 0
 
@@ -70,14 +71,13 @@ class RawWriter:
         """Append an image."""
         number = self.done
         _, seen = self.file.row(number)
-        self.file.write(number, image.pixels, image.label, 0, seen)
+        self.file.write(number, image.pixels, _in_row(image.label), 0, seen)
         self.labels.append(image.label)
         self.names.append(os.fsencode(image.name))
 
     def close(self) -> None:
         """Write labels and names, and read everything back. Raises OSError and UserError."""
-        content = np.array(self.labels, dtype="<i8").tobytes()
-        content += b"".join(name + b"\0" for name in self.names)
+        content = _stored(self.labels) + b"".join(name + b"\0" for name in self.names)
         path = self.folder / f"{self.part}{LIST_SUFFIX}"
         path.write_bytes(content)
         os.chmod(self.file.path, path.stat().st_mode)  # others may read it too
@@ -86,7 +86,7 @@ class RawWriter:
         try:
             for number in range(self.done):
                 row, _ = self.file.row(number)
-                if row.label != self.labels[number] or not row.offset:
+                if row.label != _in_row(self.labels[number]) or not row.offset:
                     raise DamagedError
                 self.file.pixels(row)
         except DamagedError:
@@ -105,6 +105,18 @@ class RawWriter:
         """What was written, in words; it lies in ``folder`` by now."""
         size = (folder / self.file.path.name).stat().st_size
         return f"{self.part}: {self.done} images in one file, {size / 2**20:.1f} MiB"
+
+
+def _in_row(label: Target) -> int:
+    """The label beside an image's pixels; of several the list alone has them."""
+    return 0 if np.ndim(label) else int(label)
+
+
+def _stored(labels: Sequence[Target]) -> bytes:
+    """All labels as ``pipeline.sources.raw.RawSource`` reads them."""
+    if labels and np.ndim(labels[0]):
+        return np.packbits(np.stack(labels), axis=1).tobytes()
+    return np.array(labels, dtype="<i8").tobytes()
 
 
 @dataclass(frozen=True)
@@ -158,4 +170,6 @@ class Raw:
         """The list of the parts."""
         parts = {writer.part: writer.info() for writer in writers}
         info = {"side": self.side, "classes": list(classes), "parts": parts}
+        if np.ndim(writers[0].labels[0]):
+            info["several"] = True  # labels of an image
         (folder / INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")

@@ -15,7 +15,8 @@ validated in one of them.
 
     python -m tools.data split tags.csv --task multilabel --output-dir tags-split
 
-deals out images with any number of labels, so that each label has its share in every part.
+deals out images with any number of labels, so that each label has its share in every part; with
+--folds and --group-by too.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from pipeline.dataset import ImageDataset, build_dataset, findings
 from pipeline.sources.base import stratified_split
 from pipeline.sources.stratified import iterative_split
 from tools.common import command
-from tools.data.folds import deal_groups, deal_images, keep_classes
+from tools.data.folds import classes_of, deal_groups, deal_images, keep_classes
 from tools.data.groups import PARENT, groups_of
 from utils import written_whole
 
@@ -87,9 +89,10 @@ def parts_of(
     """
     rest, parts = np.arange(len(labels)), {}
     if groups is None:
+        split_off = stratified_split if labels.ndim == 1 else iterative_split
         if test:
-            rest, parts["test"] = stratified_split(labels, test, seed)
-        train, held_out = stratified_split(labels[rest], val / (1 - test), seed)
+            rest, parts["test"] = split_off(labels, test, seed)
+        train, held_out = split_off(labels[rest], val / (1 - test), seed)
         return {"train": rest[train], "val": rest[held_out], **parts}, 0
     names = ("train", "val", "test") if test else ("train", "val")
     part = deal_groups(groups, labels, (1 - val - test, val, test)[: len(names)], seed)
@@ -140,70 +143,68 @@ def write(folder: Path, name: str, rows: Sequence[Row]) -> None:
 def split(arguments: argparse.Namespace) -> None:
     """Carry out the command."""
     val, test, folds = arguments.val, arguments.test, arguments.folds
-    if arguments.task == MULTILABEL:
-        _split_labels(arguments, 0.1 if val is None else val)
-        return
     for option in ("label_columns", "label_separator"):
-        if getattr(arguments, option):
+        if getattr(arguments, option) and arguments.task != MULTILABEL:
             raise OptionError(option, f"is for several labels per image: add --task {MULTILABEL}")
     if folds and val is not None:
         raise UserError("--val is a share of one split: with --folds leave it out")
     val = 1 / folds if folds else 0.1 if val is None else val
     if not (0 < val < 1 and 0 <= test < 1 and (folds or val + test < 1)):
         raise UserError("--val and --test are shares: --val above 0, both together below 1")
-    columns = {name: getattr(arguments, name) for name in _COLUMNS}
-    rows, options = read(arguments.source, **columns)
-    paths = [path for path, _ in rows]
-    groups = groups_of(paths, options, arguments.group_by, arguments.group_pattern)
-    labels = np.unique([name for _, name in rows], return_inverse=True)[1]
+    listed = _listed(arguments)
+    paths = [path for path, _ in listed.rows]
+    groups = groups_of(paths, listed.options, arguments.group_by, arguments.group_pattern)
     needed = folds + bool(test) if folds else 2 + bool(test)
-    _refuse_few(needed, labels, groups)
+    _refuse_few(needed, listed.labels, groups)
     if folds:
-        _write_folds(arguments, rows, labels, groups)
+        _write_folds(arguments, listed, groups)
         return
-    parts, moved = parts_of(labels, groups, val, test, arguments.seed)
+    parts, moved = parts_of(listed.labels, groups, val, test, arguments.seed)
     _refuse_existing(arguments.output_dir, parts)
-    _write_lists(arguments.output_dir, rows, parts)
-    _say_moved(moved, "training, as the only ones of a class there")
-    say(f"next: python main.py --data-set CSV --data-path {shlex.quote(str(arguments.output_dir))}")
+    _write_lists(arguments.output_dir, listed, parts)
+    _say_moved(moved, f"training, as the only ones of a {listed.what[0]} there")
+    place = shlex.quote(str(arguments.output_dir))
+    say(f"next: python main.py {listed.words}--data-set CSV --data-path {place}")
 
 
-def _split_labels(arguments: argparse.Namespace, val: float) -> None:
-    """Split images with any number of labels, which the lists have as JSON."""
-    for option in ("folds", "group_by", "group_pattern"):
-        if getattr(arguments, option):
-            raise OptionError(option, f"goes by one class per image: not with --task {MULTILABEL}")
-    test, source = arguments.test, arguments.source
-    if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
-        raise UserError("--val and --test are shares: --val above 0, both together below 1")
+@dataclass(frozen=True)
+class Listed:
+    """All images of a set, and how they were read."""
+
+    rows: list[Row]
+    labels: np.ndarray
+    """(N,) integers from 0; of several labels per image (N, K) of 0 and 1."""
+    options: DataOptions
+    classes: int
+    """How many there are."""
+
+    @property
+    def what(self) -> tuple[str, str]:
+        """What one, and several of those, are called."""
+        return ("class", "classes") if self.labels.ndim == 1 else ("label", "labels")
+
+    @property
+    def words(self) -> str:
+        """What training needs to be told, with a space behind it."""
+        return "" if self.labels.ndim == 1 else f"--task {MULTILABEL} "
+
+
+def _listed(arguments: argparse.Namespace) -> Listed:
+    columns = {name: getattr(arguments, name) for name in _COLUMNS}
+    if arguments.task != MULTILABEL:
+        rows, options = read(arguments.source, **columns)
+        names, labels = np.unique([name for _, name in rows], return_inverse=True)
+        return Listed(rows, labels, options, len(names))
+    source = arguments.source
     if not source.is_file():
         raise UserError(f"{source}: the labels are in no folder: name a CSV file")
-    columns = {name: getattr(arguments, name) for name in _COLUMNS}
     columns |= {name: getattr(arguments, name) for name in ("label_columns", "label_separator")}
-    images = _both_halves(source, task=MULTILABEL, data_set="CSV", **columns).source.source
-    targets = images.targets
-    _refuse_few(2 + bool(test), targets, None)
-    rest, parts = np.arange(len(targets)), {}
-    if test:
-        rest, parts["test"] = iterative_split(targets, test, arguments.seed)
-    train, held_out = iterative_split(targets[rest], val / (1 - test), arguments.seed)
-    parts = {"train": rest[train], "val": rest[held_out], **parts}
-    folder = arguments.output_dir
-    _refuse_existing(folder, parts)
-    names = [[images.classes[k] for k in np.flatnonzero(target)] for target in targets]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, indices in parts.items():
-            listed = [(images.sample_id(i), json.dumps(names[i])) for i in indices]
-            write(folder, name, listed)
-            there = int(targets[indices].any(0).sum())
-            say(f"{folder / name}.csv: {len(indices)} images of {there} labels")
-            if there < len(images.classes):
-                say(f"warning: {name} has no image of {len(images.classes) - there} labels")
-    except OSError as error:
-        raise command.not_written(folder, error) from None
-    place = shlex.quote(str(folder))
-    say(f"next: python main.py --task {MULTILABEL} --data-set CSV --data-path {place}")
+    columns |= {"task": MULTILABEL, "data_set": "CSV"}
+    images = _both_halves(source, **columns).source.source
+    names = [[images.classes[k] for k in np.flatnonzero(target)] for target in images.targets]
+    rows = [(images.sample_id(i), json.dumps(each)) for i, each in enumerate(names)]
+    options = DataOptions(data_path=str(source), **columns)
+    return Listed(rows, images.targets, options, len(images.classes))
 
 
 def _refuse_few(needed: int, labels: np.ndarray, groups: np.ndarray | None) -> None:
@@ -214,11 +215,9 @@ def _refuse_few(needed: int, labels: np.ndarray, groups: np.ndarray | None) -> N
         raise UserError(f"{count} {what} are too few for {needed} parts: ask for fewer")
 
 
-def _write_folds(
-    arguments: argparse.Namespace, rows: list[Row], labels: np.ndarray, groups: np.ndarray | None
-) -> None:
-    folds, folder = arguments.folds, arguments.output_dir
-    rest = np.arange(len(rows))
+def _write_folds(arguments: argparse.Namespace, listed: Listed, groups: np.ndarray | None) -> None:
+    folds, folder, labels = arguments.folds, arguments.output_dir, listed.labels
+    rest = np.arange(len(labels))
     test: dict[str, np.ndarray] = {}
     if arguments.test:
         shares = parts_of(labels, groups, arguments.test, 0.0, arguments.seed)
@@ -233,13 +232,13 @@ def _write_folds(
     for name in names:
         _refuse_existing(folder / name, ("train", "val"))
     if test:
-        _write_lists(folder, rows, test)
+        _write_lists(folder, listed, test)
     for name, (train, val, moved) in zip(names, found, strict=True):
-        _write_lists(folder / name, rows, {"train": rest[train], "val": rest[val]})
-        _say_moved(moved, f"training in {name} too, as the only ones of a class")
+        _write_lists(folder / name, listed, {"train": rest[train], "val": rest[val]})
+        _say_moved(moved, f"training in {name} too, as the only ones of a {listed.what[0]}")
     place, runs = (shlex.quote(str(path)) for path in (folder, f"{folder}-runs"))
     say(
-        f"next: for k in $(seq {folds}); do python main.py --data-set CSV "
+        f"next: for k in $(seq {folds}); do python main.py {listed.words}--data-set CSV "
         f"--data-path {place}/fold-$k --output-dir {runs}/fold-$k; done"
     )
     say(f"then: python -m tools.summary {runs}/fold-*")
@@ -256,20 +255,19 @@ def _refuse_existing(folder: Path, names: Iterable[str]) -> None:
             raise UserError(f"{folder / name}.csv is there already: choose another --output-dir")
 
 
-def _write_lists(folder: Path, rows: list[Row], parts: Mapping[str, np.ndarray]) -> None:
+def _write_lists(folder: Path, listed: Listed, parts: Mapping[str, np.ndarray]) -> None:
     """Write the list of each part, and say what it has and lacks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, indices in parts.items():
-            write(folder, name, [rows[i] for i in indices])
+            write(folder, name, [listed.rows[i] for i in indices])
     except OSError as error:
         raise command.not_written(folder, error) from None
-    classes = len({name for _, name in rows})
     for name, indices in parts.items():
-        there = len({rows[i][1] for i in indices})
-        say(f"{folder / name}.csv: {len(indices)} images of {there} classes")
-        if there < classes:
-            say(f"warning: {name} has no image of {classes - there} classes, which have too few")
+        there, what = len(classes_of(listed.labels[indices])), listed.what[1]
+        say(f"{folder / name}.csv: {len(indices)} images of {there} {what}")
+        if lacks := listed.classes - there:
+            say(f"warning: {name} has no image of {lacks} {what}, which have too few")
 
 
 def _folds(text: str) -> int:

@@ -10,7 +10,7 @@ from timm.models import model_entrypoint
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
-from architectures.factory import COLOURS
+from architectures.first_conv import COLOURS
 from augmentation.preprocessing import Preprocessing
 from checkpointing.digest import save_safetensors
 from checkpointing.files import MULTILABEL, task_of, thresholds_of

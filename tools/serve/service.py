@@ -183,7 +183,8 @@ class Service:
     def _explain(self, tensor: torch.Tensor, class_index: int | None) -> str:
         heat = explain.heatmap(self.classifier, tensor, class_index)
         preprocessing = self.model.content["preprocessing"]
-        seen = explain.seen(tensor, preprocessing["mean"], preprocessing["std"])
+        depth = preprocessing.get("bit_depth", 8)
+        seen = explain.seen(tensor, preprocessing["mean"], preprocessing["std"], depth)
         factor = max(1, SHOWN_SIDE / max(seen.size))
         size = [round(factor * side) for side in seen.size]
         drawn = explain.overlay(seen.resize(size, Image.Resampling.NEAREST), heat)

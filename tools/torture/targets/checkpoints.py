@@ -20,7 +20,14 @@ import inference
 import models
 from augmentation.preprocessing import Preprocessing
 from checkpointing.digest import save_safetensors
-from checkpointing.files import load_checkpoint, options_of, save_checkpoint, split_of, weights_of
+from checkpointing.files import (
+    load_checkpoint,
+    options_of,
+    save_checkpoint,
+    split_of,
+    thresholds_of,
+    weights_of,
+)
 from checkpointing.folder import load_newest, name_of
 from errors import UserError
 from optimization.optimizer import build_optimizer
@@ -88,6 +95,9 @@ def _content(kind: str) -> dict[str, Any]:
             "preprocessing": Preprocessing(_SIZE, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3).to_dict(),
             "split": {"seed": 0, "held_out": torch.arange(4), "train": 40},
             "metrics": {"test_acc1": 50.0, "test_loss": 1.0},
+            "thresholds": [0.5] * len(_NAMES),
+            "ema_thresholds": [0.25, 0.5, 1.0],
+            "tracking": {"key": "0" * 16, "project": "p", "name": "n"},
             "bad_images": ["a.png: cut off"],
             "versions": {"torch": "2.0", "timm": "1.0"},
         }
@@ -140,6 +150,7 @@ def _read_fields(content: dict[str, Any], folder: Path) -> None:
         lambda: options_of(path),
         lambda: split_of(found, 0),
         lambda: weights_of(found),
+        lambda: thresholds_of(found),
         lambda: load_newest(folder),
         lambda: (inference.from_content(found), inference.metadata_of(found)),
     )
