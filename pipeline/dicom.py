@@ -58,7 +58,9 @@ def read_dicom(file: BinaryIO) -> np.ndarray:
             values = pydicom.pixels.pixel_array(found)
             shape = (int(header.Rows), int(header.Columns), *((3,) if kind not in _GREYS else ()))
             if values.shape != shape:
-                raise BadImageError(f"DICOM of {values.shape} pixels that claims to be {shape}")
+                raise BadImageError(
+                    f"DICOM of {values.shape} pixels that claims to be {shape}: write it anew"
+                )
             values = of_stored_bits(values, header, exact=syntax is not None)
             if kind not in _GREYS:
                 return (values / np.float32(2 ** int(header.BitsStored) - 1)).astype(np.float32)

@@ -22,6 +22,7 @@ from tools.torture.targets import Target
 from tools.torture.targets.mutation import (
     changed,
     mutated,
+    mutated_file,
     mutated_text,
     odd_number,
     odd_text,
@@ -69,10 +70,7 @@ _TABLE_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def _table(rng: random.Random) -> tuple[bytes, dict[str, Any]]:
-    if rng.random() < 0.2:
-        content = mutated(rng, [text.encode() for text in _TABLES])
-    else:
-        content = mutated_text(rng, _TABLES).encode("utf-8", "surrogatepass")
+    content = mutated_file(rng, _TABLES, 0.2)
     odd = rng.sample(list(_TABLE_OPTIONS), rng.choice((0, 0, 1, 2)))
     options = {name: rng.choice(_TABLE_OPTIONS[name]) for name in odd}
     divided = b"split" in content or b"is_train" in content

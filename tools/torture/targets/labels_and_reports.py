@@ -10,7 +10,14 @@ from loggers import read_log
 from tools.common.trained import find_images
 from tools.serve.drift import Reference
 from tools.torture.targets import Target
-from tools.torture.targets.mutation import changed, mutated, mutated_text, odd_text, odd_value
+from tools.torture.targets.mutation import (
+    changed,
+    mutated,
+    mutated_file,
+    mutated_text,
+    odd_text,
+    odd_value,
+)
 from tools.tune.space import grid_points, read_space
 from training.label_files import read_class_map, read_real_labels, read_valid_labels
 from training.label_space import ModelClasses
@@ -65,9 +72,7 @@ _LISTS = ["path,label\na.png,1\nb.png,2\n", "a.png\nb.png\n", '"x, y.png"\n\n', 
 
 
 def _list(rng: random.Random) -> bytes:
-    if rng.random() < 0.3:
-        return mutated(rng, [text.encode() for text in _LISTS])
-    return mutated_text(rng, _LISTS).encode("utf-8", "surrogatepass")
+    return mutated_file(rng, _LISTS, 0.3)
 
 
 def _read_list(content: bytes, folder: Path) -> None:

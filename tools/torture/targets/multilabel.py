@@ -19,7 +19,14 @@ from config.train_sizes import stages
 from pipeline.sources.base import Source
 from pipeline.sources.registry import open_source
 from tools.torture.targets import Target
-from tools.torture.targets.mutation import changed, mutated, mutated_text, odd_text, odd_value
+from tools.torture.targets.mutation import (
+    changed,
+    mutated,
+    mutated_file,
+    mutated_text,
+    odd_text,
+    odd_value,
+)
 from training.class_weights import read_class_weights
 
 _CLASSES = ["cat", "dog", "n01440764 tench", "é", "3"]
@@ -52,10 +59,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def _table(rng: random.Random) -> tuple[bytes, dict[str, Any]]:
-    if rng.random() < 0.2:
-        content = mutated(rng, [text.encode() for text in _TABLES])
-    else:
-        content = mutated_text(rng, _TABLES).encode("utf-8", "surrogatepass")
+    content = mutated_file(rng, _TABLES, 0.2)
     names = rng.sample(list(_OPTIONS), rng.choice((0, 0, 1, 2)))
     options = {name: rng.choice(_OPTIONS[name]) for name in names}
     return content, options if b"split" in content else {"val_fraction": 0.5, **options}
@@ -155,9 +159,7 @@ _WEIGHTS = {
 
 def _weights(rng: random.Random) -> tuple[str, bytes]:
     ending = rng.choice(list(_WEIGHTS))
-    if rng.random() < 0.3:
-        return ending, mutated(rng, [text.encode() for text in _WEIGHTS[ending]])
-    return ending, mutated_text(rng, _WEIGHTS[ending]).encode("utf-8", "surrogatepass")
+    return ending, mutated_file(rng, _WEIGHTS[ending], 0.3)
 
 
 def _read_weights(given: tuple[str, bytes], folder: Path) -> None:

@@ -105,6 +105,13 @@ def mutated_text(rng: random.Random, seeds: Sequence[str], most: int = 4) -> str
     return text
 
 
+def mutated_file(rng: random.Random, seeds: Sequence[str], share: float) -> bytes:
+    """A changed text file; a ``share`` of them is changed as bytes."""
+    if rng.random() < share:
+        return mutated(rng, [text.encode() for text in seeds])
+    return mutated_text(rng, seeds).encode("utf-8", "surrogatepass")
+
+
 # --- changes to bytes -----------------------------------------------------------------------------
 
 
