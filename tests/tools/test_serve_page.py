@@ -2,14 +2,17 @@
 
 import argparse
 import base64
+import contextlib
 import io
 import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from after_training import train
 from PIL import Image
 from selenium import webdriver
@@ -78,12 +81,17 @@ def crop(photo, region, rng):
     return photo.crop(tuple(map(int, box))).resize((64, 64))
 
 
-@pytest.fixture(scope="module")
-def address(checkpoint):
+def opened(checkpoint):
     given = argparse.Namespace(model=str(checkpoint), ema=False, device="cpu", plugin=[])
     model = trained.open_model(given)
     # Folders can't have such names; class lists of CSV files can.
     model.classifier.class_names[:] = NAMES
+    return model
+
+
+@contextlib.contextmanager
+def served(model):
+    """The address of the page."""
     service = Service(model, "parts", Nursery(), limits=Limits(), batching=Batching())
     server = Server(app.build_app(service), service)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -91,9 +99,17 @@ def address(checkpoint):
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint):
+    with served(opened(checkpoint)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +175,31 @@ def test_a_chosen_image_gets_classes_and_a_map(page, photo):
     assert explanation.get_property("naturalWidth") == 224
     assert texts[0][0] in explanation.get_attribute("alt")
     assert find(page, "image").get_property("naturalWidth") == 640
+
+
+def test_labels_that_reach_their_threshold_are_marked(browser, checkpoint, photo):
+    model = opened(checkpoint)
+    with torch.no_grad():
+        logits = model.classifier.model(model.classifier.transform(photo)[None])[0]
+    shares = torch.sigmoid(logits).tolist()
+    there = {name for name, share in zip(NAMES, shares, strict=True) if share > 0.5}
+    assert 0 < len(there) < 5
+    several = replace(model.classifier, task="multilabel", thresholds=(0.5,) * len(NAMES))
+    with served(model._replace(classifier=several)) as address:
+        browser.get(address)
+        choose(browser, photo)
+        assert find(browser, "likely").text == "Labels"
+        rows = browser.find_elements(By.CSS_SELECTOR, "#classes button")
+        texts = [row.text.splitlines() for row in rows]
+        marked = {name.removeprefix("✓ ") for name, _ in texts if name.startswith("✓ ")}
+        assert marked == there
+        assert [float(share.removesuffix(" %")) for _, share in texts] == pytest.approx(
+            sorted((100 * share for share in shares), reverse=True)[:5], abs=0.06
+        )
+        assert rows[0].get_attribute("title") == "there from 50.0 %"
+        assert [row.get_attribute("class") for row in rows[len(there) :]] == ["absent"] * (
+            5 - len(there)
+        )
 
 
 def test_names_of_files_and_classes_are_text(page, photo):
