@@ -30,6 +30,7 @@ from tools.common.page import Page
 
 ABOUT = "the class in question (default: the likeliest; multi-label: each that is there)"
 METHODS = ("auto", "rollout", "last", "grad-cam")
+SIDE = 224  # pixels of an image on the page, and of one that is drawn at least
 
 
 def heatmap(
@@ -271,6 +272,16 @@ def seen(
     return composite(pixels.numpy())
 
 
+def enlarged(model: trained.Trained, tensor: Tensor) -> Image.Image:
+    """What ``model`` sees of an image, ``SIDE`` pixels at least: small inputs are drawn large
+    enough to be looked at."""
+    form = model.content["preprocessing"]
+    image = seen(tensor, form["mean"], form["std"], form.get("bit_depth", 8))
+    factor = max(1, SIDE / max(image.size))
+    size = [round(factor * side) for side in image.size]
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -322,15 +333,10 @@ def _run(arguments: argparse.Namespace) -> int:
             say(f"{path}: {error}", error=True)
             unreadable += 1
             continue
-        image = seen(tensor, *_normalisation(model), _bit_depth(model))
-        # Small inputs are drawn large enough to be looked at.
-        factor = max(1, 224 / max(image.size))
-        image = image.resize(
-            [round(factor * side) for side in image.size], Image.Resampling.NEAREST
-        )
+        image = enlarged(model, tensor)
         answer = trained.probabilities(classifier, tensor[None].to(model.device))[0].cpu()
         asked = _asked(classifier, arguments, index, answer)
-        page.image(image, _caption(classifier, path, asked[0], answer), width=224)
+        page.image(image, _caption(classifier, path, asked[0], answer), width=SIDE)
         for place, about in enumerate(asked, start=1):
             heat = heatmap(
                 classifier,
@@ -343,7 +349,7 @@ def _run(arguments: argparse.Namespace) -> int:
             drawn = overlay(image, heat)
             end = f"-{place}" if len(asked) > 1 else ""
             _save(drawn, arguments.output / f"{number:04d}-{Path(path).stem}{end}.png")
-            page.image(drawn, _caption(classifier, path, about, answer), width=224)
+            page.image(drawn, _caption(classifier, path, about, answer), width=SIDE)
     page.write(arguments.output / "explain.html")
     say(f"explanations: {arguments.output / 'explain.html'}")
     return trained.SOME_UNREADABLE if unreadable else 0
@@ -370,15 +376,6 @@ def _caption(classifier: Classifier, path: str, about: int | None, answer: Tenso
         threshold = labels.thresholds_of(classifier)[index]
         caption += "" if answer[index] >= threshold else f", below its {100 * threshold:.1f} %"
     return caption
-
-
-def _bit_depth(model: trained.Trained) -> int:
-    return model.content["preprocessing"].get("bit_depth", 8)
-
-
-def _normalisation(model: trained.Trained) -> tuple[Sequence[float], Sequence[float]]:
-    preprocessing = model.content["preprocessing"]
-    return preprocessing["mean"], preprocessing["std"]
 
 
 def _save(image: Image.Image, path: Path) -> None:

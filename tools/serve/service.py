@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 
 from errors import UserError
 from pipeline.limits import BYTES_PER_PIXEL
@@ -26,7 +25,6 @@ from tools.serve.images import RefusedError
 from tools.serve.metrics import Metrics
 from tools.serve.nursery import Nursery
 
-SHOWN_SIDE = 224  # pixels that an explanation has at least
 DECODER_BYTES = 128 * 2**20  # of a decoding process, beside the file and its pixels
 
 
@@ -182,12 +180,7 @@ class Service:
 
     def _explain(self, tensor: torch.Tensor, class_index: int | None) -> str:
         heat = explain.heatmap(self.classifier, tensor, class_index)
-        preprocessing = self.model.content["preprocessing"]
-        depth = preprocessing.get("bit_depth", 8)
-        seen = explain.seen(tensor, preprocessing["mean"], preprocessing["std"], depth)
-        factor = max(1, SHOWN_SIDE / max(seen.size))
-        size = [round(factor * side) for side in seen.size]
-        drawn = explain.overlay(seen.resize(size, Image.Resampling.NEAREST), heat)
+        drawn = explain.overlay(explain.enlarged(self.model, tensor), heat)
         buffer = io.BytesIO()
         drawn.save(buffer, "PNG")
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
