@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from architectures.hub import FOLDER, HUB, described, refuse_enormous, unasked
+from architectures.hub import FOLDER, HUB, built_by, refuse_enormous, unasked
 from architectures.library_model import TRANSFORMERS
 from architectures.variant import Variant
 from architectures.weights import load_pretrained_weights
@@ -28,7 +28,7 @@ from checkpointing.files import (
     weights_of,
 )
 from checkpointing.form import wrong_form
-from checkpointing.published import Published, is_published, read_published
+from checkpointing.published import Published, is_published, label_names, read_published
 from checkpointing.task_notes import noted_task
 from checkpointing.variants import FORM_OPTIONS, form_options, saved_variant
 from errors import CheckpointError, OptionError, UserError, first_line, first_names, printable
@@ -128,19 +128,8 @@ def _as_checkpoint(published: Published) -> dict[str, Any]:
 
 def _class_names(published: Published) -> list[str]:
     """Those that come with the weights, else ImageNet's by their number, else "class 0" …"""
-    count, given = published.cfg["num_classes"], published.cfg.get("label_names")
-    if not given:
-        return list(imagenet.class_names(count) or unnamed(count))
-    if not isinstance(given, Mapping | list | tuple):
-        raise CheckpointError(f"the label_names in its config.json are a {type(given).__name__}")
-    if isinstance(given, Mapping):  # by number, which may have gaps
-        given = [given.get(str(i), f"class {i}") for i in range(count)]
-    if len(given) != count:
-        raise CheckpointError(
-            f"{published.name} has {count} classes and {len(given)} label_names: correct them in "
-            "its config.json"
-        )
-    return list(map(str, given))
+    count = published.cfg["num_classes"]
+    return label_names(published.cfg) or list(imagenet.class_names(count) or unnamed(count))
 
 
 def unnamed(num_classes: int) -> list[str]:
@@ -314,7 +303,7 @@ def from_content(
     weights = weights_of(content, ema=ema)
     name, variant = options["model"], saved_variant(content)
     refuse_enormous(variant.arguments, "model_kwargs")
-    with described(name, content.get("hub_config")), unasked([name]):
+    with built_by(name, content.get("hub_config")), unasked([name]):
         _check_fit(name, len(class_names), trained, weights, variant)
         model = _build(name, len(class_names), preprocessing, variant)
     if preprocessing.input_size != trained.input_size:

@@ -23,10 +23,11 @@ from checkpointing.files import (
     task_of,
     weights_of,
 )
-from checkpointing.published import FOLDER, HUB, TIMM, is_published
+from checkpointing.published import FOLDER, HUB, TIMM, classes_of, is_published, label_names
 from checkpointing.variants import saved_variant
 from config import LossOptions
 from errors import CheckpointError, OptionError
+from pipeline import imagenet
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ def build_teacher(
                 message = f"no weights of {name} are published: give a checkpoint"
                 raise OptionError("teacher_path", message)
             _check_task(CLASSIFICATION, task)
-            _check_count(f"the weights of {name} know", cfg["num_classes"], num_classes)
+            _check_count(f"the weights of {name} know", classes_of(cfg), num_classes)
+            names = label_names(cfg) or imagenet.class_names(num_classes)
+            _check_classes(names, class_names)
             own = Preprocessing.of_model(cfg)
             teacher = _model(name, num_classes, own, pretrained=True)
         else:
@@ -239,7 +242,25 @@ def _check_count(who: str, theirs: int, ours: int) -> None:
 
 
 def _check_classes(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:
-    if theirs is None or ours is None or list(theirs) == list(ours):
+    """OptionError unless a teacher's classes are the data set's, in its order.
+
+    ImageNet's go by several names. Of weights without names nothing is known, but where the data
+    set's are as many classes of ImageNet's.
+    """
+    if ours is None or (theirs is not None and list(theirs) == list(ours)):
+        return
+    ids = imagenet.ids_of(theirs) if theirs else imagenet.wordnet_ids(len(ours))
+    if ids is not None and len(ids) == len(ours):
+        found = imagenet.find(ours, len(ours))
+        if theirs and all(name.isdecimal() for name in ours):  # the numbers of the classes
+            found = list(map(int, ours))
+        if found == list(range(len(ours))) or (theirs is None and None in found):
+            return
+        # Those that are the same ones have the same name here.
+        theirs = [
+            b if i == at else a for i, (a, b, at) in enumerate(zip(ids, ours, found, strict=True))
+        ]
+    if theirs is None:
         return
     _check_count("the teacher knows", len(theirs), len(ours))
     index = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)

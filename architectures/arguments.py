@@ -28,7 +28,8 @@ def takes_argument(name: str, argument: str, num_classes: int = 1000) -> bool:
         OptionError: the entry function doesn't take what timm gives to all of them.
     """
     if ":" in name:  # a source of timm's: which entry function it leads to is in its configuration
-        return argument in names_of_class(_class_of(name, None, num_classes))
+        cls = _class_of(name, None, num_classes)
+        return cls is None or argument in names_of_class(cls)
     entry = timm.model_entrypoint(name)
     _check_entry(name, entry)
     # Models registered by this project name what they are built by.

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,24 @@ from torch import nn
 
 from architectures.arguments import argument_names, takes_argument
 from architectures.first_conv import COLOURS
-from architectures.hub import FOLDER, HUB, for_timm, reached, read_config
+from architectures.hub import FOLDER, HUB, for_timm, given_description, reached, read_config
 from architectures.libraries import library_of
-from architectures.library_model import LIBRARIES
+from architectures.library_model import LIBRARIES, TRANSFORMERS
 from architectures.registry import ALIASES, plain_cfg
 from architectures.sizes import ImageSize, size_text
 from architectures.variant import PLAIN, Variant
 from architectures.weights import load_pretrained_weights
-from errors import CheckpointError, OptionError, did_you_mean, first_line, first_names, shown
+from errors import (
+    CheckpointError,
+    OptionError,
+    UserError,
+    did_you_mean,
+    first_line,
+    first_names,
+    printable,
+    shortened,
+    shown,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +99,9 @@ def build_model(
     values = {option: value for option, value in values.items() if value is not None}
     if in_chans != COLOURS:
         values["in_chans"] = in_chans
-    model = _create(name, num_classes, values, required, variant)
-    _complete_cfg(model, name)
+    with _from_elsewhere(name):
+        model = _create(name, num_classes, values, required, variant)
+        _complete_cfg(model, name)
     if isinstance(model, NaFlexVit):
         log.info(
             "%s takes square images of one size here, as a ViT does: batches of patches in varying "
@@ -112,6 +123,28 @@ def build_model(
         except (AttributeError, AssertionError):
             raise OptionError("grad_checkpointing", f"{name} has none: leave it out") from None
     return model
+
+
+@contextlib.contextmanager
+def _from_elsewhere(name: str) -> Iterator[None]:
+    """Inside, a model is built as somebody else's ``config.json`` says, which may be anything.
+
+    Raises OptionError where that can't be done.
+    """
+    if not name.startswith((HUB, FOLDER, TRANSFORMERS)) or given_description(name) is not None:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # said where the model is built
+            read_config(name)  # which refuses what would take hours to build
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # timm and transformers hand it on to any class
+        reason = printable(shortened(f"{type(error).__name__}: {first_line(error)}"))
+        raise OptionError(
+            "model", f"{name} can't be built as its config.json says ({reason}): correct that file"
+        ) from error
 
 
 def _create(
@@ -200,8 +233,8 @@ def _named_model(
     arguments = {_ARGUMENTS[option]: value for option, value in values.items()}
     if (library := library_of(name)) is not None:
         return library.build(name, num_classes, arguments | kwargs)
-    name, described = for_timm(name)
-    return timm.create_model(name, num_classes=num_classes, **{**described, **arguments, **kwargs})
+    name, own = for_timm(name)
+    return timm.create_model(name, num_classes=num_classes, **{**own, **arguments, **kwargs})
 
 
 def _complete_cfg(model: nn.Module, name: str) -> None:
@@ -286,9 +319,11 @@ def published_cfg(name: str) -> dict[str, Any]:
     name = resolve_name(name)
     try:
         if (library := library_of(name)) is not None:
-            found = library.published_cfg(name)
-        elif (config := read_config(name)) is not None:
-            found = config[0]
+            with _from_elsewhere(name):
+                found = library.published_cfg(name)
+        elif name.startswith((HUB, FOLDER)):
+            with _from_elsewhere(name):
+                found = read_config(name)[0]
         else:
             cfg = timm.get_pretrained_cfg(name)
             found = cfg.to_dict() if cfg else {}

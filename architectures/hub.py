@@ -13,6 +13,7 @@ import socket
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,12 +22,14 @@ import timm
 from huggingface_hub import constants
 from timm.models._hub import load_model_config_from_path
 
+import bounded
 from architectures.library_model import TRANSFORMERS
 from errors import CheckpointError, UserError, first_line, printable, shortened, shown
 
 # Of a description: more would take a lot of time and memory to build.
 MOST_LAYERS = 300
 MOST_NUMBER = 100_000
+MOST_CONFIG = 16 << 20  # bytes of a config.json; names of 20,000 classes take one
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
 
@@ -44,7 +47,7 @@ _OF_TIMM += ("checkpoint_path", "scriptable", "exportable", "no_jit", "num_class
 
 
 @contextlib.contextmanager
-def described(name: str, description: Mapping[str, Any] | None) -> Iterator[None]:
+def built_by(name: str, description: Mapping[str, Any] | None) -> Iterator[None]:
     """Inside, the model ``name`` is built by a :func:`description`, unless that is None.
 
     Raises CheckpointError for one that can't be built.
@@ -85,7 +88,7 @@ def refuse_enormous(arguments: Mapping[str, Any], entry: str) -> None:
             )
 
 
-def described_as(name: str) -> Mapping[str, Any] | None:
+def given_description(name: str) -> Mapping[str, Any] | None:
     """The description by which ``name`` is built here, if any."""
     return _descriptions.get().get(name)
 
@@ -146,16 +149,21 @@ def description(name: str) -> dict[str, Any] | None:
 def read_config(name: str) -> tuple[dict[str, Any], str, dict[str, Any]] | None:
     """timm's configuration of a model of one of its sources, its architecture and its arguments.
 
-    None for another model's ``name``. Raises OSError.
+    None for another model's ``name``. Raises OSError, and CheckpointError for a model that would
+    take a lot of time and memory to build; what timm raises for an odd file may be anything.
     """
     if (found := _descriptions.get().get(name)) is not None:
         return _without_places(found), found["architecture"], dict(found["model_args"])
     if name.startswith(HUB):
         with reached(name):
-            return timm.models.load_model_config_from_hf(name.removeprefix(HUB))
-    if name.startswith(FOLDER):
-        return load_model_config_from_path(name.removeprefix(FOLDER))
-    return None
+            config = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
+    elif name.startswith(FOLDER):
+        bounded.check(Path(name.removeprefix(FOLDER)) / "config.json", MOST_CONFIG)
+        config = load_model_config_from_path(name.removeprefix(FOLDER))
+    else:
+        return None
+    refuse_enormous(config[2] or {}, "config.json")
+    return config
 
 
 def _without_places(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -345,10 +345,22 @@ def forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever it is given
         forward_kernel[(_programs(q),)](
-            q, k, v, w_pre.contiguous(), w_post.contiguous(), b_post.contiguous(), out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            scale, *q.shape[1:], **_constants(q, FORWARD),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            w_pre.contiguous(),
+            w_post.contiguous(),
+            b_post.contiguous(),
+            out,
+            lse,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            scale,
+            *q.shape[1:],
+            **_constants(q, FORWARD),
+        )
     return out, lse
 
 
@@ -374,13 +386,37 @@ def backward(
     sizes = (scale, *q.shape[1:])
     with torch.cuda.device_of(q):
         queries_kernel[(programs,)](
-            q, k, v, grad, w_pre, w_post, lse, delta, dq, parts[0], parts[1], *strides, *sizes,
+            q,
+            k,
+            v,
+            grad,
+            w_pre,
+            w_post,
+            lse,
+            delta,
+            dq,
+            parts[0],
+            parts[1],
+            *strides,
+            *sizes,
             **constants,
-        )  # fmt: skip
+        )
         keys_kernel[(programs,)](
-            q, k, v, grad, w_pre, w_post, b_post.contiguous(), lse, delta, dk, dv, *strides,
-            *sizes, **constants,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            grad,
+            w_pre,
+            w_post,
+            b_post.contiguous(),
+            lse,
+            delta,
+            dk,
+            dv,
+            *strides,
+            *sizes,
+            **constants,
+        )
     dw_pre, dw_post = (_diagonal_blocks(part.sum(0), q.shape[1]) for part in parts)
     # The bias gives every key of a row the same weight, so its gradient is that of the sums.
     sums = grad.sum(2, dtype=torch.float32) * v.sum(2, dtype=torch.float32)

@@ -6,6 +6,7 @@ Their tensors keep torchvision's names, so that its published files fit as they 
 import functools
 import inspect
 import re
+import traceback
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -56,10 +57,16 @@ def takes(name: str, argument: str, value: Any = None) -> bool:
     try:
         _shapes_alone(name, {argument: value})
     except TypeError as error:
-        return not re.search("unexpected keyword|multiple values|takes no", str(error))
+        return _in_constructor(error)
     except Exception:  # of any kind: it is taken, this value doesn't fit
         return True
     return True
+
+
+def _in_constructor(error: TypeError) -> bool:
+    """Whether the constructor of a module had begun: then it took the keyword, not this value."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(isinstance(frame.f_locals.get("self"), nn.Module) for frame, _ in frames)
 
 
 def keyword_names(name: str) -> list[str]:

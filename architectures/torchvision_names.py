@@ -1,8 +1,9 @@
 """Weights of torchvision's models by the names that timm has for the same.
 
 Of ViT, Swin, Swin V2, ConvNeXt, RegNet, EfficientNet, MobileNetV2 and MNASNet, which compute the
-same in both libraries. Others are for ``--model torchvision/NAME``: some differ in more than names,
-as MobileNetV3 does in the epsilon of its batch norm. (timm itself renames VGG's.)
+same in both libraries, the larger EfficientNets with ``--bn-eps 0.001``. Others are for
+``--model torchvision/NAME``: some differ in more than names, as MobileNetV3 does. (timm itself
+renames VGG's.)
 """
 
 import re
@@ -93,6 +94,22 @@ def _with_two_biases(weights: dict[str, Tensor], own: Collection[str]) -> dict[s
         if block != name and f"{block}q_bias" in own:
             found[f"{block}q_bias"], _, found[f"{block}v_bias"] = found.pop(name).chunk(3)
     return found
+
+
+def lacking_epsilon(model: nn.Module, weights: Mapping[str, Tensor]) -> float | None:
+    """The epsilon of batch norm that torchvision's ``weights`` want and ``model`` hasn't, where
+    they would fit it with that one."""
+    wanted = _epsilon(weights)
+    norms = {m: m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    if not norms or set(norms.values()) == {wanted}:
+        return None
+    try:
+        for norm in norms:
+            norm.eps = wanted
+        return wanted if _by_order(model, weights, model.state_dict()) else None
+    finally:
+        for norm, epsilon in norms.items():
+            norm.eps = epsilon
 
 
 def _by_order(

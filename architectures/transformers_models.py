@@ -7,17 +7,19 @@ is opened without the hub.
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+import bounded
 from architectures.first_conv import COLOURS
-from architectures.hub import described_as, reached
+from architectures.hub import MOST_CONFIG, MOST_LAYERS, given_description, reached
 from architectures.library_model import TRANSFORMERS, LibraryModel, classifier_of, first_conv_of
 from architectures.registry import plain_cfg
-from errors import OptionError, first_line
+from errors import CheckpointError, OptionError, first_line, printable, shown
 
 ARCHITECTURE = "transformers"
 """What a description of such a model has in place of timm's architecture."""
@@ -32,7 +34,7 @@ _INTERPOLATING = ("beit", "data2vec-vision", "dinov2", "dinov2_with_registers")
 def resolve(name: str) -> str:
     """``name``, of a folder its whole path. Raises OptionError without the library."""
     _library()
-    if described_as(name) is not None:
+    if given_description(name) is not None:
         return name
     folder = Path(name.removeprefix(TRANSFORMERS)).expanduser()
     return TRANSFORMERS + str(folder.resolve()) if folder.is_dir() else name
@@ -54,6 +56,7 @@ def build(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modul
     """The model without weights; ``arguments`` by timm's names or the configuration's."""
     transformers = _library()
     config = _config(name)
+    _refuse_enormous(config.to_dict())
     for argument, value in arguments.items():
         own = _own_name(argument, config)
         rectangle = own == "image_size" and len(set(_two(value))) == 2
@@ -67,6 +70,36 @@ def build(name: str, num_classes: int, arguments: Mapping[str, Any]) -> nn.Modul
             "model", f"{name} classifies no images ({first_line(error)}): name another"
         ) from None
     return TransformersModel(inner.float(), num_classes, published_cfg(name))
+
+
+# Beside images there are vocabularies of 256,000 words, and constants of a million.
+_MOST_NUMBER = 1_000_000
+# How often something is repeated. Most names of the library say it like one of these.
+_REPEATED = re.compile(r"^depths?$|layers?$|repeats$|per_block$|_num_blocks$|^(num|n)_.*blocks$")
+
+
+def _refuse_enormous(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a configuration that would take hours to build."""
+    for name, value in config.items():
+        if name in ("id2label", "label2id"):
+            continue
+        if isinstance(value, Mapping):
+            _refuse_enormous(value)
+            continue
+        numbers = _numbers(value)
+        repeated = sum(max(number, 1) for number in numbers) if _REPEATED.search(name) else 0
+        if repeated > MOST_LAYERS or max(numbers, default=0) > _MOST_NUMBER:
+            most = MOST_LAYERS if repeated else _MOST_NUMBER
+            raise CheckpointError(
+                f"its config.json asks for {printable(shown(name))} of more than {most:,}"
+            )
+
+
+def _numbers(value: Any) -> list[float]:
+    """The sizes of all numbers in ``value``, at any depth."""
+    if isinstance(value, list | tuple):
+        return [number for each in value for number in _numbers(each)]
+    return [abs(value)] if isinstance(value, int | float) else []
 
 
 class TransformersModel(LibraryModel):
@@ -104,7 +137,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def published_cfg(name: str) -> dict[str, Any]:
     """timm's ``pretrained_cfg`` of the model, from its configuration and image processor."""
-    if (found := described_as(name)) is not None:
+    if (found := given_description(name)) is not None:
         return plain_cfg(224, "head") | dict(found["pretrained_cfg"]) | {"architecture": name}
     config = _config(name)
     labels = [config.id2label[i] for i in sorted(config.id2label)]
@@ -141,7 +174,7 @@ def published_weights(name: str) -> dict[str, Tensor]:
 
 def description(name: str) -> dict[str, Any]:
     """What rebuilds the model without its folder or the hub, as plain values."""
-    if (found := described_as(name)) is not None:
+    if (found := given_description(name)) is not None:
         return dict(found)
     config = _config(name)
     values = {k: v for k, v in config.to_dict().items() if k not in _NOT_KEPT}
@@ -176,7 +209,7 @@ def _library() -> Any:
 def _config(name: str) -> Any:
     """A fresh configuration, which may be changed."""
     transformers = _library()
-    if (found := described_as(name)) is not None:
+    if (found := given_description(name)) is not None:
         values = dict(found["model_args"])
         kind = values.pop("model_type", "")
         return transformers.AutoConfig.for_model(kind, **values)
@@ -187,6 +220,9 @@ def _config(name: str) -> Any:
 def _read(name: str) -> Any:
     """The configuration in a folder or of the hub. Raises OSError."""
     transformers = _library()
+    folder = Path(name.removeprefix(TRANSFORMERS))
+    if folder.is_dir():
+        bounded.check(folder / "config.json", MOST_CONFIG)
     try:
         with reached(name):
             return transformers.AutoConfig.from_pretrained(name.removeprefix(TRANSFORMERS))

@@ -17,7 +17,7 @@ from architectures.first_conv import adapt_first_convs
 from architectures.position_embeddings import TOKENS, Fitted, fit_positions
 from architectures.size_tables import depends_on_size, fit_tables, size_hint
 from architectures.sizes import ImageSize
-from architectures.torchvision_names import is_torchvisions, timm_names
+from architectures.torchvision_names import is_torchvisions, lacking_epsilon, timm_names
 from errors import CheckpointError, first_names
 
 log = logging.getLogger(__name__)
@@ -114,14 +114,7 @@ def load_pretrained_weights(
     known, changes = _in_its_terms(model, own, source, report, size)
     new = _matched(own, known, changes, report)
     _without_half_a_classifier(model, new, report)
-    if sum(x.numel() for x in new.values()) < 0.1 * sum(x.numel() for x in own.values()):
-        left_out = f"; left out {_listed(report.skipped)}" if report.skipped else ""
-        others = is_torchvisions(source) and not is_torchvisions(own)
-        hint = "; weights of torchvision's are for --model torchvision/NAME" if others else ""
-        raise CheckpointError(
-            f"the checkpoint belongs to another model: {len(new)} of {len(own)} tensors fit "
-            f"{type(model).__name__}{left_out}{hint}"
-        )
+    _refuse_another_models(model, own, source, new, report)
     if not allow_partial:
         _check_complete(model, known, report, size)
     others = [name for name, x in given.items() if not isinstance(x, Tensor)]
@@ -130,6 +123,26 @@ def load_pretrained_weights(
         for name, value in new.items():
             own[name].copy_(value)
     return report
+
+
+def _refuse_another_models(
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    report: LoadReport,
+) -> None:
+    """Raise CheckpointError if too little of ``source`` is left in ``new``."""
+    if sum(x.numel() for x in new.values()) < 0.1 * sum(x.numel() for x in own.values()):
+        left_out = f"; left out {_listed(report.skipped)}" if report.skipped else ""
+        others = is_torchvisions(source) and not is_torchvisions(own)
+        hint = "; weights of torchvision's are for --model torchvision/NAME" if others else ""
+        if others and (epsilon := lacking_epsilon(model, source)):
+            hint += f", or for this model with --bn-eps {epsilon:g}"
+        raise CheckpointError(
+            f"the checkpoint belongs to another model: {len(new)} of {len(own)} tensors fit "
+            f"{type(model).__name__}{left_out}{hint}"
+        )
 
 
 def _unwrapped(source: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

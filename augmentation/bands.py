@@ -38,6 +38,11 @@ def window_of_bands(
     return torch.from_numpy(np.rint(pixels.clip(0, _DEEPEST)).astype(np.uint16))
 
 
+def resized_bands(image: Tensor, size: Size) -> Tensor:
+    """uint8 or uint16 (C, H, W) in another width and height, bicubic, as evaluation resizes."""
+    return window_of_bands(image, size, (0, 0), size, Image.Resampling.BICUBIC, None)
+
+
 def rounded(values: Tensor) -> Tensor:
     """Floats as levels of 16 bits."""
     return values.clamp(0, _DEEPEST).round_().to(torch.uint16)

@@ -100,6 +100,11 @@ class Form(NamedTuple):
         """The greatest value, which becomes 1."""
         return 2**self.bit_depth - 1
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a pixel, all channels together."""
+        return self.channels * self.bit_depth // 8
+
 
 RGB = Form()
 

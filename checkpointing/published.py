@@ -12,6 +12,7 @@
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,41 @@ def is_published(source: str | Path) -> bool:
 def short_name(source: str | Path) -> str:
     """The last part of a published model's name, which may be a file's: "resnet50.a1_in1k"."""
     return Path(str(source).removeprefix(HUB).removeprefix(FOLDER)).name.partition("@")[0]
+
+
+def classes_of(cfg: Mapping[str, Any]) -> int:
+    """The number of classes that published weights know; 0 where their outputs are none.
+
+    The image towers of CLIP and its kin give embeddings, whose width timm calls the number of
+    classes.
+    """
+    count, name = cfg["num_classes"], f"{cfg['architecture']}.{cfg.get('tag')}"
+    embeds = count in _EMBEDDINGS and _CLIP.search(name) and not cfg.get("label_names")
+    return 0 if embeds else count
+
+
+_EMBEDDINGS = (384, 512, 640, 768, 1024, 1152, 1280)
+_CLIP = re.compile(r"clip|openai|fastvit_mci|vitamin|vit_pe_core")
+
+
+def label_names(cfg: Mapping[str, Any]) -> list[str] | None:
+    """The class names in a ``pretrained_cfg``, in order; None where it has none.
+
+    Raises CheckpointError where they are not one for each class.
+    """
+    count, given = cfg["num_classes"], cfg.get("label_names")
+    if not given:
+        return None
+    if not isinstance(given, Mapping | list | tuple):
+        raise CheckpointError(f"the label_names in its config.json are a {type(given).__name__}")
+    if isinstance(given, Mapping):  # by number, which may have gaps
+        given = [given.get(str(i), f"class {i}") for i in range(count)]
+    if len(given) != count:
+        raise CheckpointError(
+            f"{cfg['architecture']} has {count} classes and {len(given)} label_names: correct them "
+            "in its config.json"
+        )
+    return list(map(str, given))
 
 
 def read_published(source: str | Path) -> Published:
@@ -117,7 +153,7 @@ def name_for_timm(source: str) -> str:
 def _refuse_what_cannot_classify(name: str, cfg: Mapping[str, Any]) -> None:
     if not has_published_weights(cfg):
         raise CheckpointError(f"no weights of {name} are published: train it, or name a checkpoint")
-    if not cfg["num_classes"]:
+    if not classes_of(cfg):
         raise CheckpointError(
             f"{name} has no classifier, only features: fine-tune it first "
             f"(main.py --model {name} --pretrained)"

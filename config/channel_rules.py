@@ -48,8 +48,6 @@ def _form(config: "Config") -> Iterator[OptionError]:
         yield OptionError(
             "augment_on", f"{single} takes colours of 8 bits, not {what}: leave it out"
         )
-    if config.data.cache == "disk":
-        yield OptionError("cache", f"disk keeps colours of 8 bits, not {what}: use ram")
     if channels == 1:
         hue = augment.color_jitter
         if jitters(augment) and isinstance(hue, tuple) and len(hue) == 4 and hue[3] > 0:

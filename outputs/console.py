@@ -108,6 +108,15 @@ def console(*, reader_ends: bool = False) -> Iterator[None]:
                 setattr(sys, name, stream.inner)
 
 
+def output_lost() -> bool:
+    """Whether a part of standard output could not be written, as on a full disk.
+
+    Not so where nobody reads any more, or where the stream was closed from the start.
+    """
+    sys.stdout.flush()
+    return getattr(sys.stdout, "lost", False)
+
+
 def _fill_closed_descriptors() -> None:
     """Open closed standard streams to nowhere.
 
@@ -132,6 +141,7 @@ class _Stream:
         self._written = False  # the last write was taken, by a buffer at least
         self._left = False
         self._gone = inner is None
+        self.lost = False  # a part of it, for another reason than that nobody reads it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -178,15 +188,16 @@ class _Stream:
                 self.write(f"warning: {self._name} can be written again; lines may be missing\n")
 
     def _fail(self, error: OSError | ValueError) -> None:
-        lost = isinstance(error, ValueError) or error.errno in (errno.EPIPE, errno.EBADF)
-        if lost:
+        unread = isinstance(error, ValueError) or error.errno in (errno.EPIPE, errno.EBADF)
+        self.lost |= not unread
+        if unread:
             self._empty()
             self._gone = True
             if self._raises and isinstance(error, BrokenPipeError):
                 raise error
         if not (self._failing or self._left or sys.stderr is self):
             self._failing = True
-            reason = "its reader left" if lost else error.strerror or error
+            reason = "its reader left" if unread else error.strerror or error
             print(f"warning: {self._name}: {reason}; going on without it", file=sys.stderr)
         self._failing = True
 

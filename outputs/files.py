@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from errors import os_error_text
 log = logging.getLogger(__name__)
 
 _FULL = 1 << 20  # bytes: a disk with less room is full
+_ROOM = 1 << 16  # bytes that a folder has to take
 
 
 class Outputs:
@@ -66,6 +68,21 @@ class Outputs:
 def reason(error: OSError, path: Path) -> str:
     """Why ``path`` could not be written, in one line; it was tried under a temporary name."""
     return os_error_text(OSError(error.errno, error.strerror or str(error)), path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where ``folder`` takes no more files.
+
+    For libraries that write from a process or thread of their own and keep what fails there to
+    themselves.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            if file.write(bytes(_ROOM)) < _ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def as_os_error(error: Exception, path: Path) -> OSError | None:

@@ -3,6 +3,7 @@
 What a header asks for is checked before any of it is allocated. Nothing is unpickled.
 """
 
+import importlib.util
 import io
 import logging
 import math
@@ -28,6 +29,7 @@ _INFLATED = 1032  # times its size that deflated data can hold at most
 _UNCHECKED = 64 << 20  # bytes that a segment may hold without being looked at first
 _PLAIN_TIFF = {1: "none", 8: "deflate", 32946: "deflate"}
 _PALETTE, _PLANES = 3, 2  # TIFF's photometric interpretation and planar configuration
+_FLOAT_PREDICTOR = 3
 _EOCD = struct.Struct("<4s4H2LH")  # of a zip archive: the end of its directory
 _NAMES = ("image", "arr_0")  # of the array that is meant, where there are several
 
@@ -78,9 +80,13 @@ def _npy(file: BinaryIO, size: int, form: str) -> tuple[tuple[int, ...], Callabl
         raise BadImageError(f"a damaged {form} file") from None
     _check_kind(kind, form)
     _check_shape(shape, kind.itemsize, form)
-    needed = math.prod(shape) * kind.itemsize
-    if needed > size - len(start) - wide - length:
+    needed, there = math.prod(shape) * kind.itemsize, size - len(start) - wide - length
+    if needed > there:
         raise BadImageError(f"is cut off: {form} of {needed:,} bytes, a file of {size:,}")
+    # A header of other sides would give a sheared image; and an archive compares its checksum only
+    # with a member that is read whole.
+    if needed < there:
+        raise BadImageError(f"a damaged {form} file: its header says {needed:,} of {there:,} bytes")
 
     def read() -> np.ndarray:
         content = file.read(needed)
@@ -190,6 +196,11 @@ def tiff_file(file: BinaryIO) -> ArrayFile:
     _check_shape(shape, kind.itemsize, "TIFF")
     for each in chosen:
         _check_segments(file, each)
+    if page.predictor == _FLOAT_PREDICTOR and importlib.util.find_spec("imagecodecs") is None:
+        raise BadImageError(
+            "TIFF of floats with a predictor of its own: pip install imagecodecs, or save it "
+            "without a predictor"
+        )
 
     def read() -> np.ndarray:
         try:

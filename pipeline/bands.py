@@ -56,6 +56,16 @@ def decode_bands(
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
+def tensor_of(source: Any, form: Form, background: str = "white") -> torch.Tensor:
+    """Any image as a model of any form takes it: uint8 or uint16 (C, H, W).
+
+    Raises as :func:`decode_bands`.
+    """
+    if form == RGB:
+        return decoding.decode_tensor(source, background)
+    return decode_bands(source, form, background)
+
+
 def shown(source: Any, form: Form, background: str = "white") -> Image.Image:
     """An image as people look at it, RGB: itself, or what ``composite`` makes of its bands.
 

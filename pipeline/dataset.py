@@ -248,8 +248,9 @@ def _as_held_out(source: Source, numbers: torch.Tensor | None) -> Source:
 
 def _dataset(source: Source, is_train: bool, data: "DataOptions") -> ImageDataset:
     if not len(source):
+        why = "".join(f"; {text}" for text in source.findings)
         raise DataError(
-            f"{data.data_set}: the {'training' if is_train else 'validation'} part is empty"
+            f"{data.data_set}: the {'training' if is_train else 'validation'} part is empty{why}"
         )
     if not is_train:
         source.findings = (*source.findings, *missing_classes(source))

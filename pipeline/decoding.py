@@ -21,7 +21,7 @@ from architectures.sizes import ImageSize
 from augmentation.protocol import Box, Cut, Parts
 from config import DROP, background_colour
 from errors import lacks_host_memory, os_error_text
-from pipeline import jpeg
+from pipeline import jpeg, levels
 from pipeline.formats import FORMATS, open_image
 from pipeline.headers import JPEG, Frame, check_exif, check_jpeg
 from pipeline.limits import (
@@ -53,8 +53,8 @@ def decode(source: Any, background: str = "white") -> Image.Image:
     this takes is bounded: the size of the file and BYTES_PER_PIXEL for each pixel of the limit.
 
     Args:
-        source: a path, bytes, a binary file, a Pillow image of any mode, which stays as it is, or a
-            uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        source: a path, bytes, a binary file, a Pillow image of any mode, which stays as it is, or
+            an array (H, W), (H, W, 1), (H, W, 3) or, of uint8, (H, W, 4).
         background: a colour by name or as #rrggbb, on which what is transparent is composited, or
             "drop": the colours under it are taken as they are.
 
@@ -133,6 +133,9 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         _refuse_other_formats(source)
         yield source
     elif isinstance(source, np.ndarray):
+        bands = source.shape[2] if source.ndim == 3 else 1
+        if bands > 4 or (bands > 1 and source.dtype == np.uint16):  # Pillow has no mode for them
+            source = levels.as_colours(source)
         yield Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
     elif isinstance(source, bytes | bytearray | memoryview):
         with open_image(io.BytesIO(source)) as image:

@@ -8,7 +8,6 @@ its pixels are those of the original.
 
 import contextlib
 import errno
-import hashlib
 import logging
 import math
 import os
@@ -20,18 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 
-from augmentation.crops import resize_around
-from augmentation.protocol import Parts, Transform
+from augmentation.protocol import Form, Transform
 from augmentation.transforms import CentreCrop
 from errors import OptionError, os_error_text
-from pipeline.decoding import decode, decode_tensor, naming_lack_of_memory, open_parts
 from pipeline.image_file import (
-    HEADER_BYTES,
-    KEY_BYTES,
     MISSING,
     MOST_IMAGE_BYTES,
     MOST_IMAGES,
@@ -42,17 +35,13 @@ from pipeline.image_file import (
     Row,
     in_use,
 )
-from pipeline.limits import BadImageError
+from pipeline.kept_pixels import estimated_bytes, exact_pixels, key_of, small_pixels
 from pipeline.loader import Loader
-from pipeline.memory import probes, size_of
-from pipeline.sources.base import FileSource, Source, Subset, Target, target_of
+from pipeline.sources.base import Source, Subset, Target, target_of
 
 logger = logging.getLogger(__name__)
 
 GB = 1e9
-FORM = 1  # of the pixels: another number where they are made in another way
-SPOTS = 4096  # images whose names are part of the key, where each takes a while to find
-DECODED_SPOTS = 8  # images whose pixels are, where nothing else shows that files have changed
 FREE_SHARE = 0.1  # of the free disk space stays free: others write there too
 
 # What the processes tell each other, numbers of a shared tensor.
@@ -74,32 +63,13 @@ class DiskOptions:
     """Whether large JPEG files are decoded at a part of their size (``--jpeg-scaling``)."""
 
 
-def small_pixels(encoded: Any, side: int, background: str, *, scaled: bool) -> np.ndarray:
-    """An image as it is kept for training, uint8 (H, W, 3). Raises BadImageError."""
-    image = open_parts(encoded, background)
-    image = image if isinstance(image, Parts) else Parts(image)
-    with naming_lack_of_memory():
-        if not side or min(image.size) <= side:
-            return _rows_of(image.whole().pixels)
-        return _rows_of(resize_around(image, (side, side), "bicubic", side if scaled else None))
-
-
-def exact_pixels(encoded: Any, transform: CentreCrop) -> np.ndarray:
-    """What evaluation sees of an image, uint8 (H, W, 3). Raises BadImageError."""
-    image = decode(encoded, transform.background)
-    with naming_lack_of_memory():
-        return _rows_of(transform.keep(image))
-
-
-def _rows_of(image: torch.Tensor) -> np.ndarray:
-    """(3, H, W) as (H, W, 3): a crop is then a run of rows."""
-    return image.permute(1, 2, 0).contiguous().numpy()
-
-
 class KeptCrop(Transform):
     """The transform of images that are kept as the model sees them."""
 
     decode_as = "tensor"
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
 
     def apply(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
         return image.contiguous()
@@ -116,21 +86,21 @@ def disk_cached(loader: Loader, options: DiskOptions, *, visible: bool = True) -
     Raises OptionError where the folder can't be used.
     """
     dataset = loader.dataset
-    transform = dataset.transform
+    transform, form = dataset.transform, dataset.transform.form
     if isinstance(transform, CentreCrop):
         prepare = partial(exact_pixels, transform=transform)
         how = repr(transform.preprocessing)
-        needed = len(dataset) * (3 * math.prod(transform.size) + ROW_BYTES)
-        transform = KeptCrop()
+        needed = len(dataset) * (form.pixel_bytes * math.prod(transform.size) + ROW_BYTES)
+        transform = KeptCrop(form)
     else:
-        background, side = transform.background, options.side
-        prepare = partial(small_pixels, side=side, background=background, scaled=options.scaled)
-        how = f"side {side} on {background}, scaled {options.scaled}"
-        needed = estimated_bytes(dataset.source, side)
+        background, side, scaled = transform.background, options.side, options.scaled
+        prepare = partial(small_pixels, side=side, background=background, scaled=scaled, form=form)
+        how = f"side {side} on {background}, scaled {scaled}"
+        needed = estimated_bytes(dataset.source, side, form)
     inner, _ = whole_of(dataset.source)
     kept = None
     if not inner.decoded and len(inner) < MOST_IMAGES:
-        kept = KeptImages(dataset.source, how, options, needed)
+        kept = KeptImages(dataset.source, how, options, needed, form)
         if visible and (text := kept.shortage(needed)):
             logger.warning("%s", text)
     source = DiskSource(dataset.source, prepare, kept)
@@ -138,30 +108,13 @@ def disk_cached(loader: Loader, options: DiskOptions, *, visible: bool = True) -
     return Loader(changed, loader.sampler, loader.settings)
 
 
-def estimated_bytes(source: Source, side: int) -> int:
-    """Bytes that the images of ``source`` take when they are kept, by the headers of a few.
-
-    ``side``: their short side is at most so many pixels; 0: as they are.
-    """
-    areas = []
-    for number in probes(source):
-        try:
-            width, height = size_of(source.read(int(number))[0])
-        except (BadImageError, OSError):
-            continue
-        short = min(width, height)
-        if short:
-            areas.append(width * height * min(1.0, (side or short) / short) ** 2)
-    each = 3 * sum(areas) / max(len(areas), 1)
-    return HEADER_BYTES + int(len(source) * (each + ROW_BYTES))
-
-
 class DiskSource(Source):
     """Another source's images, decoded, from a file that is filled as they are read.
 
     Args:
         source: where the images come from.
-        prepare: makes of what ``source`` gives the pixels that are kept, uint8 (H, W, 3).
+        prepare: makes of what ``source`` gives the pixels that are kept, uint8 or uint16
+            (H, W, C).
         images: the file; None: everything is made anew, as of a source that is decoded already.
     """
 
@@ -220,19 +173,22 @@ class KeptImages:
         how: what else their pixels follow from.
         options: where they are kept.
         needed: bytes that are expected.
+        form: of the images.
 
     Raises OptionError.
     """
 
-    def __init__(self, source: Source, how: str, options: DiskOptions, needed: int) -> None:
+    def __init__(
+        self, source: Source, how: str, options: DiskOptions, needed: int, form: Form
+    ) -> None:
         self.source, self.numbers = whole_of(source)
         self.limit = options.limit
         self.folder = _folder(options.folder)
-        key = key_of(self.source, how)
+        key = key_of(self.source, how, form)
         path = self.folder / f"{key.hex()[:32]}{SUFFIX}"
         make_room(self.folder, path, needed, self.limit)
         try:
-            self.file = ImageFile(path, key, len(self.source))
+            self.file = ImageFile(path, key, len(self.source), form)
             if hasattr(os, "getuid") and os.stat(path).st_uid != os.getuid():
                 raise OptionError("cache_dir", f"{path} is another user's: name another folder")
             with contextlib.suppress(OSError):
@@ -411,27 +367,3 @@ def whole_of(source: Source) -> tuple[Source, np.ndarray]:
     while isinstance(source, Subset):
         numbers, source = source.indices[numbers], source.source
     return source, numbers
-
-
-def key_of(source: Source, how: str) -> bytes:
-    """What the pixels follow from, and who reads them."""
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    versions = (torch.__version__, torchvision.__version__, PIL.__version__)
-    found = hashlib.blake2b(repr((FORM, user, versions, how, len(source))).encode(), digest_size=32)
-    assert found.digest_size == KEY_BYTES
-    if isinstance(source, FileSource):
-        # Each file's size and time are compared when its image is read.
-        found.update(os.fsencode(os.path.realpath(source.root)))
-        found.update(source.paths.run(0, len(source.paths)))
-        return found.digest()
-    spots = np.unique(np.linspace(0, len(source) - 1, min(SPOTS, len(source))).astype(np.int64))
-    for number in spots.tolist():
-        found.update(os.fsencode(source.identity(number)) + b"\0")
-    version = source.version()
-    found.update(version.encode())
-    for number in [] if version else spots[:: -(-len(spots) // DECODED_SPOTS)].tolist():
-        try:
-            found.update(decode_tensor(source.read(number)[0]).contiguous().numpy())
-        except (BadImageError, OSError) as error:
-            found.update(str(error).encode())
-    return found.digest()

@@ -19,6 +19,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from augmentation.protocol import RGB, Form
+from pipeline.arrays import MOST_BANDS
+
 try:
     import fcntl
 except ImportError:  # not a Unix
@@ -29,8 +32,9 @@ KEY_BYTES = 32
 MOST_IMAGES = 1 << 25  # so that the index of a foreign file fills no memory
 MOST_IMAGE_BYTES = 1 << 30  # of an image that is kept; larger ones are rare, and slow a crop down
 HEADER_BYTES = 4096
-_MAGIC = b"images1\n"
+_MAGIC, _MAGIC_OF_FORM = b"images1\n", b"images2\n"
 _HEADER = struct.Struct(f"<8s{KEY_BYTES}sQ")  # magic, key, number of images
+_FORM = struct.Struct("<II")  # behind it, of other images than RGB: channels, bits of each
 _ROW = struct.Struct("<QIIiIQ")
 _CRC = struct.Struct("<I")
 _NUMBER = struct.Struct("<Q")
@@ -66,12 +70,12 @@ class DamagedError(Exception):
 
 
 def digest(pixels: np.ndarray) -> int:
-    """A checksum of an uint8 array, several times as fast as a CRC of its bytes.
+    """A checksum of a contiguous array, several times as fast as a CRC of its bytes.
 
     It is the CRC-32 of the sums, modulo 2⁶⁴, of the rows and of the columns of a matrix of 8-byte
     words. One to three flipped bits always change it, anything else with a chance of 1 − 2⁻³².
     """
-    flat = pixels.reshape(-1)
+    flat = pixels.reshape(-1).view(np.uint8)
     whole = len(flat) // _PAGE * _PAGE
     crc = zlib.crc32(flat[whole:])
     if whole:
@@ -79,6 +83,11 @@ def digest(pixels: np.ndarray) -> int:
         for axis in (0, 1):
             crc = zlib.crc32(np.add.reduce(words, axis), crc)
     return crc
+
+
+def _kind(form: Form) -> np.dtype:
+    """The type of the pixels, as they lie in a file."""
+    return np.dtype("<u2" if form.bit_depth == 16 else "u1")
 
 
 def _lock(file: BinaryIO, kind: int, start: int = 0, length: int = 1) -> bool:
@@ -120,6 +129,7 @@ class ImageFile:
         key: of KEY_BYTES bytes, by which the file is known as one of these images; None: whatever
             file is there.
         count: images, with a key.
+        form: of the images, with a key.
 
     Attributes:
         writable: whether images can be added.
@@ -129,8 +139,10 @@ class ImageFile:
         DamagedError: it is another file, or one that another process holds half made.
     """
 
-    def __init__(self, path: Path, key: bytes | None = None, count: int = 0) -> None:
-        self.path, self.key, self.count = path, key, count
+    def __init__(
+        self, path: Path, key: bytes | None = None, count: int = 0, form: Form = RGB
+    ) -> None:
+        self.path, self.key, self.count, self.form = path, key, count, form
         self.writable = key is not None
         self._process = 0
         self._file: BinaryIO | None = None
@@ -192,22 +204,28 @@ class ImageFile:
         return False
 
     def _has_header(self) -> bool:
-        found = os.pread(self._handles().fileno(), _HEADER.size + _CRC.size, 0)
-        if len(found) < _HEADER.size + _CRC.size:
+        content = os.pread(self._handles().fileno(), _HEADER.size + _FORM.size + _CRC.size, 0)
+        if len(content) < _HEADER.size + _FORM.size + _CRC.size:
             return False
-        header, crc = found[: _HEADER.size], found[_HEADER.size :]
-        magic, key, count = _HEADER.unpack(header)
-        good = magic == _MAGIC and _CRC.pack(zlib.crc32(header)) == crc and count < MOST_IMAGES
+        magic, key, count = _HEADER.unpack_from(content)
+        end, form = _HEADER.size, RGB
+        if magic == _MAGIC_OF_FORM:
+            form, end = Form(*_FORM.unpack_from(content, end)), end + _FORM.size
+        good = magic in (_MAGIC, _MAGIC_OF_FORM) and count < MOST_IMAGES
+        good = good and _CRC.unpack_from(content, end)[0] == zlib.crc32(content[:end])
+        good = good and 0 < form.channels <= MOST_BANDS and form.bit_depth in (8, 16)
         if self.key is None and good:
-            self.key, self.count = key, count
-        good = good and (key, count) == (self.key, self.count)
+            self.key, self.count, self.form = key, count, form
+        good = good and (key, count, form) == (self.key, self.count, self.form)
         return good and os.fstat(self._file.fileno()).st_size >= self._begins
 
     def _make(self) -> None:
         file = self._handles().fileno()
         os.ftruncate(file, 0)
         os.ftruncate(file, self._begins)
-        header = _HEADER.pack(_MAGIC, self.key, self.count)
+        own = self.form != RGB
+        header = _HEADER.pack(_MAGIC_OF_FORM if own else _MAGIC, self.key, self.count)
+        header += _FORM.pack(*self.form) if own else b""
         os.pwrite(file, header + _CRC.pack(zlib.crc32(header)), 0)
 
     @property
@@ -227,10 +245,13 @@ class ImageFile:
         return Row._make(_ROW.unpack(found[: _ROW.size])), found
 
     def pixels(self, row: Row) -> np.ndarray:
-        """The pixels of an image that is there, uint8 (H, W, 3). Raises OSError, DamagedError."""
-        if 3 * row.height * row.width > MOST_IMAGE_BYTES:
+        """The pixels of an image that is there, uint8 or uint16 (H, W, C).
+
+        Raises OSError, DamagedError.
+        """
+        if self.form.pixel_bytes * row.height * row.width > MOST_IMAGE_BYTES:
             raise DamagedError(f"{self.path}: an image of {row.width:,}×{row.height:,} pixels")
-        pixels = np.empty((row.height, row.width, 3), dtype=np.uint8)
+        pixels = np.empty((row.height, row.width, self.form.channels), dtype=_kind(self.form))
         came = os.preadv(self._handles().fileno(), [pixels], row.offset)
         if came < pixels.nbytes or digest(pixels) != row.digest:
             raise DamagedError(f"{self.path}: an image is damaged")
@@ -253,7 +274,7 @@ class ImageFile:
 
         Args:
             number: of the image.
-            pixels: uint8 (H, W, 3), contiguous.
+            pixels: uint8 or uint16 (H, W, C), as the form says, contiguous.
             label: of the image.
             stamp: of the file that it was made of.
             seen: what :meth:`row` gave for it before.

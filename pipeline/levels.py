@@ -19,21 +19,24 @@ def image_of_array(file: BinaryIO) -> Image.Image | None:
     Raises BadImageError, also for other numbers of bands than one and three.
     """
     if is_dicom(file):
-        pixels = in_depth(with_axis(read_dicom(file)), 8)
-    elif (array := array_file(file)) is not None:
-        pixels = in_depth(bands_last(array, 3), 8)
-    else:
-        return None
-    return _as_pillow(suited(pixels, 3))
+        return _as_pillow(read_dicom(file))
+    if (array := array_file(file)) is not None:
+        return _as_pillow(bands_last(array, 3))
+    return None
 
 
 def image_of_tiff(file: BinaryIO) -> Image.Image:
     """A TIFF file that Pillow has no mode for as its image, as of :func:`image_of_array`."""
-    return _as_pillow(suited(in_depth(bands_last(tiff_file(file), 3), 8), 3))
+    return _as_pillow(bands_last(tiff_file(file), 3))
+
+
+def as_colours(pixels: np.ndarray) -> np.ndarray:
+    """An array (H, W) or (H, W, C) as uint8 (H, W, 3). Raises BadImageError."""
+    return suited(in_depth(with_axis(pixels), 8), 3)
 
 
 def _as_pillow(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return Image.fromarray(np.ascontiguousarray(as_colours(pixels)))
 
 
 # --- numbers to levels ---------------------------------------------------------------------------

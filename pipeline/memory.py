@@ -13,9 +13,9 @@ from PIL import Image
 
 from augmentation.protocol import RGB, Form
 from errors import DataError, OptionError
-from pipeline.bands import decode_bands
+from pipeline.bands import tensor_of
 from pipeline.dataset import ImageDataset
-from pipeline.decoding import decode_tensor, naming_lack_of_memory
+from pipeline.decoding import naming_lack_of_memory
 from pipeline.formats import open_image
 from pipeline.limits import BadImageError
 from pipeline.progress import ProgressBar
@@ -197,8 +197,7 @@ def check_memory(source: Source, form: Form = RGB) -> None:
     for number in probes(source):
         try:
             image = source.read(number)[0]
-            pixels = decode_tensor(image) if form == RGB else decode_bands(image, form)
-            sizes.append(pixels.nbytes)
+            sizes.append(tensor_of(image, form).nbytes)
         except (BadImageError, OSError):
             continue
     # Twice: as they are read, and as they are kept.

@@ -6,6 +6,7 @@ noticed at once, whatever the worker was at, and however long a batch may take.
 """
 
 import contextlib
+import errno
 import os
 import pickle
 import signal
@@ -197,6 +198,9 @@ class WorkerPool:
             # Shared memory of a batch is had from its worker, which may be gone by now.
             self._processes[worker].join(_REAP if not lacks_file_handles(error) else 0)
             if self._processes[worker].is_alive():
+                if isinstance(error, EOFError):
+                    # It was asked for the memory, and had no file handle left to answer with.
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
                 raise
             raise self._lost(worker) from None
         self._owed[worker] -= 1

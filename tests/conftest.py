@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From here on objects come and go."""
+    """From here on objects come and go; those of the imports are never looked at again."""
+    gc.freeze()
     gc.enable()
 
 

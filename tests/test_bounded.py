@@ -28,8 +28,14 @@ def test_a_longer_file_is_not_opened(tmp_path, monkeypatch):
 
 def test_a_file_that_grows_is_cut_at_the_limit(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    path.write_bytes(b"x" * 50)
-    monkeypatch.setattr(bounded, "_check", lambda *a: None)
+    path.write_bytes(b"x" * 30)
+    before = os.stat(path)
+
+    def then_more(_: int) -> os.stat_result:
+        path.write_bytes(b"x" * 50)
+        return before
+
+    monkeypatch.setattr(os, "fstat", then_more)
     with pytest.raises(OSError, match="more than 40 bytes"):
         bounded.read_bytes(path, 40)
 

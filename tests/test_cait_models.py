@@ -1,4 +1,7 @@
-"""CaiT against timm's implementation, the published sizes and plain formulas."""
+"""CaiT against timm's implementation, the published sizes and plain formulas.
+
+Also of architectures/layers.py.
+"""
 
 import pytest
 import timm

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import engine
+from architectures.dynamic_size import take_other_sizes
 from augmentation.batch import BatchAugment
 from augmentation.mixing import build_mixer
 from augmentation.preprocessing import Preprocessing
+from augmentation.protocol import RGB, Form
 from cait_models import CaiT
 from config import AugmentOptions, LossOptions
 from losses import balanced_weights, build_criterion
 from optimization import guard
 from optimization.counts import Counts, RealCounts
+from optimization.ema import ModelEma
 from optimization.meter import Meter
+from optimization.multilabel import MultiLabelCounts
 from teachers import ConvertedTeacher
 
 CLASSES, SIDE = 5, 32
@@ -68,7 +72,7 @@ class Strict(engine.Hooks):
         return engine.StepRequest.CONTINUE
 
 
-def build_loss(cuda: PretendedCuda, **values: Any) -> nn.Module:
+def build_loss(cuda: PretendedCuda, multilabel: bool = False, **values: Any) -> nn.Module:
     options = LossOptions(**values)
     teacher = None
     if options.distillation_type != "none":
@@ -78,9 +82,11 @@ def build_loss(cuda: PretendedCuda, **values: Any) -> nn.Module:
     weight = None
     if options.class_weights == "balanced":
         weight = balanced_weights(torch.tensor([3, 1, 4, 1, 5]))
-    return cuda.place(
-        build_criterion(options, num_classes=CLASSES, weight=weight, teacher=teacher, splits=3)
-    )
+    several = {}
+    if multilabel:
+        several = {"multilabel": True, "pos_weight": torch.arange(1.0, 1 + CLASSES)}
+    given = {"weight": weight, "teacher": teacher, "splits": 3, **several}
+    return cuda.place(build_criterion(options, num_classes=CLASSES, **given))
 
 
 def train(
@@ -92,6 +98,10 @@ def train(
     augment: dict[str, Any] | None = None,
     loss: dict[str, Any] | None = None,
     mix: bool = True,
+    multilabel: bool = False,
+    form: Form = RGB,
+    side: int = SIDE,
+    average_on: str | None = None,
     **changes: Any,
 ) -> None:
     """``updates`` in the middle of an epoch; without ``augment`` the images are floats."""
@@ -99,14 +109,21 @@ def train(
     options = AugmentOptions(**(augment or {}))
     count = updates * settings.accum_steps
     if augment is None:
-        images, targets = torch.randn(6 * count, 3, SIDE, SIDE), torch.arange(6 * count) % CLASSES
+        images = torch.randn(6 * count, form.channels, side, side)
+        targets = torch.arange(6 * count) % CLASSES
+        if multilabel:
+            targets = nn.functional.one_hot(targets, CLASSES).float()
         batches = in_batches(images, targets, 6)
     else:
-        prepare = BatchAugment(SHAPE, options, 0)
+        values = (0.5,) * form.channels
+        shape = replace(SHAPE, input_size=side, mean=values, std=values, bit_depth=form.bit_depth)
+        prepare = BatchAugment(shape, options, 0)
         settings = replace(settings, prepare=prepare)
-        batches = batches_of_bytes(count, prepare, side=SIDE)
-    criterion = build_loss(cuda, **(loss or {}))
+        batches = batches_of_bytes(count, prepare, side=side, form=form)
+    criterion = build_loss(cuda, multilabel, **(loss or {}))
     state = make_state(cuda.place(model), opt=opt, ema=True)
+    if average_on:
+        state.ema = ModelEma(state.model, 0.9, device=torch.device(average_on))
     state.scaler = torch.amp.GradScaler("cuda") if settings.amp == torch.float16 else None
     state.progress.update = 1  # the first update is reported
     engine.train_one_epoch(
@@ -163,6 +180,41 @@ def test_loss(cuda, loss, mixed):
     train(cuda, linear(), loss=loss, mix=mixed, updates=1, amp=BF16)
 
 
+OF_SEVERAL_LABELS = [
+    {"smoothing": 0.1},
+    {"loss": "asl", "smoothing": 0.0},
+    {"loss": "quality-focal", "smoothing": 0.0},
+    {"cosub": True, "smoothing": 0.0},
+    {"smoothing": 0.0, "distillation_type": "soft"},
+    {"smoothing": 0.0, "distillation_type": "hard"},
+]
+
+
+@pytest.mark.parametrize("loss", OF_SEVERAL_LABELS, ids=str)
+def test_loss_of_several_labels(cuda, loss):
+    model = deit(distilled=True) if "distillation_type" in loss else linear()
+    train(cuda, model, loss=loss, multilabel=True, updates=1, amp=BF16)
+
+
+def test_most_weights_are_fixed(cuda):
+    """As with --lora, --freeze and --unfreeze-at."""
+    model = deit()
+    model.blocks.requires_grad_(False)
+    train(cuda, model, amp=BF16, opt="lamb", clip_grad=1.0)
+
+
+def test_images_of_another_size_than_the_models(cuda):
+    """As with --train-sizes; positions are interpolated."""
+    model = deit()
+    take_other_sizes(model)
+    train(cuda, model, amp=BF16, augment={}, side=48)
+
+
+def test_each_update_waits_for_an_average_in_host_memory(cuda):
+    with pytest.raises(HostWaitsError, match="between cpu and cuda"):
+        train(cuda, linear(), average_on="cpu")
+
+
 AUGMENTATIONS = [
     {"aa": "rand-m9-n4-mstd0.5-inc1", "mixup_mode": "elem", "recount": 3},
     {"aa": "rand-m9-n4-mstd0.5", "train_interpolation": "random", "remode": "rand"},
@@ -182,6 +234,14 @@ AUGMENTATIONS = [
 def test_augmentation(cuda, augment):
     loss = {"jsd_loss": True, "smoothing": 0.1} if "aug_splits" in augment else {}
     train(cuda, linear(), augment=augment, loss=loss)
+
+
+@pytest.mark.parametrize("form", [Form(5, 8), Form(2, 16), Form(1, 8)], ids=str)
+def test_augmentation_of_other_images(cuda, form):
+    options = {"aa": "rand-m9-n2-mstd0.5" if form == Form(1, 8) else None, "color_jitter": None}
+    options |= {"rotate": 30.0, "perspective": 0.4, "blur_prob": 0.5, "vflip": 0.5}
+    model = nn.Sequential(nn.Flatten(), nn.Linear(form.channels * SIDE * SIDE, CLASSES))
+    train(cuda, model, augment=options, form=form, updates=1)
 
 
 @pytest.mark.parametrize("mode", ["value", "agc"])
@@ -246,6 +306,20 @@ def test_evaluation(cuda, monkeypatch, amp):
         cuda.place(deit()), batches, settings, num_classes=CLASSES, batch_size=6, real=real
     )
     assert counts.sums.device == real.sums.device == CUDA
+
+
+def test_evaluation_of_several_labels(cuda):
+    """The scores stay on the device for many batches."""
+    images = torch.randn(20, 3, SIDE, SIDE)
+    targets = torch.zeros(20, CLASSES)
+    cuda.strict = False
+    counts = MultiLabelCounts(CLASSES, CUDA)
+    counts.result = counts.add_up
+    cuda.strict = True
+    batches, settings = in_batches(images, targets, 6), engine.StepSettings(CUDA, amp=BF16)
+    model = cuda.place(deit())
+    engine.evaluate(model, batches, settings, num_classes=CLASSES, batch_size=6, counts=counts)
+    assert counts.sums.device == CUDA and len(counts._waiting) == 4
 
 
 class Faulty(nn.Module):

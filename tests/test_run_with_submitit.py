@@ -1,4 +1,7 @@
-"""run_with_submitit.py, with and without a real SLURM of two virtual nodes (slurm/cluster.py)."""
+"""run_with_submitit.py, with and without a real SLURM of two virtual nodes (slurm/cluster.py).
+
+Also of config/job.py.
+"""
 
 import contextlib
 import io
@@ -224,18 +227,21 @@ def test_local_executor(tmp_path):
 
 def test_a_process_that_storage_holds_leaves_as_one_that_stopped(monkeypatch, capsys):
     """So that the job is requeued; submitit makes an error of anything that is raised."""
-    left = []
     environment = mock.Mock(USR_SIG="USR2", global_rank=0, job_id="7")
     monkeypatch.setattr("submitit.JobEnvironment", lambda: environment)
-    monkeypatch.setattr(signal, "getsignal", lambda _: mock.Mock())
-    for name in ("_until_training", "_export_environment"):
-        monkeypatch.setattr(run_with_submitit, name, mock.Mock())
+    monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", mock.Mock())
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    requeue = mock.Mock()
+    monkeypatch.setattr(signal, "getsignal", lambda _: requeue)
+    monkeypatch.setattr(signal, "signal", mock.Mock())
     stopped = mock.Mock(side_effect=Stopped(signal.SIGUSR2, alone=True))
-    monkeypatch.setattr(run_with_submitit, "_train", stopped)
-    monkeypatch.setattr(run_with_submitit, "_leave", lambda code, **_: left.append(code))
+    monkeypatch.setattr("training.run.run", stopped)
     [config] = run_with_submitit.load([*RUN, "--job-dir", "jobs"])[1]
-    run_with_submitit.TrainingJob(config)()
-    assert left == [128 + signal.SIGUSR2]
+    with pytest.raises(SystemExit) as ended:
+        run_with_submitit.TrainingJob(config)()
+    assert ended.value.code == 128 + signal.SIGUSR2
+    requeue.assert_called_once_with(signal.SIGUSR2, None)
     assert "stopped by signal" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -19,8 +20,8 @@ LAYERS = (
     ("utils", "cait_models"),
     ("models", "distributed", "samplers", "download"),
     ("augmentation", "checkpointing"),
-    ("pipeline", "losses", "teachers", "optimization"),
-    ("datasets", "inference"),
+    ("pipeline", "losses", "optimization"),
+    ("teachers", "datasets", "inference"),
     ("engine",),
     ("loggers",),
     ("training",),
@@ -38,11 +39,20 @@ FUNCTION_LINES = 60
 LONG_FUNCTIONS: dict[str, str] = {}  # "file.py:function" -> reason
 
 
+@functools.cache
+def all_files() -> tuple[Path, ...]:
+    """The files below ROOT, without those of folders that begin with a point."""
+    found = []
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [Path(folder, name).relative_to(ROOT) for name in names]
+    return tuple(sorted(found))
+
+
 def python_files(*, tests: bool = False) -> list[Path]:
     """The project's files, and those of the tests with ``tests``."""
     outside = [name for name in OUTSIDE if not (tests and name == "tests")]
-    found = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
-    return sorted(p for p in found if p.parts[0] not in outside and not p.parts[0].startswith("."))
+    return [p for p in all_files() if p.suffix == ".py" and p.parts[0] not in outside]
 
 
 def module_of(path: Path) -> str:
@@ -131,7 +141,42 @@ def test_tests_lie_like_what_they_test():
     packages = {path.parts[0] for path in python_files() if len(path.parts) > 1}
     assert folders == packages | {"configs", "docs"}
     alone = {path.stem.removeprefix("test_") for path in found if len(path.parts) == 1}
-    assert alone - MODULES.keys() <= {"structure", "cuda", "pretended_cuda", "learning"}
+    assert alone - MODULES.keys() <= {
+        "structure",
+        "cuda",
+        "cuda_kinds",
+        "pretended_cuda",
+        "learning",
+    }
+
+
+def has_tests_of_its_name(source: Path, names: set[str]) -> bool:
+    """Whether ``names`` of test files have one for a file, or for a package within its package."""
+    inner = source.parts[1:-1]
+    own = {source.stem, "_".join((*inner, source.stem))}
+    return any(
+        name in own or any(name == part or name.startswith(f"{part}_") for part in inner)
+        for name in names
+    )
+
+
+def test_the_tests_of_a_file_are_found_by_its_name():
+    """In a test file called like it, or in the one that begins with its path."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    texts = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in files]
+    beside: dict[str, set[str]] = {}
+    for path in files:
+        beside.setdefault(path.parent.name, set()).add(path.stem.removeprefix("test_"))
+    untested = [
+        str(source)
+        for source in python_files()
+        if source.name not in ("__init__.py", "__main__.py")
+        and not has_tests_of_its_name(
+            source, beside[source.parts[0] if len(source.parts) > 1 else "tests"]
+        )
+        and not any(str(source) in text for text in texts)
+    ]
+    assert not untested, untested
 
 
 def test_only_what_assembles_a_run_knows_the_whole_configuration():
@@ -145,6 +190,7 @@ def test_only_what_assembles_a_run_knows_the_whole_configuration():
     assert {owner(module) for module in knowing} <= {"config"}, knowing
 
 
+@functools.cache
 def lengths(path: Path | str) -> tuple[int, dict[str, int]]:
     """The lines of a file and of each of its functions."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -181,8 +227,7 @@ IN_DOCUMENTS = re.compile(r"\b(?:house|room|door|story|chapter|deviation|judged?
 
 def texts() -> list[Path]:
     suffixes = (".py", ".md", ".yaml", ".toml", ".html", ".txt", ".ipynb")
-    found = [path.relative_to(ROOT) for suffix in suffixes for path in ROOT.rglob(f"*{suffix}")]
-    return sorted(p for p in found if p.parts[0] != "output" and not p.parts[0].startswith("."))
+    return [p for p in all_files() if p.suffix in suffixes and p.parts[0] != "output"]
 
 
 def test_the_words_are_those_of_the_field():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from augmentation.preprocessing import Preprocessing
 from augmentation.transforms import build_transform
 from config import AugmentOptions, LossOptions
 from errors import OptionError
+from pipeline import imagenet
 
 NAMES = ["a", "b", "c"]
 STUDENT = Preprocessing(
@@ -37,10 +39,12 @@ def save_teacher(path, name: str = "resnet18", num_classes: int = 3, **extra) ->
     return model.eval()
 
 
-def build_teacher(path, model: str = "resnet18", num_classes: int = 3) -> nn.Module:
+def build_teacher(
+    path, model: str = "resnet18", num_classes: int = 3, class_names: Sequence[str] = NAMES
+) -> nn.Module:
     options = LossOptions(distillation_type="hard", teacher_model=model, teacher_path=str(path))
     teacher = teachers.build_teacher(
-        options, num_classes=num_classes, preprocessing=STUDENT, class_names=NAMES
+        options, num_classes=num_classes, preprocessing=STUDENT, class_names=class_names
     )
     return teacher.eval()
 
@@ -203,6 +207,39 @@ def test_teacher_of_other_classes_is_refused(tmp_path, known, message):
     save_teacher(tmp_path / "t.pth", class_names=known)
     with pytest.raises(OptionError, match=f"--teacher-path: .*{message}"):
         build_teacher(tmp_path / "t.pth")
+
+
+def test_classes_of_a_published_teacher(tmp_path):
+    """Those in its description, in their order."""
+    model = timm.create_model("resnet10t", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, model_config={"label_names": ["a", "c", "b"]})
+    with pytest.raises(OptionError, match="--teacher-path: .*class 1 is 'c', the data set's 'b'"):
+        build_teacher(tmp_path, class_names=["a", "b", "c"])
+    assert build_teacher(tmp_path, class_names=["a", "c", "b"])
+
+
+def test_imagenets_classes_by_other_names_and_in_another_order(tmp_path):
+    """The teacher's order is that of WordNet's ids; sorted English names have another one."""
+    small = "mobilenetv3_small_050"
+    timm.models.save_for_hf(save_teacher(tmp_path / "file.pth", small, 1000), tmp_path / "hub")
+    ids, names = imagenet.wordnet_ids(1000), imagenet.class_names(1000)
+    numbers, others = [f"{i:03d}" for i in range(1000)], [f"kind {i:03d}" for i in range(1000)]
+
+    def taught(path: str, classes: Sequence[str]) -> None:
+        build_teacher(tmp_path / path, small, 1000, classes)
+
+    for path in ("file.pth", "hub"):
+        for classes in (ids, names, numbers):
+            taught(path, classes)
+        with pytest.raises(
+            OptionError, match="class 0 is 'n01440764', the data set's 'Afghan hound"
+        ):
+            taught(path, sorted(names))
+    taught("file.pth", others)  # which may be what it was trained on
+    with pytest.raises(OptionError, match="class 0 is 'n01440764', the data set's 'kind 000'"):
+        taught("hub", others)
+    with pytest.raises(OptionError, match="class 2 is 'n01484850', the data set's '10'"):
+        taught("hub", sorted(map(str, range(1000))))
 
 
 def test_teacher_of_another_class_count_is_refused(tmp_path):

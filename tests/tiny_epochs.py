@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from augmentation.batch import BatchAugment
+from augmentation.protocol import RGB, Form
 from config import OptimOptions, ScheduleOptions
 from optimization.ema import ModelEma
 from optimization.optimizer import build_optimizer
@@ -42,12 +43,13 @@ def in_batches(images: torch.Tensor, targets: torch.Tensor, size: int) -> list[B
 
 
 def batches_of_bytes(
-    count: int, augment: BatchAugment, size: int = 6, side: int = 16
+    count: int, augment: BatchAugment, size: int = 6, side: int = 16, form: Form = RGB
 ) -> Iterator[Batch]:
-    """uint8 batches of square images with their plans."""
+    """uint8 or uint16 batches of square images with their plans."""
     rng = np.random.RandomState(0)
     for i in range(count):
-        images = torch.from_numpy(rng.randint(0, 256, (size, 3, side, side), dtype=np.uint8))
+        shape, kind = (size, form.channels, side, side), f"u{form.bit_depth // 8}"
+        images = torch.from_numpy(rng.randint(0, form.levels + 1, shape, dtype=kind))
         positions = np.arange(i * size, (i + 1) * size)
         numbers = torch.from_numpy(positions)
         targets = torch.from_numpy(rng.randint(0, 4, size))

@@ -1,6 +1,7 @@
 """Data sets of a few images with known pixels: what the tests of the pipeline share."""
 
 import gzip
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def train_transform(seed: int = 3) -> Transform:
 def noise(seed: int, height: int = 20, width: int = 24) -> np.ndarray:
     """Random pixels, (height, width, 3) uint8."""
     return np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(seed: int) -> bytes:
+    """``noise(seed)`` as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(seed)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def save(path: Path, seed: int = 0, **options: Any) -> Path:

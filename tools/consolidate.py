@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bounded import size_text
 from checkpointing.files import load_checkpoint, save_checkpoint, without_optimizer
 from errors import CheckpointError
 from outputs.console import say
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     consolidate(arguments.folder, arguments.file, weights=arguments.weights)
-    say(f"{arguments.file}: {arguments.file.stat().st_size / 2**20:.1f} MiB")
+    say(f"{arguments.file}: {size_text(arguments.file.stat().st_size)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import inference
+from bounded import size_text
 from checkpointing.files import named, weights_of
 from errors import UserError, first_names
 from outputs.console import say
@@ -217,9 +218,9 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     for name, value in found.items():
         if name == "bytes":
-            yield f"{'size':<14}{_readable(value)}"
+            yield f"{'size':<14}{size_text(value)}"
         elif name == "parts":
-            text = ", ".join(f"{part} {_readable(size)}" for part, size in value.items())
+            text = ", ".join(f"{part} {size_text(size)}" for part, size in value.items())
             yield f"{name:<14}{text if len(value) < 12 else f'{len(value)} tensors'}"
         elif name == "classes":
             yield f"{name:<14}{len(value)}: {first_names(value, 8)}"
@@ -233,10 +234,6 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _short(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def _table(table: Sequence[Layer]) -> Iterator[str]:

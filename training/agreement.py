@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
+import bounded
 import utils
 from checkpointing.folder import checkpoints_in
 from config import Config, all_options, value_text
 from distributed.agreement import digest, disagreement
 from distributed.processes import Processes, gather
-from errors import UserError, printable
+from errors import UserError, first_names, printable
 from pipeline.dataset import ImageDataset
 from pipeline.sources.base import FileSource, Source, Subset
 from training.saving import versions
@@ -35,9 +36,12 @@ log = logging.getLogger(__name__)
 
 # Options that may differ from machine to machine. What is found there is compared.
 PLACES = {"config", "data_path", "image_root", "shard_cache", "cache_dir", "output_dir"}
-PLACES |= {"class_map", "valid_labels", "real_labels"}
 # Of these it is compared whether they are given.
 _FILES = {"resume", "finetune", "teacher_path"}
+# Of a file that these name the content is compared; wherever it lies, and by whatever name.
+_NAMED_FILES = {"albumentations", "class_weights", "pos_weight"}
+_LABEL_FILES = {"class_map", "valid_labels", "real_labels"}
+PLACES |= _LABEL_FILES
 # How the processes meet, which they have, and what each does for itself.
 _OWN = {"distributed", "world_size", "dist_url", "dist_start_timeout", "num_workers", "pin_mem"}
 _OWN |= {"download", "loader_timeout", "shard_cache_gb", "cache_gb"}
@@ -45,6 +49,7 @@ _OWN |= {"download", "loader_timeout", "shard_cache_gb", "cache_gb"}
 _CHUNK = 4096  # images whose names and labels make one digest
 _SPOTS = 4096  # images that are looked at where names aren't at hand
 _STATS = 32  # files whose sizes are looked at
+_MOST_BYTES = 64 << 20  # of a file whose content is compared
 _ROOT = Path(__file__).parent.parent
 _PACKAGES = ("architectures", "augmentation", "checkpointing", "config", "distributed", "outputs")
 _PACKAGES += ("optimization", "pipeline", "training")
@@ -55,16 +60,18 @@ _PACKAGES += ("optimization", "pipeline", "training")
 
 def recipe_terms(config: Config, device: torch.device) -> dict[str, str]:
     """What all processes must have alike, as texts by name: options, device, packages, code."""
-    values = config.flat()
+    values, fsdp = config.flat(), config.dist.fsdp
     terms = {}
     for option in all_options():
         name, value = option.name, values[option.name]
         shown = value_text(value)
-        if name in _OWN or (name in PLACES and not (name == "output_dir" and config.dist.fsdp)):
+        if name in _OWN or name in PLACES - _LABEL_FILES - ({"output_dir"} if fsdp else set()):
             continue
-        if name in _FILES and value not in ("", "auto", "timm"):
+        if name in _LABEL_FILES and value:
+            shown = _content(Path(value).expanduser())
+        elif name in _FILES and value not in ("", "auto", "timm"):
             shown = "a file"
-        elif name == "albumentations" and value:
+        elif name in _NAMED_FILES and os.path.isfile(os.path.expanduser(value)):
             shown = _file_text(value)
         elif name == "plugin":
             shown = ", ".join(map(_plugin_text, config.run.plugin)) or "none"
@@ -97,7 +104,7 @@ def _file_text(name: str) -> str:
 
 def _content(path: Path) -> str:
     try:
-        return f"content {_short(path.read_bytes())}"
+        return f"content {_short(bounded.read_bytes(path, _MOST_BYTES))}"
     except OSError:
         return "which can't be read"
 
@@ -114,7 +121,7 @@ def _code() -> dict[str, str]:
     return terms
 
 
-def tell_versions(processes: Processes) -> None:
+def warn_of_versions(processes: Processes) -> None:
     """Warn where versions differ in what :func:`recipe_terms` leaves out; to be called by all."""
     everyone = gather(versions())
     for name in everyone[0]:
@@ -185,10 +192,14 @@ def _looked_at(source: Source) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, _SPOTS).astype(np.int64))
 
 
-def _items(part: ImageDataset, chunk: int, root: str) -> list[tuple[bytes, int]]:
-    """Names and labels of a chunk of the images that are looked at; -1 for unknown labels."""
+def _items(part: ImageDataset, chunk: int, root: str) -> list[tuple[bytes, tuple[int, ...]]]:
+    """Names and labels of a chunk of the images that are looked at; no labels where unknown."""
     indices = _looked_at(part.source)[chunk * _CHUNK : (chunk + 1) * _CHUNK]
-    labels = [-1] * len(indices) if part.targets is None else part.targets[indices].tolist()
+    labels: list[tuple[int, ...]] = [()] * len(indices)
+    if part.targets is not None:
+        rows = part.targets[indices]
+        several = rows.ndim == 2
+        labels = [tuple(np.flatnonzero(r).tolist()) if several else (int(r),) for r in rows]
     return list(zip(_identities(part.source, indices, root), labels, strict=True))
 
 
@@ -251,20 +262,21 @@ def _image_difference(
     chunks = gather(_items(part, chunk, root))
     for place in range(max(map(len, chunks))):
         images = [each[place] if place < len(each) else None for each in chunks]
-        text = disagreement(images, processes, lambda image: _says_image(name, image, part.classes))
+        text = disagreement(images, processes, lambda image: _says_image(part, image))
         if text:
             return [*found, f"the first {name} image that differs: {text}"]
     return found
 
 
-def _says_image(part: str, image: tuple[bytes, int] | None, classes: list[str]) -> str:
+def _says_image(part: ImageDataset, image: tuple[bytes, tuple[int, ...]] | None) -> str:
     if image is None:
         return "has none"
-    path, label = image
-    known = 0 <= label < len(classes)
-    return f"has {printable(os.fsdecode(path))}" + (
-        f" of class '{printable(classes[label])}'" if known else ""
-    )
+    path, labels = image
+    names = [f"'{printable(part.classes[i])}'" for i in labels if 0 <= i < len(part.classes)]
+    says = f"has {printable(os.fsdecode(path))}"
+    if part.targets is not None and part.targets.ndim == 2:
+        return f"{says} with {'labels ' + first_names(names) if names else 'no label'}"
+    return says + (f" of class {names[0]}" if names else "")
 
 
 def _size_difference(processes: Processes, sizes: list[tuple[str, int]]) -> list[str]:

@@ -17,7 +17,7 @@ import models
 import teachers
 import utils
 from architectures.dynamic_size import keywords_for_other_sizes, take_other_sizes
-from architectures.hub import described
+from architectures.hub import built_by
 from architectures.memory_format import to_channels_last, wants_channels_last
 from architectures.summary import ModelSummary
 from architectures.talking_heads import Choice, set_path
@@ -95,7 +95,7 @@ def build_model(
     A run that is ``resumed`` from a checkpoint needs no other weights to start from.
     """
     options = config.model
-    with described(options.model, (resumed or {}).get("hub_config")):
+    with built_by(options.model, (resumed or {}).get("hub_config")):
         model = models.build_model(
             options.model,
             num_classes,

@@ -12,7 +12,7 @@ import torch
 
 from augmentation.batch import Normalise, augments_by_batch, build_train_transform
 from augmentation.preprocessing import Preprocessing
-from augmentation.protocol import RGB, Form, Transform
+from augmentation.protocol import Form, Transform
 from augmentation.transforms import CentreCrop
 from checkpointing.files import class_names_of, split_of
 from config import Config, stages, train_size
@@ -120,8 +120,7 @@ class Data:
             ways.append("--cache ram, if the decoded images fit")
         if not (self.train.source.decoded or jpeg.is_fast()):
             ways.append(f"for JPEG files, {jpeg.HINT}")
-        colours = Form(config.model.in_chans, config.data.bit_depth) == RGB
-        if colours and not self.train.source.decoded:
+        if not self.train.source.decoded:
             ways.append("smaller files: python -m tools.data pack --short-side 256")
         return ways
 

@@ -27,6 +27,7 @@ from checkpointing.files import (
     weights_of,
 )
 from checkpointing.folder import BEST, load_newest
+from checkpointing.published import classes_of, label_names
 from checkpointing.variants import FORM_OPTIONS, form_options
 from config import CHECKPOINT, DEFAULT, Config
 from distributed.processes import Processes, on_main_process
@@ -35,6 +36,7 @@ from loggers import PER_CLASS_FILE, PER_CLASS_LIMIT, write_per_class
 from optimization.counts import Evaluation, RealCounts
 from optimization.multilabel import MultiLabelEvaluation, Result, counts_of
 from outputs.files import Outputs
+from pipeline import imagenet
 from pipeline.dataset import Batch, ImageDataset, build_dataset, findings
 from pipeline.progress import ProgressBar
 from pipeline.sources.registry import validation_classes
@@ -194,10 +196,10 @@ def _known_classes(
     if option == "pretrained":
         if not has_published_weights(cfg):
             return None
-        names, count = cfg.get("label_names"), cfg["num_classes"]
-        names = list(names.values()) if isinstance(names, Mapping) else names
-        names = names if names and len(names) == count else None
-        return ModelClasses.of(option, f"what is published as {config.model.model}", count, names)
+        count, who = classes_of(cfg), f"what is published as {config.model.model}"
+        with named(config.model.model):
+            names = label_names(cfg) or imagenet.class_names(count)
+        return ModelClasses.of(option, who, count, names)
     with named(source):
         weights, layers = weights_of(content), cfg["classifier"] or ()
     layers = (layers,) if isinstance(layers, str) else layers

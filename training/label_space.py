@@ -17,8 +17,8 @@ from errors import DataError, OptionError, did_you_mean, first_names
 from inference import unnamed
 from optimization.counts import NO_OUTPUT, PADDING
 from optimization.multilabel import Result
+from pipeline import imagenet
 from pipeline.dataset import ImageDataset
-from pipeline.imagenet import ids_of, wordnet_ids
 from training.label_files import read_class_map, read_real_labels, read_valid_labels
 
 _WORDNET = re.compile(r"n\d{8}")
@@ -39,6 +39,8 @@ class ModelClasses:
     """Of the outputs, in order; None: unknown."""
     imagenet: bool = False
     """Whether the names are ImageNet's wordnet ids, by the number of outputs."""
+    certain: bool = False
+    """Whether the names came with the weights: they aren't concluded from the number alone."""
 
     @classmethod
     def of(
@@ -51,8 +53,9 @@ class ModelClasses:
         made_up = names is not None and list(names) == unnamed(count)
         if made_up or (names is not None and len(set(names)) < len(names)):
             names = None
-        ids = wordnet_ids(count) if names is None else ids_of(names)
-        return cls(option, source, count, names if ids is None else ids, ids is not None)
+        ids = imagenet.wordnet_ids(count) if names is None else imagenet.ids_of(names)
+        certain = names is not None
+        return cls(option, source, count, names if ids is None else ids, ids is not None, certain)
 
     def find(self, word: str) -> int:
         """The class that ``word`` means, an index or a name. Raises ValueError if there is none."""
@@ -170,9 +173,16 @@ def _indices(
     of_imagenet = model.names is None or _WORDNET.fullmatch(model.names[0])
     if of_imagenet and sorted(numbers) == sorted(there) and len(numbers) == len(names):
         return numbers, found % (len(names), "their names, which are taken as class indices"), True
+    whole = len(names) == len(there)
+    if model.imagenet and (whole or all(_WORDNET.match(name) for name in names)):
+        named = imagenet.find(names, model.count)
+        if set(named) <= set(there):
+            return named, found % (len(names), "the names that ImageNet has for them"), True
     _refuse_other_names(names, model, data)
-    if len(names) != len(there):
+    if not whole:
         raise _other_count(names, model, data, valid)
+    if model.imagenet and valid is None and len(numbers) < len(names):
+        _refuse_other_words(names, named, model, data)
     order = list(range(len(names)))
     if len(numbers) == len(names):
         order = _order_of_numbers(numbers, data)
@@ -207,6 +217,23 @@ def _refuse_other_names(names: Sequence[str], model: ModelClasses, data: DataOpt
         raise DataError(
             f"{_place(data)}: {len(other)} of {len(names)} classes are none of the {model.count} "
             f"wordnet ids that the model knows ({first_names(other, 3)}): remove them, or {remedy}"
+        )
+
+
+def _refuse_other_words(
+    names: Sequence[str], named: Sequence[int | None], model: ModelClasses, data: DataOptions
+) -> None:
+    """Raise DataError if ``names`` are as many as the model's classes and not all ImageNet's, while
+    those of the model are; of weights that don't say so, if most of ``names`` are.
+
+    Their order would be another one than that of the model.
+    """
+    other = [name for name, index in zip(names, named, strict=True) if index is None]
+    if model.certain or 2 * len(other) < len(names):
+        raise DataError(
+            f"{_place(data)}: {len(other)} of {len(names)} classes are none of ImageNet's that the "
+            f"model knows, or may be several ({first_names(other, 3)}): --class-map FILE says "
+            "which class of the model each is"
         )
 
 

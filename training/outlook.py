@@ -16,9 +16,10 @@ from config import Config, by_name
 from config.channel_rules import COLOUR_DEFAULTS, has_colours
 from loggers import duration
 from pipeline.dataset import ImageDataset
+from pipeline.kept_pixels import sizes_of_some
 from pipeline.memory import probes, size_of
 from pipeline.remote import is_remote
-from pipeline.sources.base import FileSource, Subset
+from pipeline.sources.base import FileSource, Source, Subset
 from pipeline.sources.shards import ShardSource
 from training.build import Parts, total_epochs
 from training.data import Data, kept_side
@@ -131,7 +132,7 @@ def _form_words(config: Config) -> list[str]:
     form = Form(config.model.in_chans, config.data.bit_depth)
     if form == RGB:
         return []
-    words = _words("in_chans", form.channels) + _words("bit_depth", form.bit_depth)
+    words = _channel_words(form)
     for name in ("mean", "std"):
         if (values := getattr(config.data, name)) is not None:
             words += _words(name, values)
@@ -141,11 +142,15 @@ def _form_words(config: Config) -> list[str]:
     return words
 
 
+def _channel_words(form: Form) -> list[str]:
+    return _words("in_chans", form.channels) + _words("bit_depth", form.bit_depth)
+
+
 def large_images(config: Config, data: Data, seconds: float | None = None) -> str:
     """What to say where images are so large that decoding them wastes time; empty elsewhere.
 
     Said where images that are kept small come LARGE times as fast or more, and all epochs decode
-    for WORTH_SAYING seconds of a core or more. A few headers are read.
+    for WORTH_SAYING seconds of a core or more. A few headers are read; bands are decoded.
 
     Args:
         config: of the run.
@@ -157,20 +162,20 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
     while isinstance(inner, Subset):
         inner = inner.source
     local = isinstance(inner, FileSource | ShardSource) and not is_remote(config.data.data_path)
-    if Form(config.model.in_chans, config.data.bit_depth) != RGB:
-        return ""  # kept or packed, they stay as large
+    form = Form(config.model.in_chans, config.data.bit_depth)
     if not local or loader.cached or config.run.overfit_batches:
         return ""
     side = kept_side(config) or max(config.model.size)
-    sizes = [size_of(train.source.open(int(n))) for n in probes(train.source)[::_EVERY]]
-    sizes = [size for size in sizes if min(size) > 0]
+    sizes, measured = _sizes_and_seconds(train.source, form)
     if not sizes:
         return ""
     pixels = mean(width * height for width, height in sizes)
+    seconds = seconds or measured
     if seconds is None:
         scaled = config.augment.jpeg_scaling == "on"
         seconds = pixels * (SECONDS_SCALED if scaled else SECONDS_WHOLE)
-    kept = 1 / (KEPT_EACH + KEPT_PIXELS * (side / KEPT_SIDE) ** 2)  # images per second
+    for_pixels = KEPT_PIXELS * form.pixel_bytes / RGB.pixel_bytes
+    kept = 1 / (KEPT_EACH + for_pixels * (side / KEPT_SIDE) ** 2)  # images per second
     whole = data.sampler.num_samples * config.run.epochs * seconds
     if kept * seconds < LARGE or whole < WORTH_SAYING:
         return ""
@@ -178,15 +183,27 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
     root = Path(config.data.data_path)
     folder = f"{root if root.name not in ('', '..') else root.resolve()}-packed"
     pack = ["python", "-m", "tools.data", "pack", *_image_words(config, without=_OF_LOADING)]
+    pack += [] if form == RGB else _channel_words(form)
     pack += ["--short-side", str(side), "--output-dir", folder]
     width, height = (mean(size[i] for size in sizes) for i in range(2))
     crop = size_text(config.model.size)
+    size = form.pixel_bytes * mean(areas) * len(train) / 1e9
     return (
         f"images are {width:.0f}×{height:.0f} on average, the crop is {crop}: "
         f"decoding takes about {1000 * seconds:.2g} ms each, {1 / seconds:.0f} images/s per core; "
-        f"--cache disk (about {3 * mean(areas) * len(train) / 1e9:.2g} GB) or "
-        f"`{shlex.join(pack)}` brings about {round(kept, -2):,.0f}"
+        f"--cache disk (about {size:.2g} GB) or `{shlex.join(pack)}` "
+        + (f"brings about {round(kept, -2):,.0f}" if form == RGB else "spares most of that")
     )
+
+
+def _sizes_and_seconds(source: Source, form: Form) -> tuple[list[tuple[int, int]], float | None]:
+    """Width and height of a few images, and seconds for one where they had to be decoded."""
+    if form == RGB:
+        sizes = [size_of(source.open(int(n))) for n in probes(source)[::_EVERY]]
+        return [size for size in sizes if min(size) > 0], None
+    began = time.process_time()
+    sizes = [(width, height) for height, width in sizes_of_some(source, form)]
+    return sizes, (time.process_time() - began) / max(len(sizes), 1)
 
 
 def _words(name: str, value: object) -> list[str]:

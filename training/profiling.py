@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from outputs.files import Outputs
+from outputs.files import Outputs, check_writable
 from utils import written_whole
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,13 @@ class Profiler:
     def _write(self, traced: profile) -> None:
         self._left = 0
         path = self._folder / f"update-{self._update}.pt.trace.json.gz"
-        if self._outputs.write(path, lambda path: _export(traced, path)):
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _export(traced, path)
             log.info("profile  %s: open it at https://ui.perfetto.dev", path)
+        except OSError as error:
+            # torch gives a trace away once: it can't be tried again.
+            self._outputs.failed(path, error, "the trace is lost, training goes on")
         for line in table(traced):
             log.info("profile  %s", line)
 
@@ -100,12 +105,24 @@ def _export(traced: profile, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         plain = Path(folder) / "trace.json"
         traced.export_chrome_trace(str(plain))
+        _check_whole(plain)
         with (
             written_whole(path) as temporary,
             open(plain, "rb") as source,
             gzip.open(temporary, "wb", compresslevel=6) as target,
         ):
             shutil.copyfileobj(source, target)
+
+
+def _check_whole(trace: Path) -> None:
+    """Raise OSError where torch, which says nothing of it, could not write all of a trace."""
+    end = b""
+    with contextlib.suppress(FileNotFoundError), open(trace, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 16))
+        end = file.read().rstrip()
+    if not end.endswith(b"}"):
+        check_writable(trace.parent)
+        raise OSError("torch could not write all of it, as where a disk is full")
 
 
 def table(traced: profile) -> list[str]:

@@ -24,7 +24,7 @@ from training.agreement import (
     agree_on_weights,
     await_newest,
     recipe_terms,
-    tell_versions,
+    warn_of_versions,
 )
 from training.announce import announce_over, announce_start
 from training.asked import asked_only
@@ -70,7 +70,7 @@ def run(config: Config) -> int:
         joined(config.dist, config.run.device, partial(recipe_terms, config)) as processes,
     ):
         device = set_up_process(config, processes)
-        tell_versions(processes)
+        warn_of_versions(processes)
         check_names(config)
         config = with_options_of_weights(config, output_folder(config))
         if config.run.eval:

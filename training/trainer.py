@@ -386,5 +386,6 @@ class Trainer(engine.Hooks):
             update = self.state.progress.update
             self.logger.hyper_parameters(self.config.recipe(), final, update)
         self.logger.close()
-        self.tracking.feeds.close(finished=True)
+        stop = self.stop
+        self.tracking.feeds.close(finished=True, stopping=lambda: stop.signal is not None)
         return announce_end(self.parts, self.folder, self.saver, len(self.bad_images.listed))

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from errors import OptionError, first_line, printable
+from errors import OptionError, first_line, os_error_text, printable
 from outputs.trackers.run_info import RunInfo, Tracker
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000  # sets of values held for a tracker that doesn't take them
 FINISH_SECONDS = 30.0  # for all trackers together to take what is left, at the end of a run
-STOP_SECONDS = 10.0  # the same where a signal ends it
+STOP_SECONDS = 10.0  # the same where a signal ends it, or comes while they do
+_LOOK = 0.2  # seconds after which a wait looks whether a signal came
 
 
 class _Values(NamedTuple):
@@ -71,13 +72,24 @@ class Feeds:
         for feed in self._feeds:
             feed.put(numbers, update, epoch=epoch)
 
-    def close(self, *, finished: bool) -> None:
-        """Let the trackers take what is left, for a limited time."""
+    def close(self, *, finished: bool, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Let the trackers take what is left, for a limited time.
+
+        ``stopping`` says whether a signal has come, after which that time is shorter.
+        """
         for feed in self._feeds:
             feed.end(finished=finished)
         deadline = time.monotonic() + (FINISH_SECONDS if finished else STOP_SECONDS)
+        asked = not finished
+        while busy := [feed for feed in self._feeds if feed.alive]:
+            now = time.monotonic()
+            if not asked and stopping():
+                asked, deadline = True, min(deadline, now + STOP_SECONDS)
+            if now >= deadline:
+                break
+            busy[0].wait(min(_LOOK, deadline - now))
         for feed in self._feeds:
-            feed.wait(max(0.0, deadline - time.monotonic()))
+            feed.leave()
         self._feeds = []
 
 
@@ -117,10 +129,18 @@ class Feed:
         """Say that nothing more comes."""
         self._put(_End(finished))
 
+    @property
+    def alive(self) -> bool:
+        """Whether the tracker has not taken everything yet."""
+        return self._thread.is_alive()
+
     def wait(self, seconds: float) -> None:
         """Wait for the tracker to take what is left."""
         self._thread.join(seconds)
-        if self._thread.is_alive():
+
+    def leave(self) -> None:
+        """Say so where the tracker has not taken everything."""
+        if self.alive:
             log.warning(
                 "tracker %s: it has not taken everything; not waiting any longer (%s)",
                 self._name,
@@ -157,4 +177,5 @@ class Feed:
 
 
 def _reason(error: BaseException) -> str:
-    return printable(first_line(error))
+    text = os_error_text(error) if isinstance(error, OSError) and error.errno else first_line(error)
+    return printable(text)

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from errors import without_surrogates
 
 # A name and password before a host, and what follows a path, may open what the address leads to.
-_USER = re.compile(r"(\w[\w+.-]*://)[^/@\s]*@")
-_QUERY = re.compile(r"(\w[\w+.-]*://[^?#\s]*)[?#]\S*")
+# A bound on the scheme keeps the search of a long word from taking the square of its length.
+_USER = re.compile(r"(\w[\w+.-]{0,40}://)[^/?#\s]*@")
+_QUERY = re.compile(r"(\w[\w+.-]{0,40}://[^?#\s]*)[?#]\S*")
 
 
 @dataclass(frozen=True)

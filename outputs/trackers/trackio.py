@@ -24,6 +24,9 @@ class TrackioRun:
     def __init__(self, info: RunInfo) -> None:
         import trackio
 
+        # Its threads keep what they could not write to themselves, as a warning of Python's.
+        self._failures: list[str] = []
+        vars(trackio.run)["_emit_nonfatal_warning"] = self._failures.append
         name = f"{info.name}-{info.key[:8]}"
         self._run = trackio.init(
             project=info.project,
@@ -40,9 +43,16 @@ class TrackioRun:
 
     def log(self, values: Mapping[str, float], update: int) -> None:
         self._run.log(dict(values), step=update)
+        self._check()
 
     def close(self, *, finished: bool) -> None:
         self._run.finish()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failures:
+            text, _, _ = self._failures.pop().partition(". ")
+            raise RuntimeError(text)
 
 
 open_run = TrackioRun

@@ -51,7 +51,7 @@ class Source:
     bytes_in_memory: int = 0
     """Of decoded images that are kept, see ``pipeline.memory``."""
     decoded: bool = False
-    """Whether images come as uint8 arrays without being decoded."""
+    """Whether images come as uint8 or uint16 arrays without being decoded."""
     findings: Sequence[str] = ()
     """What the user should know of the files, a sentence each."""
     shareable: bool = False
@@ -62,7 +62,8 @@ class Source:
         return len(self.targets)
 
     def open(self, index: int) -> Any:
-        """What ``decode`` takes: a path, binary file, PIL image or uint8 array."""
+        """What ``decode`` takes: a path, binary file, PIL image or uint8 array; of other forms
+        than RGB what ``decode_bands`` takes."""
         raise NotImplementedError
 
     def read(self, index: int) -> tuple[Any, Target]:

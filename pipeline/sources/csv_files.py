@@ -25,6 +25,7 @@ from pipeline.sources.labels import (
     Labels,
     check_class_columns,
     class_names,
+    lists_taken_for_names,
     multi_hot,
     read_labels,
 )
@@ -66,6 +67,8 @@ class _Listed(NamedTuple):
     """The name of that column."""
     class_columns: list[str] | None = None
     """The classes of which each has a column."""
+    label_column: int | None = None
+    """Where the labels stand."""
 
     def has_part(self, *names: str) -> bool:
         return self.parts is not None and any(name in self.parts for name in names)
@@ -105,6 +108,7 @@ def _read(path: Path, data: "DataOptions", *, several: bool = True) -> _Listed:
         None if columns.split is None else parts_of(table, columns.split),
         "" if columns.split is None else table.header[columns.split],
         classes,
+        columns.label,
     )
 
 
@@ -136,8 +140,22 @@ def _source(listed: _Listed, data: "DataOptions", classes: list[str] | None = No
     else:
         targets = _one_each(listed, labels, classes)
     source = FileSource(listed.files.root, paths, targets, classes)
-    source.findings = (*findings, *_repeated(listed.path, paths, labels))
+    source.findings = (*findings, *_repeated(listed.path, paths, labels), *_doubts(listed))
     return source
+
+
+def _doubts(listed: _Listed) -> list[str]:
+    """What is odd about the column of labels."""
+    labels, path, header = listed.labels, listed.path, listed.table.header
+    if not labels or not isinstance(labels[0], str):
+        return []
+    column = "column 2" if header is None else header[listed.label_column]
+    if len(labels) > 1 and len(set(labels)) == len(labels):
+        return [
+            f"{path}: {column} has another label for each image: if it is a number of the image, "
+            "or a quantity, name the classes with --label-column"
+        ]
+    return lists_taken_for_names(path, shortened(column), labels)
 
 
 def _one_each(listed: _Listed, labels: list[str], classes: list[str]) -> list[int]:
@@ -232,9 +250,10 @@ def _repeated(path: Path, paths: list[str], labels: list[str]) -> list[str]:
     several = not isinstance(labels[0], str)
     how = "with different labels" if several else "under more than one class"
     under = f", {torn} of them {how}" if torn else ""
+    fix = ": write all labels of an image into one row" if torn and several else ""
     return [
         f"{path}: {len(again)} images are listed more than once{under} "
-        f"({first_names(sorted(again), 2)})"
+        f"({first_names(sorted(again), 2)}){fix}"
     ]
 
 

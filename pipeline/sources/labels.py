@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -193,6 +194,25 @@ def _clear_separator(path: Path, name: str, cells: Sequence[str]) -> str:
         f"{column} has cells such as {shown(shortened(spaced))}: add --label-separator space, or "
         "none where that is one label",
     )
+
+
+def lists_taken_for_names(path: Path, column: str, cells: Sequence[str]) -> list[str]:
+    """What is said where the classes of a list seem to be lists of labels.
+
+    That is where some labels stand alone as well, or most of them stand in several cells.
+    """
+    texts = set(cells)
+    for mark in _USUAL:
+        lists = [[part.strip() for part in cell.split(mark)] for cell in texts if mark in cell]
+        parts = Counter(part for labels in lists for part in set(labels))
+        known = sum(part in texts or count > 1 for part, count in parts.items())
+        if lists and 2 * known >= len(parts):
+            example = next(cell for cell in cells if mark in cell)
+            return [
+                f"{path}: {shown(shortened(example))} in {column} is taken for the name of one "
+                f"class: if it is several labels, add --task multilabel"
+            ]
+    return []
 
 
 # --- a column for each class ----------------------------------------------------------------------

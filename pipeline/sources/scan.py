@@ -1,6 +1,7 @@
 """Finding image files below folders, and what is odd about what lies there."""
 
 import os
+import re
 import shlex
 from bisect import bisect_left
 from collections import Counter
@@ -18,6 +19,9 @@ from pipeline.sources.names import NamesByFolder
 _LEFT_BEHIND = frozenset(
     ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 )
+# What segmentation data call the mask of an image: 001_mask.png beside 001.png, or a folder.
+_MASK = re.compile(r"(.+?)[ _-](?:mask|segmentation)s?(?:[ _-]?\d+)?")
+_MASK_FOLDERS = frozenset(("mask", "masks", "segmentation", "segmentations"))
 _AFTER_DOT = chr(ord(".") + 1)
 _LOOKED_INTO = 10  # unknown extensions of which a file is looked into
 
@@ -183,6 +187,7 @@ class ClassScan:
         self._shared: list[str] = []
         self._below: dict[str, list[str]] = {}  # class -> its subfolders that hold images
         self._own: dict[str, int] = {}  # class -> images in its folder itself
+        self._masks: list[str] = []
         self._read = _Read()
         walk = _Walk(str(root))
         found = NamesByFolder()
@@ -207,6 +212,7 @@ class ClassScan:
                     path = os.path.join(relative, file)
                     self._others.setdefault(suffix(file), []).append(path)
             names.add(relative, images)
+            self._masks += _masks(relative, images)
             count += len(images)
             if relative == name:
                 self._own[name] = len(images)
@@ -244,6 +250,12 @@ class ClassScan:
             found.append(
                 f"{root}: the same folder lies under two names, its images count twice "
                 f"({first_names(self._shared, 3)})"
+            )
+        if self._masks and len(self._masks) < len(self.targets):
+            found.append(
+                f"{root}: {len(self._masks)} files are named as masks of other images "
+                f"({first_names(self._masks, 2)}) and count as images of their class: if they are "
+                "masks, move them elsewhere"
             )
         self._find_deeper_classes()
 
@@ -296,6 +308,18 @@ class ClassScan:
 
 def _lies_in(path: str, folder: str) -> bool:
     return path.startswith(folder + os.sep)
+
+
+def _masks(folder: str, images: list[str]) -> list[str]:
+    """The paths of those images in a folder that are named as masks of others."""
+    if os.path.basename(folder).lower() in _MASK_FOLDERS and os.sep in folder:
+        return [os.path.join(folder, name) for name in images]
+    text = "\n".join(images).lower()  # of millions of names hardly any is looked at by itself
+    if "mask" not in text and "segmentation" not in text:
+        return []
+    stems = {os.path.splitext(name)[0].lower() for name in images}
+    matches = ((name, _MASK.fullmatch(os.path.splitext(name)[0].lower())) for name in images)
+    return [os.path.join(folder, name) for name, match in matches if match and match[1] in stems]
 
 
 def _links(count: int) -> str:

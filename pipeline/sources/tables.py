@@ -48,6 +48,7 @@ MOST_CELLS = 50_000_000  # of all rows; a cell of usual length takes up to 90 by
 MOST_NAME = {"path": 4096, "label": 1000}  # characters
 _SHOWN = 30  # columns that a message names
 _LAST = "\0last"
+_BINARY = ("0", "1", "0.0", "1.0")
 YES, NO = ("1", "true", "yes", "y", "t", "1.0"), ("0", "false", "no", "n", "f", "0.0")
 
 
@@ -232,6 +233,13 @@ def find_columns(table: Table, data: "DataOptions", exists: Callable[[str], bool
 
 def no_labels(table: Table) -> str:
     """What is said of a table without a column of labels."""
+    binary = [name for i, name in enumerate(table.header) if {*table.column(i)} <= {*_BINARY}]
+    if len(binary) > 1:
+        return (
+            f"{table.path}, line 1: no column named {', '.join(_LABEL_COLUMNS[:4])}; "
+            f"{first_names(binary, _SHOWN)} hold 0 and 1: --task multilabel takes a column for "
+            "each class"
+        )
     return (
         f"{table.path}, line 1: no column named {', '.join(_LABEL_COLUMNS[:4])}{_choices(table)}; "
         "images without labels are for python -m tools.predict"

@@ -1,13 +1,15 @@
 """The hub where there is no network: one error at once; what is cached is taken all the same."""
 
+import json
 import logging
 import socket
 
 import pytest
 from huggingface_hub import constants
 
-from architectures.hub import described, reached
-from errors import CheckpointError
+from architectures.factory import build_model
+from architectures.hub import built_by, reached
+from errors import CheckpointError, UserError
 
 
 @pytest.fixture
@@ -41,5 +43,22 @@ def test_behind_a_proxy_the_client_tries_itself(no_network, monkeypatch):
 @pytest.mark.parametrize("value", [[0.5, 10**400], {"a": -(10**400)}, float("nan")])
 def test_a_description_with_numbers_beyond_all_bounds_is_refused(value):
     given = {"architecture": "resnet18", "model_args": {"width": value}, "pretrained_cfg": {}}
-    with pytest.raises(CheckpointError, match="asks for 'width' of more"), described("x", given):
+    with pytest.raises(CheckpointError, match="asks for 'width' of more"), built_by("x", given):
         pass
+
+
+@pytest.mark.parametrize(
+    "architecture, arguments",
+    [
+        ("nosuch", {}),
+        ("deit_nano_patch4_32", {"patch_size": 0}),
+        ("deit_nano_patch4_32", {"depth": 10**6}),
+    ],
+)
+def test_a_folder_of_odd_content_is_one_line(tmp_path, architecture, arguments):
+    """Also before it takes hours to build."""
+    found = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="config.json") as caught:
+        build_model(f"local-dir:{tmp_path}", 3)
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,8 @@
 """timm's interface on one small model of each family: what timm's tests/test_models.py asks of its
-own, from ``timm.create_model`` to TorchScript and FX."""
+own, from ``timm.create_model`` to TorchScript and FX.
+
+Also of architectures/interface.py.
+"""
 
 import pytest
 import timm

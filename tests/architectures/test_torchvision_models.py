@@ -1,4 +1,7 @@
-"""torchvision's models behind the interface of the others."""
+"""torchvision's models behind the interface of the others.
+
+Also of architectures/library_model.py.
+"""
 
 import pytest
 import timm

@@ -1,5 +1,9 @@
-"""Models of the transformers library from a folder, offline."""
+"""Models of the transformers library from a folder, offline.
 
+Also of architectures/libraries.py.
+"""
+
+import json
 import shutil
 
 import pytest
@@ -9,8 +13,9 @@ from timm.models import adapt_input_conv
 
 import inference
 import models
-from architectures.hub import described
+from architectures.hub import built_by
 from architectures.libraries import description
+from errors import CheckpointError
 from tests.runs import newest, train
 
 LABELS = {0: "amber", 1: "blue", 2: "crimson"}
@@ -48,6 +53,29 @@ def test_published_folder_answers_as_the_library(folder) -> None:
     assert preprocessing["mean"] == pytest.approx([0.5, 0.5, 0.5])
 
 
+def edited(folder, **values) -> str:
+    """The model of ``folder`` with other values in its configuration."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return f"transformers/{folder}"
+
+
+@pytest.mark.parametrize(
+    "name, value, most",
+    [("num_hidden_layers", 10**6, "300"), ("intermediate_size", 10**9, "1,000,000")],
+)
+def test_a_configuration_of_hours_is_refused(folder, name, value, most) -> None:
+    with pytest.raises(CheckpointError, match=f"asks for '{name}' of more than {most}"):
+        models.build_model(edited(folder, **{name: value}), 3)
+
+
+def test_many_classes_and_a_vocabulary_are_none_of_hours(folder) -> None:
+    names = {f"class {i}": i for i in range(1000)}
+    values = {"label2id": names, "id2label": {str(i): name for name, i in names.items()}}
+    values["text_config"] = {"vocab_size": 256_000, "num_hidden_layers": 27}
+    assert models.build_model(edited(folder, **values), 1000).num_classes == 1000
+
+
 def test_weights_are_adapted_to_other_channels(folder) -> None:
     twin = transformers.AutoModelForImageClassification.from_pretrained(folder)
     name = f"transformers/{folder}"
@@ -80,7 +108,7 @@ def test_description_rebuilds_it_without_the_folder(folder) -> None:
     name = f"transformers/{folder}"
     before, kept = models.build_model(name, 5, input_size=16), description(name)
     shutil.rmtree(folder)
-    with described(name, kept):
+    with built_by(name, kept):
         after = models.build_model(name, 5, input_size=16)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (before, after)]
     assert shapes[0] == shapes[1]

@@ -1,4 +1,7 @@
-"""augmentation/batch.py: a whole batch, against the Pillow chain."""
+"""augmentation/batch.py: a whole batch, against the Pillow chain.
+
+Also of augmentation/plans.py and augmentation/protocol.py.
+"""
 
 import random
 from dataclasses import replace

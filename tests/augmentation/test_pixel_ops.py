@@ -1,4 +1,7 @@
-"""augmentation/pixel_ops.py, against Pillow."""
+"""augmentation/pixel_ops.py, against Pillow.
+
+Also of augmentation/host.py, augmentation/sampling.py and augmentation/warp.py.
+"""
 
 import numpy as np
 import pytest

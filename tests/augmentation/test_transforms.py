@@ -1,4 +1,7 @@
-"""augmentation/transforms.py, one image at a time, against timm and torchvision."""
+"""augmentation/transforms.py, one image at a time, against timm and torchvision.
+
+Also of augmentation/preprocessing.py.
+"""
 
 import json
 import pickle

@@ -8,7 +8,7 @@ import torch
 from hub_server import running_hub
 from safetensors.torch import save_file
 
-from checkpointing.published import is_published, read_published, short_name
+from checkpointing.published import classes_of, is_published, read_published, short_name
 from errors import CheckpointError
 
 NAME = "test_efficientnet"  # timm's, 0.4 M parameters
@@ -200,3 +200,16 @@ def test_without_a_network_the_way_out_is_named(hub, monkeypatch):
     message = r"hf download me/pets --revision v1 --local-dir FOLDER; then name the FOLDER$"
     with pytest.raises(CheckpointError, match=message):
         read_published("hf-hub:me/pets@v1")
+
+
+def test_embeddings_are_no_classes():
+    """timm's weights that give an embedding of CLIP, not classes: all whose number of classes is
+    neither ImageNet's nor that of a larger set."""
+    for name in timm.list_models(pretrained=True):
+        cfg = timm.get_pretrained_cfg(name).to_dict()
+        embeds = 0 < cfg["num_classes"] <= 1280 and cfg["num_classes"] != 1000
+        assert classes_of(cfg) == (0 if embeds else cfg["num_classes"]), name
+    mine = {"architecture": "vit_base_patch16_clip_224", "num_classes": 512}
+    assert classes_of({**mine, "label_names": [str(i) for i in range(512)]}) == 512
+    with pytest.raises(CheckpointError, match="clip_224.openai has no classifier, only features"):
+        read_published("timm/vit_base_patch16_clip_224.openai")

@@ -1,4 +1,7 @@
-"""Sharded checkpoints: damage is found, no code is run, and one file can be made of them."""
+"""Sharded checkpoints: damage is found, no code is run, and one file can be made of them.
+
+Also of tools/consolidate.py.
+"""
 
 import dataclasses
 import os

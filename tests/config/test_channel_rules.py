@@ -27,7 +27,6 @@ def test_colours_are_left_alone_where_there_are_none():
         ("--bit-depth 12", "bit_depth"),
         ("--in-chans 4 --augment-on cpu --aa trivial", "augment_on"),
         ("--in-chans 1 --aa augmix-m5", "augment_on"),
-        ("--in-chans 4 --cache disk", "cache"),
         ("--in-chans 4 --mean 0.5 0.5 0.5", "mean"),
         ("--std 0.5 0.5", "std"),
     ],

@@ -1,4 +1,7 @@
-"""Config files: what is read from YAML, what is wrong with it, and what is written."""
+"""Config files: what is read from YAML, what is wrong with it, and what is written.
+
+Also of config/yaml_reader.py.
+"""
 
 import contextlib
 import itertools

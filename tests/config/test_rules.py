@@ -1,4 +1,7 @@
-"""Impossible combinations of options, and options without effect."""
+"""Impossible combinations of options, and options without effect.
+
+Also of config/augmentation_rules.py.
+"""
 
 import ast
 import sys

@@ -1,4 +1,7 @@
-"""All documents: commands are accepted, links lead somewhere, the options page is up to date."""
+"""All documents: commands are accepted, links lead somewhere, the options page is up to date.
+
+Also of tools/docs.py.
+"""
 
 import importlib.util
 import re

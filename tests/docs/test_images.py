@@ -29,7 +29,7 @@ def test_the_commands_of_the_page_work(tmp_path, monkeypatch):
         words = command.split()
         if words[1] == "main.py":
             command = command.replace("--model deit_small", " ".join(SMALL))
-            pages.run(command, TINY, "output/fields")
+            pages.run(command, TINY, words[-1])
             continue
         more = [] if "explore" in words else ["--device", "cpu"]
         with contextlib.redirect_stdout(written):

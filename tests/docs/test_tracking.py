@@ -6,8 +6,9 @@ import pages
 from pages import SMALL, TINY, run
 
 
-def test_tracking(before_training, monkeypatch):
+def test_tracking(before_training, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # folders that importing W&B makes
     [command] = pages.commands("docs/tracking.md")
     folder = run(command.replace("--model deit_small ", ""), [*TINY, *SMALL], "run")
     assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))

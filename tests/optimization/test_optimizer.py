@@ -148,10 +148,11 @@ def test_every_optimiser_takes_a_step(name):
     model = nn.Linear(3, 2)
     optimizer = build_optimizer(model, OptimOptions(opt=name), lr=0.01)
     before = model.weight.detach().clone()
-    # ADOPT only looks at its first gradient.
-    for _ in range(2):
-        model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
+    # kron compiles its step, which takes a C++ compiler half a minute and changes nothing.
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):  # ADOPT only looks at its first gradient
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
     assert torch.isfinite(model.weight).all()
     assert not torch.equal(model.weight, before)
 
@@ -245,7 +246,8 @@ def test_lookahead_around_each_optimiser_takes_what_is_unfrozen_later(name):
 
     for epoch in range(8):  # the slow weights are updated at the sixth step
         freezer.apply(epoch)
-        assert torch.equal(model[0].weight, start) or epoch > 4
+        if epoch <= 4:
+            assert torch.equal(model[0].weight, start)
         step(model, optimizer)
     assert not torch.equal(model[0].weight, start)
     again = copy.deepcopy(model)

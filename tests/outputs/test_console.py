@@ -49,7 +49,8 @@ def test_what_a_console_cannot_show_is_replaced(monkeypatch):
 def test_help_and_options_on_consoles_of_each_encoding(encoding):
     run = shell("$PY main.py --help && $PY main.py --print-config", PYTHONIOENCODING=encoding)
     assert run.returncode == 0, run.stderr
-    assert "--learning-rate" in run.stdout or "--lr" in run.stdout
+    assert "--warmup-epochs" in run.stdout  # of --help
+    assert "\nwarmup_epochs: " in run.stdout  # of --print-config
 
 
 def test_a_path_that_is_not_utf8(tmp_path):

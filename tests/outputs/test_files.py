@@ -8,7 +8,7 @@ import pytest
 import torch
 from disks import fill, read_only, small_disk
 
-from outputs.files import Outputs, as_os_error
+from outputs.files import Outputs, as_os_error, check_writable
 
 
 def warnings(caplog) -> list[str]:
@@ -86,3 +86,16 @@ def test_errors_of_torch_that_are_the_disks(tmp_path):
         torch.save({"f": lambda: 0}, io.BytesIO())
     if isinstance(raised.value, RuntimeError):
         assert as_os_error(raised.value, tmp_path) is None
+
+
+def test_a_folder_that_takes_nothing(tmp_path):
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        check_writable(tmp_path / "gone")
+    with small_disk(tmp_path / "disk", 128) as disk:
+        check_writable(disk)
+        fill(disk, leave=4096)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            check_writable(disk)
+        assert raised.value.filename == str(disk)

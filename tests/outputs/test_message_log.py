@@ -1,4 +1,7 @@
-"""run.log: what a run says, with time and level, through full disks and over several sessions."""
+"""run.log: what a run says, with time and level, through full disks and over several sessions.
+
+Also of training/console.py.
+"""
 
 import logging
 import os

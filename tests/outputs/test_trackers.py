@@ -1,16 +1,20 @@
 """Feeds of trackers: none delays or ends a run, whatever it does; what none of them gets."""
 
+import contextlib
+import importlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 
 import pytest
+from disks import fill, small_disk
 
 import config
 from errors import OptionError
 from outputs.trackers import feed
 from outputs.trackers.feed import Feed, Feeds, check_installed
-from outputs.trackers.run_info import without_secrets
+from outputs.trackers.run_info import RunInfo, without_secrets
 
 
 class Kept:
@@ -107,6 +111,38 @@ def test_a_tracker_that_hangs_is_not_waited_for(caplog, monkeypatch):
     assert "not waiting any longer" in left and left.endswith("(the hint)")
 
 
+def test_a_signal_shortens_the_wait_at_the_end(caplog, monkeypatch):
+    monkeypatch.setattr(feed, "STOP_SECONDS", 0.05)
+    hangs = threading.Event()
+    feeds = feeds_of(lambda: hangs.wait() and Kept())
+    asked = iter([False, True])
+    start = time.monotonic()
+    feeds.close(finished=True, stopping=lambda: next(asked))
+    assert time.monotonic() - start < feed.FINISH_SECONDS / 2
+    hangs.set()
+    assert "not waiting any longer" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_what_a_tracker_cannot_write_is_said(name, tmp_path, monkeypatch, capfd):
+    """Their libraries write from a process or thread of their own, and train on without a word."""
+    with small_disk(tmp_path / "disk", 64) as disk:
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", disk)
+        tracker = importlib.import_module(f"outputs.trackers.{name}")
+        tracker.prepare()
+        run = tracker.open_run(RunInfo("mushrooms", "run", "0123456789abcdef", disk, {}))
+        fill(disk)
+        with pytest.raises((OSError, RuntimeError), match="No space|is full|I/O"):
+            for update in range(3):
+                run.log({"epoch/loss": 1.0}, update)
+            run.close(finished=True)
+        with contextlib.suppress(OSError, RuntimeError):
+            run.close(finished=True)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_missing_package_is_an_error_that_names_it(monkeypatch, tmp_path):
     check_installed(["wandb", "mlflow", "trackio"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -131,14 +167,14 @@ def test_addresses_lose_what_opens_them():
     given = {
         "data_path": "s3://user:pass@host/a/{0..9}.tar",
         "finetune": "https://host/a.pth?X-Signature=abc#part",
-        "several": ["x", ("https://token@h/b?c",)],
+        "several": ["x", ("https://token@h/b?c", "https://me@firm:secret@h/b")],
         "lr": 0.1,
         "note": "what? a@b",
     }
     assert without_secrets(given) == {
         "data_path": "s3://host/a/{0..9}.tar",
         "finetune": "https://host/a.pth",
-        "several": ["x", ["https://h/b"]],
+        "several": ["x", ["https://h/b", "https://h/b"]],
         "lr": 0.1,
         "note": "what? a@b",
     }

@@ -66,10 +66,36 @@ def test_npz_archives_that_lie():
             archive.writestr(f"{number}.npy", b"")
     with pytest.raises(BadImageError, match="directory"):
         decode_bands(many.getvalue(), FORM)
-    good = zipped("x.npy", npy("(2, 2, 5)"))
+    good = zipped("x.npy", npy("(2, 2, 5)", body=bytes(20)))
+    decode_bands(good, FORM)
     for cut in range(30, len(good), 7):
         with pytest.raises(BadImageError):
             decode_bands(good[:cut], FORM)
+
+
+def test_a_header_of_other_sides_is_refused():
+    """Its pixels would be others, and no checksum be compared."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 5), np.uint8)
+    for save in (np.save, np.savez):
+        save(buffer := io.BytesIO(), pixels)
+        for shape in (b"(64, 32, 5)", b"(32, 64, 5)", b"(64, 60, 5)"):
+            with pytest.raises(BadImageError, match="damaged NP[YZ] file: its header says"):
+                decode_bands(buffer.getvalue().replace(b"(64, 64, 5)", shape), FORM)
+
+
+def test_a_damaged_npz_gives_no_other_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 5), np.uint8)
+    rng = np.random.default_rng(2)
+    for save in (np.savez, np.savez_compressed):
+        save(buffer := io.BytesIO(), image=pixels)
+        for _ in range(200):
+            damaged = bytearray(buffer.getvalue())
+            damaged[rng.integers(rng.choice((250, len(damaged))))] ^= 1 << int(rng.integers(8))
+            try:
+                read = decode_bands(bytes(damaged), FORM).numpy()
+            except BadImageError:
+                continue
+            assert (read == pixels.transpose(2, 0, 1)).all()
 
 
 def tiff(**tags: int) -> bytes:
@@ -102,6 +128,15 @@ def tiff(**tags: int) -> bytes:
 def test_tiff_tags_that_lie(tags):
     with pytest.raises(BadImageError):
         decode_bands(tiff(**tags), FORM)
+
+
+def test_a_tiff_that_needs_a_package_says_which(monkeypatch):
+    pixels = np.zeros((8, 8, 5), np.float32)
+    tifffile.imwrite(buffer := io.BytesIO(), pixels, compression="zlib", predictor=False)
+    monkeypatch.setattr(tifffile.TiffPage, "predictor", 3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadImageError, match="pip install imagecodecs, or save it without"):
+        decode_bands(buffer.getvalue(), FORM)
 
 
 def test_a_tiff_strip_that_holds_far_more_is_not_inflated():

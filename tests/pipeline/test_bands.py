@@ -1,4 +1,7 @@
-"""Greys, bands and 16 bits, compared with the arrays that were written and with Pillow."""
+"""Greys, bands and 16 bits, compared with the arrays that were written and with Pillow.
+
+Also of pipeline/levels.py.
+"""
 
 import io
 

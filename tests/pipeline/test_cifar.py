@@ -1,4 +1,7 @@
-"""pipeline/sources/cifar.py: CIFAR in torchvision's files."""
+"""pipeline/sources/cifar.py: CIFAR in torchvision's files.
+
+Also of pipeline/sources/download.py.
+"""
 
 import pickle
 

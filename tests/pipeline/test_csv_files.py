@@ -1,4 +1,7 @@
-"""pipeline/sources/csv_files.py: files that list image paths and labels."""
+"""pipeline/sources/csv_files.py: files that list image paths and labels.
+
+Also of pipeline/sources/tables.py.
+"""
 
 import csv
 import os
@@ -252,6 +255,34 @@ def test_images_that_are_listed_twice_are_told(kaggle):
         f"{table}: 3 images are listed more than once, 3 of them under more than one class "
         "(images/000.png, images/001.png, …)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["a|b", "b|c", "a", "a"], "'a|b' in label is taken for the name of one class"),
+        (["a; b", "b; a", "c", "c"], "'a; b' in label is taken for the name of one class"),
+        (["fly, agaric", "cap, death", "cap, death", "x"], None),
+        (["7", "12", "4", "9"], "label has another label for each image"),
+    ],
+)
+def test_labels_that_are_no_classes_are_pointed_out(tmp_path, labels, said):
+    names = [save(tmp_path / f"{i}.png").name for i in range(4)]
+    for part in ("train", "val"):
+        write_csv(tmp_path / f"{part}.csv", [("image", "label"), *zip(names, labels, strict=True)])
+    found = findings(open_set("CSV", tmp_path))
+    assert len(found) == (said is not None)
+    assert all(said in text for text in found)
+    write_csv(tmp_path / "all.csv", [("image", "label"), *zip(names, "abcd", strict=True)])
+    with pytest.raises(DataError, match="part is empty; .* another label for each image.*--label"):
+        open_set("CSV", tmp_path / "all.csv", False, val_fraction=0.25)
+
+
+def test_a_table_of_ones_and_zeros_names_its_option(tmp_path):
+    name = save(tmp_path / "0.png").name
+    write_csv(tmp_path / "all.csv", [("image", "MEL", "NV"), (name, "1.0", "0.0")])
+    with pytest.raises(DataError, match="MEL, NV hold 0 and 1: --task multilabel"):
+        open_set("CSV", tmp_path / "all.csv", val_fraction=0.5)
 
 
 def test_images_in_folders_below_the_root(kaggle):

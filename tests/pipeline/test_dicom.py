@@ -1,4 +1,7 @@
-"""DICOM files, compared with pydicom's own window; those that mean harm."""
+"""DICOM files, compared with pydicom's own window; those that mean harm.
+
+Also of pipeline/dicom_frames.py and pipeline/dicom_greys.py.
+"""
 
 import io
 import struct

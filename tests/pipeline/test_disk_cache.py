@@ -1,4 +1,7 @@
-"""pipeline/disk_cache.py: the same pixels whatever the file holds, and what bounds it."""
+"""pipeline/disk_cache.py: the same pixels whatever the file holds, and what bounds it.
+
+Also of pipeline/kept_pixels.py.
+"""
 
 import functools
 import os
@@ -17,11 +20,12 @@ from augmentation.preprocessing import Preprocessing
 from augmentation.transforms import CentreCrop, TrainTransform
 from config import AugmentOptions, DataOptions
 from errors import DataError, OptionError
-from pipeline import disk_cache
+from pipeline import kept_pixels
 from pipeline.dataset import ImageDataset, build_dataset
 from pipeline.decoding import decode_tensor
-from pipeline.disk_cache import DiskOptions, disk_cached, estimated_bytes
+from pipeline.disk_cache import DiskOptions, disk_cached
 from pipeline.image_file import HEADER_BYTES, ROW_BYTES, ImageFile
+from pipeline.kept_pixels import estimated_bytes
 from pipeline.loader import Loader, LoaderSettings
 from pipeline.sources.base import ArraySource, FileSource, Source
 from samplers import EvalSampler, RASampler, ShuffleSampler
@@ -80,8 +84,8 @@ def no_decoding(monkeypatch) -> None:
     def refuse(*_, **__):
         pytest.fail("decoded")
 
-    monkeypatch.setattr(disk_cache, "open_parts", refuse)
-    monkeypatch.setattr(disk_cache, "decode", refuse)
+    monkeypatch.setattr(kept_pixels, "open_parts", refuse)
+    monkeypatch.setattr(kept_pixels, "decode", refuse)
 
 
 def test_crops_come_from_the_smaller_image_in_the_first_epoch_too(images, kept):

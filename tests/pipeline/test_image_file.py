@@ -11,6 +11,7 @@ import disks
 import numpy as np
 import pytest
 
+from augmentation.protocol import RGB, Form
 from pipeline import image_file
 from pipeline.image_file import KEY_BYTES, DamagedError, ImageFile, digest, in_use
 
@@ -19,17 +20,18 @@ COUNT = 12
 SEEN = bytes(image_file.ROW_BYTES)  # of an image that isn't there
 
 
-def pixels_of(number: int) -> np.ndarray:
+def pixels_of(number: int, form: Form = RGB) -> np.ndarray:
     """Another shape and content for each image."""
-    shape = (40 + number, 60 - number, 3)
-    return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+    shape = (40 + number, 60 - number, form.channels)
+    kind = np.uint8 if form.bit_depth == 8 else np.uint16
+    return np.random.default_rng(number).integers(0, form.levels + 1, shape, dtype=kind)
 
 
 def fill(file: ImageFile, numbers) -> None:
     for number in numbers:
         row, seen = file.row(number)
         if not row.offset:
-            file.write(number, pixels_of(number), number, 7 * number, seen)
+            file.write(number, pixels_of(number, file.form), number, 7 * number, seen)
 
 
 def right(file: ImageFile, number: int) -> bool:
@@ -37,21 +39,29 @@ def right(file: ImageFile, number: int) -> bool:
     row, _ = file.row(number)
     if not row.offset:
         return False
-    assert np.array_equal(file.pixels(row), pixels_of(number))
+    assert np.array_equal(file.pixels(row), pixels_of(number, file.form))
     assert (row.label, row.stamp) == (number, 7 * number)
     return True
 
 
-def test_images_are_read_as_they_were_written(tmp_path):
+FORMS = pytest.mark.parametrize("form", [RGB, Form(5, 16), Form(1, 8)], ids=str)
+
+
+@FORMS
+def test_images_are_read_as_they_were_written(tmp_path, form):
     path = tmp_path / "a.images"
-    file = ImageFile(path, KEY, COUNT)
+    file = ImageFile(path, KEY, COUNT, form)
     fill(file, (3, 0, 11))
-    other = ImageFile(path, KEY, COUNT)  # as another process would
+    other = ImageFile(path, KEY, COUNT, form)  # as another process would
     assert [right(other, n) for n in range(COUNT)] == [n in (0, 3, 11) for n in range(COUNT)]
     fill(other, range(COUNT))
     assert file.there().all() and all(right(file, n) for n in range(COUNT))
     read = ImageFile(path)
-    assert (read.key, read.count, read.writable) == (KEY, COUNT, False)
+    assert (read.key, read.count, read.form, read.writable) == (KEY, COUNT, form, False)
+    assert path.read_bytes()[:8] == (b"images1\n" if form == RGB else b"images2\n")
+    del file, other, read
+    other = ImageFile(path, KEY, COUNT, Form(2, 16))  # nobody has it open: it is made anew
+    assert not other.there().any()
 
 
 def test_an_image_is_written_once(tmp_path):
@@ -75,9 +85,10 @@ def test_the_digest_is_the_crc_of_the_sums_of_columns_and_rows():
     assert digest(pixels) == want
 
 
-def test_flipped_bits_never_give_other_pixels(tmp_path):
+@FORMS
+def test_flipped_bits_never_give_other_pixels(tmp_path, form):
     path = tmp_path / "a.images"
-    file = ImageFile(path, KEY, COUNT)
+    file = ImageFile(path, KEY, COUNT, form)
     fill(file, range(COUNT))
     rng = random.Random(1)
     damaged = 0

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torchvision
 from timm.data import ImageNetInfo
 
 from pipeline import imagenet
@@ -42,3 +43,21 @@ def test_other_classes_are_not_imagenets():
     assert imagenet.ids_of(names)[:2] == ["n01440764", "n01443537"]
     assert imagenet.ids_of(names[::-1]) is None
     assert imagenet.ids_of(["cat", "dog"]) is None
+
+
+def test_names_of_other_libraries_are_imagenets():
+    """torchvision's few own words make no difference; another order does."""
+    categories = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+    ids = ImageNetInfo().label_names()
+    assert imagenet.ids_of(categories) == imagenet.ids_of(imagenet.class_names(1000)) == ids
+    swapped = [categories[1], categories[0], *categories[2:]]
+    assert imagenet.ids_of(swapped) is None
+    assert imagenet.ids_of([f"kind {i}" for i in range(1000)]) is None
+
+
+def test_classes_by_what_they_are_called():
+    names = ["n01440764_tench", "Tinca tinca", "Great-White_Shark", "hen", "eft", "crane", "x"]
+    assert imagenet.find(names, 1000) == [0, 0, 2, 8, 27, None, None]
+    assert imagenet.find(["cardigan", "Cardigan"], 1000) == [474, 264]
+    assert imagenet.find(["cardigan", "HEN"], 1000) == [None, 8]
+    assert imagenet.find(["hen"], 10) == [None]

@@ -1,4 +1,7 @@
-"""Several labels per image: CSV in its forms, shards, Hugging Face, and the split held out."""
+"""Several labels per image: CSV in its forms, shards, Hugging Face, and the split held out.
+
+Also of pipeline/sources/shard_labels.py and pipeline/sources/stratified.py.
+"""
 
 import csv
 import io

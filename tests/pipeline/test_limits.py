@@ -1,4 +1,4 @@
-"""pipeline/limits.py and headers.py: files that ask for too much are refused before they get it."""
+"""pipeline/limits.py and pipeline/headers.py: what asks for too much is refused beforehand."""
 
 import io
 import os

@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -69,6 +70,20 @@ def test_workers_killed_with_batches_on_their_way(batches):
         found.append(batch)
     assert_same(found, expected)
     assert_same(list(loader), expected)
+
+
+def test_a_worker_without_file_handles_is_an_error_of_one_line(monkeypatch):
+    """It lives on, and only its answer to who asks for a batch's memory is missing."""
+    loader = loader_of(data_set(), workers=1)
+    batches = iter(loader)
+    next(batches)
+
+    def refused(self: Connection) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(Connection, "recv", refused)
+    with pytest.raises(DataError, match="^Too many open files .*ulimit -n"):
+        next(batches)
 
 
 def test_a_dead_worker_is_an_error_of_one_line_where_none_is_to_be_skipped():

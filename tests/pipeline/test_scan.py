@@ -152,6 +152,24 @@ def test_one_folder_with_the_images_in_each_class_is_nothing_special(tmp_path):
     assert scan(tmp_path).findings == []
 
 
+def test_masks_beside_images_are_pointed_out(pets):
+    """As in sets of ultrasound and X-ray images, where every second image would be a mask."""
+    save(pets / "cat" / "mask.png")
+    save(pets / "cat" / "party_mask.png")
+    assert scan(pets).findings == []
+    save(pets / "cat" / "0_mask.png")
+    save(pets / "dog" / "1 (4).png")
+    save(pets / "dog" / "1 (4)_Mask_1.png")
+    save(pets / "dog" / "masks" / "1.png")
+    assert len(scan(pets).targets) == 12
+    [finding] = scan(pets).findings
+    assert finding == (
+        f"{pets}: 3 files are named as masks of other images (cat/0_mask.png, dog/1 "
+        "(4)_Mask_1.png, …) and count as images of their class: if they are masks, move them "
+        "elsewhere"
+    )
+
+
 def test_listing(tmp_path):
     for name in ("b", "a", ".x", "@eaDir"):
         (tmp_path / name).mkdir()

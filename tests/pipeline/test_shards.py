@@ -1,4 +1,7 @@
-"""pipeline/sources/shards.py: tar shards in WebDataset's form."""
+"""pipeline/sources/shards.py: tar shards in WebDataset's form.
+
+Also of pipeline/sources/shard_index.py.
+"""
 
 import gzip
 import io
@@ -11,19 +14,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_sets import assert_same, expected, load, noise, open_set
+from tiny_sets import assert_same, expected, load, open_set, png
 
 from errors import DataError, OptionError
 from pipeline.sources import shard_index
 from pipeline.sources.shard_index import ShardIndex
 from samplers import RASampler
-
-
-def png(seed):
-    buffer = io.BytesIO()
-    Image.fromarray(noise(seed)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write_shard(path, samples):

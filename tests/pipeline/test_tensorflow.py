@@ -1,24 +1,16 @@
 """pipeline/sources/tensorflow.py: sets of tensorflow-datasets."""
 
-import io
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_sets import expected, load, noise, open_set
+from tiny_sets import expected, load, open_set, png
 
 from errors import DataError, OptionError
 from pipeline.dataset import summarise_classes
 from samplers import EvalSampler
-
-
-def png(seed):
-    buffer = io.BytesIO()
-    Image.fromarray(noise(seed)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):

@@ -195,6 +195,21 @@ def test_patches_as_a_product_of_matrices_are_the_convolution():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-11)
 
 
+def test_the_sums_along_the_blocks_are_of_autocasts_type():
+    """With weights of the same names; nothing changes without autocast."""
+    model = models.build_model("deit_nano_patch4_32", 10, input_size=16).eval()
+    images = torch.randn(3, 3, 16, 16)
+    expected, names, kinds = model(images), list(model.state_dict()), []
+    variants.residual_in_autocast_type(model)
+    assert torch.equal(model(images), expected) and list(model.state_dict()) == names
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: kinds.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = model(images)
+    assert set(kinds) == {torch.bfloat16}
+    torch.testing.assert_close(answer.float(), expected, rtol=0.05, atol=0.05)
+
+
 def test_a_variant_is_compiled_for_itself():
     """Two models of a class share what torch has compiled for its ``forward``, copies don't."""
     one, two = (models.build_model("deit_nano_patch4_32", 10, input_size=16) for _ in range(2))

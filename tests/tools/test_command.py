@@ -59,6 +59,17 @@ def test_help_on_consoles_of_each_encoding(tool, encoding):
     assert run.returncode == 0 and b"usage" in run.stdout, run.stderr
 
 
+def test_a_tool_that_prints_fails_with_its_output(capsys, monkeypatch):
+    for reader_ends in (True, False):
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            code = command.run(
+                lambda _: print("cat 0.9"), argparse.ArgumentParser(), [], reader_ends=reader_ends
+            )
+        assert code == reader_ends
+        assert capsys.readouterr().err.count("standard output: No space left on device") == 1
+
+
 def test_a_tool_whose_reader_left_goes_on(tmp_path):
     """Only one that prints and does nothing else ends at once."""
     code = (

@@ -1,4 +1,7 @@
-"""tools.data explore: what it finds in a data set."""
+"""tools.data explore: what it finds in a data set.
+
+Also of tools/common/recipe.py and tools/data/facts.py.
+"""
 
 import json
 import shutil

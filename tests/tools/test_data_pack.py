@@ -1,4 +1,7 @@
-"""tools.data pack: what it writes and training reads."""
+"""tools.data pack: what it writes and training reads.
+
+Also of tools/common/reading.py and tools/data/raw.py.
+"""
 
 import errno
 import io
@@ -6,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import disks
@@ -19,8 +23,8 @@ import main as training
 from augmentation.preprocessing import Preprocessing
 from augmentation.transforms import CentreCrop
 from pipeline.decoding import decode
-from pipeline.disk_cache import small_pixels
 from pipeline.image_file import ImageFile
+from pipeline.kept_pixels import small_pixels
 from pipeline.sources.shard_index import ShardIndex
 from tools import summary
 from tools.data.__main__ import main
@@ -118,6 +122,16 @@ def test_pixels_are_packed_without_loss(tmp_path):
         assert np.array_equal(pixels[..., 0], own.source.open(index))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_pack_that_is_stopped_leaves_nothing(pets, tmp_path, monkeypatch, number):
+    monkeypatch.setattr("tools.data.pack.write_part", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    arguments = ["pack", "--data-path", str(pets), "--output-dir", str(tmp_path / "packed")]
+    assert main(arguments) == 128 + number
+    assert not list(tmp_path.glob("*packed*")) and not list(tmp_path.glob(".*packed*"))
+    assert signal.getsignal(number) == before
+
+
 def test_pack_stops_at_a_damaged_image_or_leaves_it_out(pets, tmp_path, capsys):
     root = shutil.copytree(pets, tmp_path / "pets")
     (root / "train/bee/3.jpg").write_bytes(b"nothing")
@@ -208,7 +222,7 @@ def test_a_full_disk_ends_raw_packing_before_and_while_it_writes(
     with disks.small_disk(tmp_path / "disk", 100) as disk:
         assert pack_raw(pets, disk / "raw") == 2
         assert "images need about" in capsys.readouterr().err
-        monkeypatch.setattr("tools.data.raw.estimated_bytes", lambda source, side: 0)
+        monkeypatch.setattr("tools.data.raw.estimated_bytes", lambda *_: 0)
         assert pack_raw(pets, disk / "raw") == 2
         assert "no space left for the images" in capsys.readouterr().err
         assert list(disk.iterdir()) == []

@@ -1,4 +1,7 @@
-"""tools.data split: what it deals out."""
+"""tools.data split: what it deals out.
+
+Also of tools/data/folds.py and tools/data/groups.py.
+"""
 
 import collections
 import csv

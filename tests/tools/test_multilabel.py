@@ -1,4 +1,7 @@
-"""What the tools make of a model that finds any number of labels on an image."""
+"""What the tools make of a model that finds any number of labels on an image.
+
+Also of tools/common/labels.py.
+"""
 
 import csv
 import dataclasses

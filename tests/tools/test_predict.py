@@ -1,4 +1,7 @@
-"""tools.predict: what it says of files, folders, patterns, tables and broken images."""
+"""tools.predict: what it says of files, folders, patterns, tables and broken images.
+
+Also of tools/common/trained.py.
+"""
 
 import csv
 import io

@@ -1,4 +1,7 @@
-"""tools.report: figures against plain formulas, and files."""
+"""tools.report: figures against plain formulas, and files.
+
+Also of tools/common/answers.py and tools/common/page.py.
+"""
 
 import csv
 import json

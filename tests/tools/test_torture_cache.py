@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from tools.torture.cache import Result, Subject, flips, kills, main
+from tools.torture.cache import FORMS, Result, Subject, flips, kills, main
 
 
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory):
-    return Subject(tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="module", params=FORMS)
+def subject(request, tmp_path_factory):
+    return Subject(tmp_path_factory.mktemp("cache"), FORMS[request.param])
 
 
 def test_no_pixel_is_wrong(subject):
@@ -30,4 +30,4 @@ def test_pixels_that_nobody_checked_are_counted(subject, monkeypatch):
 def test_the_command_says_what_it_found(capsys):
     assert main(["--number", "1"]) == 0
     said = capsys.readouterr().out
-    assert "| damage | 1 | 48 |" in said and " images compared, 0 wrong" in said
+    assert said.count(" | 1 | 48 |") >= 2 and " images compared, 0 wrong" in said

@@ -310,6 +310,14 @@ def test_what_a_killed_search_left_is_failed_and_ended(stand_in, tmp_path, capsy
     assert "trial 0: left by a process that is gone" in capsys.readouterr().out
 
 
+def test_a_damaged_study_is_refused(tmp_path, capsys):
+    space = write_space(tmp_path, lr=LR)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.db").write_bytes(b"SQLite format 3\0" + b"x" * 4096)
+    assert search(tmp_path, space, "--trials", "2") == 2
+    assert "study.db can't be read as a study" in capsys.readouterr().err
+
+
 def test_a_running_search_is_left_alone(stand_in, tmp_path):
     space = write_space(tmp_path, lr=LR)
     process = tuner(tmp_path, stand_in, space, fake="hang")

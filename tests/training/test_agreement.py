@@ -1,6 +1,7 @@
 """Processes that differ in options, images or weights say so, all with the same words."""
 
 import hashlib
+import os
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from training.agreement import (
     agree_on_weights,
     await_newest,
     recipe_terms,
-    tell_versions,
+    warn_of_versions,
 )
 
 WORLD = 3
@@ -65,37 +66,10 @@ def files(root: str, *names: str, classes: tuple[str, ...] = ("cat", "dog")) -> 
 NAMES = tuple(f"{i % 2}/{i}.png" for i in range(9000))
 
 
-def test_data_that_differ(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "0").mkdir()
-    (tmp_path / "x" / "0" / "0.png").write_bytes(b"longer")
-
-    def asks(usual: ImageDataset, odd: ImageDataset, root: str = ""):
-        return lambda p: agree_on_data(p, {"training": odd if p.rank == 2 else usual}, root)
-
-    whole = files("/a", *NAMES)
-    moved = FileSource(Path("/a"), NAMES, [1, *(int(n[0]) for n in NAMES[1:])], ["cat", "dog"])
-    some = np.arange(0, 9000, 3)
-    pixels = np.zeros((9000, 2, 2), dtype=np.uint8)
-    array = ArraySource(pixels, [0] * 9000, ["cat"], "array")
-    labels = ArraySource(pixels, [0] * 8999 + [1], ["cat"], "array")
-    said = said_by_all(
-        tmp_path,
-        {
-            "same": asks(whole, files("/elsewhere", *NAMES)),
-            "classes": asks(whole, files("/a", *NAMES, classes=("cat", "fox"))),
-            "more classes": asks(whole, files("/a", *NAMES, classes=("cat", "dog", "eel"))),
-            "fewer": asks(whole, files("/a", *NAMES[:5000], *NAMES[5001:])),
-            "last": asks(whole, files("/a", *NAMES[:-1], "1/z.png")),
-            "label": asks(whole, ImageDataset(moved)),
-            "part": asks(ImageDataset(Subset(whole.source, some)), whole.subset(some + 1)),
-            "size": asks(files("/nowhere", "0/0.png"), files(str(tmp_path / "x"), "0/0.png")),
-            "array": asks(ImageDataset(array), ImageDataset(array)),
-            "labels of an array": asks(ImageDataset(array), ImageDataset(labels)),
-        },
-    )
+def beginnings() -> dict[str, str]:
+    """What :func:`test_data_that_differ` is told of each case begins with."""
     others = "ranks 0, 1 (host a) have"
-    starts = {
+    return {
         "same": "",
         "classes": f"rank 2 (host b) has class 1 'fox', {others} class 1 'dog': give all",
         "more classes": f"rank 2 (host b) has class 2 'eel', {others} no class 2: give all",
@@ -111,7 +85,55 @@ def test_data_that_differ(tmp_path):
         "size": f"rank 2 (host b) has 0/0.png of 6 bytes, {others} 0/0.png of -1 bytes: give all",
         "array": "",
         "labels of an array": "the first training image that differs: rank 2 (host b) has ",
+        "several labels": "",
+        "one of several": "the first training image that differs: rank 2 (host b) has 1.png with "
+        f"labels 'dog', {others} 1.png with labels 'cat', 'dog': give all",
+        "none of several": "the first training image that differs: rank 2 (host b) has 2.png with "
+        f"labels 'cat', {others} 2.png with no label: give all",
     }
+
+
+def test_data_that_differ(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "0").mkdir()
+    (tmp_path / "x" / "0" / "0.png").write_bytes(b"longer")
+
+    def asks(usual: ImageDataset, odd: ImageDataset, root: str = ""):
+        return lambda p: agree_on_data(p, {"training": odd if p.rank == 2 else usual}, root)
+
+    whole = files("/a", *NAMES)
+    moved = FileSource(Path("/a"), NAMES, [1, *(int(n[0]) for n in NAMES[1:])], ["cat", "dog"])
+    some = np.arange(0, 9000, 3)
+    pixels = np.zeros((9000, 2, 2), dtype=np.uint8)
+    array = ArraySource(pixels, [0] * 9000, ["cat"], "array")
+    labels = ArraySource(pixels, [0] * 8999 + [1], ["cat"], "array")
+
+    def several(*rows: tuple[int, int]) -> ImageDataset:
+        paths = [f"{i}.png" for i in range(len(rows))]
+        source = FileSource(Path("/a"), paths, [0] * len(rows), ["cat", "dog"])
+        source.targets = np.array(rows, dtype=np.uint8)
+        return ImageDataset(source)
+
+    both = several((1, 0), (1, 1), (0, 0))
+    said = said_by_all(
+        tmp_path,
+        {
+            "same": asks(whole, files("/elsewhere", *NAMES)),
+            "classes": asks(whole, files("/a", *NAMES, classes=("cat", "fox"))),
+            "more classes": asks(whole, files("/a", *NAMES, classes=("cat", "dog", "eel"))),
+            "fewer": asks(whole, files("/a", *NAMES[:5000], *NAMES[5001:])),
+            "last": asks(whole, files("/a", *NAMES[:-1], "1/z.png")),
+            "label": asks(whole, ImageDataset(moved)),
+            "part": asks(ImageDataset(Subset(whole.source, some)), whole.subset(some + 1)),
+            "size": asks(files("/nowhere", "0/0.png"), files(str(tmp_path / "x"), "0/0.png")),
+            "array": asks(ImageDataset(array), ImageDataset(array)),
+            "labels of an array": asks(ImageDataset(array), ImageDataset(labels)),
+            "several labels": asks(both, several((1, 0), (1, 1), (0, 0))),
+            "one of several": asks(both, several((1, 0), (0, 1), (0, 0))),
+            "none of several": asks(both, several((1, 0), (1, 1), (1, 0))),
+        },
+    )
+    starts = beginnings()
     for name, start_of in starts.items():
         assert said[name].startswith(start_of) and bool(said[name]) == bool(start_of), said[name]
 
@@ -209,6 +231,27 @@ def test_places_may_differ(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name",
+    sorted(agreement._LABEL_FILES | agreement._NAMED_FILES),
+)
+def test_the_content_of_a_file_is_compared(tmp_path, name):
+    """Which may lie elsewhere; a pipe is not waited for."""
+    files = [tmp_path / text / "x.txt" for text in ("one", "same", "other", "pipe")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("cat 2\n" if file.parent.name == "other" else "cat 1\n")
+    files[3].unlink()
+    os.mkfifo(files[3])
+    flag = f"--{name.replace('_', '-')}"
+    config = load([])
+    one, same, other, pipe = (
+        recipe_terms(config.replace("test", **{name: str(file)}), CPU) for file in files
+    )
+    assert one == same
+    assert all([k for k in one if one[k] != terms[k]] == [flag] for terms in (other, pipe))
+
+
+@pytest.mark.parametrize(
     "name, usual, minor, major",
     [
         ("python", "3.11.7", "3.11.9", "3.12.7"),
@@ -233,7 +276,7 @@ def test_small_differences_of_versions_are_only_told(
         monkeypatch.setattr(
             agreement.log, "warning", lambda text, *values: said.append(text % values)
         )
-        tell_versions(Processes(rank, 2, hosts=("a", "b")))
+        warn_of_versions(Processes(rank, 2, hosts=("a", "b")))
         return said
 
     said, same = on_each_process(tmp_path, 2, work)

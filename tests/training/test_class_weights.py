@@ -1,4 +1,7 @@
-"""training/class_weights.py: the weight of each class in the loss, from options and files."""
+"""training/class_weights.py: the weight of each class in the loss, from options and files.
+
+Also of config/class_weights.py.
+"""
 
 import json
 from pathlib import Path

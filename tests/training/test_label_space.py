@@ -18,6 +18,7 @@ import main
 from checkpointing.files import save_checkpoint
 from config import DataOptions
 from errors import DataError, OptionError
+from pipeline.imagenet import class_names
 from training.label_space import ModelClasses, label_space
 
 IDS = ImageNetInfo().label_names()
@@ -334,9 +335,28 @@ def test_all_of_imagenets_classes_in_another_order_or_by_number():
     assert space(numbers).names[:2] == [IDS[0], IDS[1]]
     assert space(numbers, known=IDS[::-1]).targets == [int(n) for n in numbers]
     words = [f"word {i:03d}" for i in range(1000)]
-    for known in (None, ["crane"] * 1000):
+    for known in (None, ["crane"] * 1000):  # of unknown weights these may be the classes
         assert space(words, known=known).targets == list(range(1000))
         assert space(words, known=known).names == words
+
+
+def test_imagenets_classes_by_english_names():
+    """Sorted as folders are, they have another order than the model's outputs."""
+    names = sorted(class_names(1000))
+    wanted = [class_names(1000).index(name) for name in names]
+    for known in (None, class_names(1000)):
+        found = space(names, known=known)
+        assert found.targets == wanted and "by the names that ImageNet has" in found.note
+    described = ImageNetInfo("imagenet-1k").label_descriptions()
+    several = ("crane", "cardigan")
+    words = [
+        id_ if text in several else text.upper().replace(" ", "_")
+        for id_, text in zip(IDS, described, strict=True)
+    ]
+    assert space(words).targets == list(range(1000))
+    both = [f"{id_}_{text}" for id_, text in zip(IDS, described, strict=True)]
+    assert space(both).targets == list(range(1000))
+    assert space(["n01443537-goldfish", "n01440764 tench"]).targets == [1, 0]
 
 
 def test_names_that_are_known_to_differ_are_refused():
@@ -346,6 +366,15 @@ def test_names_that_are_known_to_differ_are_refused():
         space([*IDS[:-1], "misc"])
     with pytest.raises(DataError, match=r"1000 of 1000 classes are none"):
         space([f"n9{i:07d}" for i in range(1000)])
+    words = [f"word {i}" for i in range(1000)]
+    with pytest.raises(DataError, match=r"1000 of 1000 .* none of ImageNet's .*\(word 0, "):
+        space(words, known=class_names(1000))
+    # "crane" is a bird and a machine, "cardigan" a dog and a jacket.
+    names = [*(name for name in class_names(1000) if not name.startswith("crane")), "crane", "x"]
+    with pytest.raises(
+        DataError, match=r"4 of 1000 .* several \(Cardigan, cardigan, crane, …\): --"
+    ):
+        space(names)
     with pytest.raises(DataError, match=r"\(a, c\) are not those of the model \(a, b\)"):
         space(["a", "c"], 2, ["a", "b"])
     with pytest.raises(DataError, match=r"which has no 0, 1: --class-map"):

@@ -189,7 +189,7 @@ def test_a_release_leaves_the_lock_of_another_run(tmp_path, caplog):
 def test_of_several_starters_one_becomes_the_holder(left):
     result, rng = locks.Result(left), random.Random(0)
     for _ in range(12):
-        locks.judge(result, locks.start(locks.LEFT[left](), 4, rng, kill=False))
+        locks.count(result, locks.start(locks.LEFT[left](), 4, rng, kill=False))
     assert (result.double, result.nobody, result.errors) == (0, 0, [])
     assert result.holders >= 12
 
@@ -211,7 +211,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     RunLock(tmp_path).release()
     result, rng = locks.Result(""), random.Random(0)
     for _ in range(2):
-        locks.judge(result, locks.start(locks.LEFT["the lock of a dead run"](), 3, rng, kill=False))
+        locks.count(result, locks.start(locks.LEFT["the lock of a dead run"](), 3, rng, kill=False))
     assert (result.double, result.nobody, result.errors) == (0, 0, [])
 
 

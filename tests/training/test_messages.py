@@ -1,4 +1,7 @@
-"""What a run says of itself, and what it advises where images keep the device waiting."""
+"""What a run says of itself, and what it advises where images keep the device waiting.
+
+Also of training/announce.py.
+"""
 
 import re
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -79,7 +80,7 @@ def test_the_command_is_the_recipe_for_so_many_images(name, images, classes, rec
     if learns:
         assert free == set(learns.split())
     freezer.apply(20)
-    assert recipe == "frozen" or all(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters()) is (recipe != "frozen")
 
 
 def test_the_command_reads_a_list_as_the_run_does():
@@ -211,11 +212,25 @@ def test_of_images_far_larger_than_the_crop_it_is_said_what_spares_decoding(phot
         ("large", ("--epochs", "900")),  # 16 × 900 × 37 ms are less than 10 minutes
         ("large", ("--cache", "ram")),
         ("large", ("--overfit-batches", "1")),
-        ("large", ("--in-chans", "1")),  # neither --cache disk nor pack --short-side takes them
     ],
 )
 def test_it_is_not_said_where_it_does_not_matter(photographs, kind, options):
     assert hint(photographs, *options, kind=kind) == ""
+
+
+def test_of_large_bands_it_is_said_too(tmp_path):
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(4):
+            np.save(tmp_path / "set" / name / f"{number}.npy", np.zeros((700, 800, 5), np.uint16))
+    options = ("--in-chans", "5", "--bit-depth", "16", "--input-size", "56")
+    text = hint(tmp_path, *options, kind="set", seconds=0.1)
+    assert text.startswith("images are 800×700 on average, the crop is 56: decoding takes about 1")
+    # Six images of 64×73 pixels of 10 bytes; the words that pack takes.
+    assert f"(about {6 * 64 * 64 * 8 / 7 * 10 / 1e9:.2g} GB)" in text
+    words = shlex.split(text.split("`")[1])
+    assert words[words.index("--in-chans") :][:4] == ["--in-chans", "5", "--bit-depth", "16"]
+    assert text.endswith("spares most of that")
 
 
 def test_a_run_says_it_once(images, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import small_disk
 from runs import assert_same_state, logged, newest, stopped_after, train
 
 from outputs.files import Outputs
@@ -14,10 +15,10 @@ from training.profiling import Profiler
 SHORT = ("--epochs", "1", "--warmup-epochs", "0", "--no-model-ema")
 
 
-def traced(folder: Path) -> dict[str, list[str]]:
+def traced(folder: Path, name: str = "profile") -> dict[str, list[str]]:
     """The names of operations in each trace, and the steps in it."""
     found = {}
-    for path in (folder / "profile").glob("*"):
+    for path in (folder / name).glob("*"):
         with gzip.open(path) as file:
             events = json.load(file)["traceEvents"]
         found[path.name] = [str(e.get("name")) for e in events]
@@ -41,6 +42,28 @@ def test_a_trace_of_some_updates_changes_nothing(images, tmp_path, capsys):
     assert {"aten::addmm", "Optimizer.step#AdamW.step"} <= set(names)
     assert f"profile  {tmp_path}/run/profile/{name}: open it" in out
     assert "aten::" in out[out.index("profile  CPU time") :]
+
+
+@pytest.mark.parametrize("room", [8, 4000])
+def test_a_trace_that_a_disk_does_not_take(tmp_path, caplog, room):
+    """torch says nothing of it, and gives a trace away once."""
+    outputs = Outputs()
+    with small_disk(tmp_path / "disk", room) as disk:
+        profiler = Profiler(1, disk, torch.device("cpu"), outputs)
+        with profiler.epoch(0, 2, last=True):
+            for _ in range(2):
+                torch.ones(9).sum()
+                profiler.step()
+        outputs.retry()
+        outputs.close()
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        if room == 4000:
+            assert list(traced(disk.parent, disk.name)) == ["update-1.pt.trace.json.gz"]
+            assert not said
+        else:
+            assert not list(disk.iterdir())
+            assert len(said) == 1 and said[0].endswith("the trace is lost, training goes on")
+            assert "No such file" not in said[0]
 
 
 def test_a_resumed_run_is_traced_up_to_the_end_of_the_epoch(images, tmp_path):

@@ -1,4 +1,7 @@
-"""Whole runs: bad input, the files they write, plug-ins, and what single options do."""
+"""Whole runs: bad input, the files they write, plug-ins, and what single options do.
+
+Also of training/trainer.py.
+"""
 
 import json
 import shutil

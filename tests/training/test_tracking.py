@@ -22,6 +22,8 @@ def offline(tmp_path, monkeypatch) -> str:
     monkeypatch.setattr("outputs.trackers.feed.STOP_SECONDS", PATIENCE)
     monkeypatch.setattr("outputs.trackers.feed.FINISH_SECONDS", PATIENCE)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    # W&B makes folders when it is imported, which a process of pytest-xdist leaves behind.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")

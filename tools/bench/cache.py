@@ -42,7 +42,8 @@ from tools.bench.common import (
     synchronise,
 )
 from tools.bench.images import TimmDataset, large_photographs, photographs, small_images
-from tools.bench.loader import TIMM_RECIPE
+from tools.bench.limits import copy_rate
+from tools.bench.loader import TIMM_RECIPE, decoding_limit
 
 EPOCH = 40  # photographs
 # title: our options, timm's
@@ -107,7 +108,8 @@ def _from_disk(size: str, paths: Sequence[Path], folder: Path, repeats: int) -> 
     title = f"disk cache at 256, {size}: a worker's share, against timm's chain on the originals"
     yield compare(title, partial(run, kept), theirs, repeats, bound)
     title = f"disk cache at 256, {size}: the epoch that fills it"
-    yield compare(title, lambda: run(loader(folder / str(next(filled)))), theirs, repeats)
+    bound = decoding_limit("decoding for a short side of 256, one core", paths, repeats, 256)
+    yield compare(title, lambda: run(loader(folder / str(next(filled)))), theirs, repeats, bound)
 
 
 def _compare(
@@ -148,7 +150,9 @@ def _compare(
     def run_theirs() -> int:
         return sum(len(batch) for batch, _ in theirs)
 
-    return compare(title, run_ours, run_theirs, repeats)
+    rate = copy_rate(device) / (images[0].size * 5)
+    bound = limit("bytes read, floats written once", rate)
+    return compare(title, run_ours, run_theirs, repeats, bound)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

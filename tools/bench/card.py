@@ -28,7 +28,7 @@ GRACE = 10.0  # seconds between the request to end and the end
 LEAST = 8.0  # seconds: with less left a part isn't begun
 PATIENCE = 20  # times the limits, with --dry: any machine will do
 TEST_FILES = (
-    ("tests-runs", ("tests/test_cuda.py",), 6),
+    ("tests-runs", ("tests/test_cuda.py", "tests/test_cuda_kinds.py"), 6),
     (
         "tests-kernels",
         (

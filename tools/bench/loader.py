@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Rows:
             # thirds of what they cost in a new process, or in a worker of torch's DataLoader.
             yield _large(Path(temporary), augment, repeats)
         paths = photographs(Path(temporary), arguments.images)
-        bound = _limit("decoding the same files, one core", paths, repeats)
+        bound = decoding_limit("decoding the same files, one core", paths, repeats)
         share, theirs = partial(_share, paths, augment), partial(_timm_chain(), paths)
         title = "a worker's share, against timm's whole chain"
         yield compare(title, share, theirs, repeats, bound)
@@ -82,7 +82,7 @@ def _large(folder: Path, augment: BatchAugment, repeats: int) -> Row:
     """A worker's share of large photographs."""
     paths = large_photographs(folder)
     share, theirs = partial(_share, paths, augment), partial(_timm_chain(), paths)
-    bound = _limit("decoding the same files at 1/8, one core", paths, repeats, 1)
+    bound = decoding_limit("decoding the same files at 1/8, one core", paths, repeats, 1)
     title = "a worker's share of 12-megapixel photographs, against timm's whole chain"
     return compare(title, share, theirs, repeats, bound)
 
@@ -107,7 +107,7 @@ def _timm_chain() -> Callable[[Sequence[Path]], int]:
     return theirs
 
 
-def _limit(what: str, paths: Sequence[Path], repeats: int, side: int | None = None) -> Row:
+def decoding_limit(what: str, paths: Sequence[Path], repeats: int, side: int | None = None) -> Row:
     """The rate of decoding alone; with ``side``, as small as leaves so many pixels of a side."""
 
     def decoding() -> int:

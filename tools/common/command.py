@@ -4,8 +4,10 @@ packages."""
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -14,8 +16,8 @@ from tqdm import tqdm
 
 import main
 from config import Config
-from errors import UserError, did_you_mean, os_errors_in_words
-from outputs.console import console, say
+from errors import Stopped, UserError, did_you_mean, os_errors_in_words
+from outputs.console import console, output_lost, say
 from outputs.files import reason
 
 Item = TypeVar("Item")
@@ -101,7 +103,8 @@ def run(
     *,
     reader_ends: bool = False,
 ) -> int:
-    """Parse ``argv``, carry out ``command``; returns the exit code (docs/reliability.md).
+    """Parse ``argv``, carry out ``command``; returns the exit code (docs/reliability.md), 1 where
+    with ``reader_ends`` a part of the output could not be written.
 
     With ``reader_ends`` a command whose output nobody reads any more (``| head``) ends well at
     once; any other goes on to its end.
@@ -111,15 +114,40 @@ def run(
             with os_errors_in_words():
                 parsed = arguments.parse_args(argv)
                 with _asked_only(parsed):
-                    return command(parsed) or 0
+                    code = command(parsed) or 0
+                # All that such a tool makes is what it prints.
+                return code or int(reader_ends and output_lost())
         except UserError as error:
             say(f"error: {error}", error=True)
             return error.exit_code
         except BrokenPipeError:
             return 0
+        except Stopped as stopped:
+            say(str(stopped), error=True)
+            return stopped.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise Stopped, so that what is half done is removed, as after
+    Ctrl-C. In another thread than the main one they stay what they were."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _asked_only(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

@@ -30,8 +30,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from augmentation.bands import resized_bands
 from augmentation.protocol import RGB, Form
+from augmentation.windows import Size
 from checkpointing.files import MULTILABEL
 from config import Config
 from errors import DataError, UserError
@@ -40,6 +43,7 @@ from pipeline.bands import decode_bands
 from pipeline.dataset import ImageDataset, findings
 from pipeline.decoding import BadImageError, decode
 from pipeline.formats import EXTENSIONS
+from pipeline.kept_pixels import rows_of
 from pipeline.sources.base import Target
 from pipeline.sources.labels import Labels
 from pipeline.sources.shard_index import SEVERAL, Place, ShardIndex
@@ -72,22 +76,23 @@ def pack_image(
 ) -> Packed:
     """Read an image; larger than ``side``, pixels or not, make a new file of it.
 
-    Files of images of another ``form`` than RGB stay as they are.
-
-    What is transparent in those is on ``background`` from then on.
+    New files are PNG, or JPEG of ``quality`` where they are smaller; of another ``form`` than RGB
+    NPY. What is transparent is on ``background`` in them.
     """
     key = f"{index:09d}"
     try:
         encoded, label = dataset.source.read(index)
         content = reading.file_of(encoded)
+        if form != RGB:
+            bands = decode_bands(encoded if content is None else content, form, background)
+            if content is None or (side is not None and min(bands.shape[1:]) > side):
+                return Packed(_npy(_shrunk(bands, side), form), "npy", label, key)
+            return Packed(content, _extension(encoded, "TIFF"), label, key)
         if content is None:
             image = decode(encoded, background)
             if side is None or min(image.size) <= side:
                 return Packed(_encode(image, "PNG"), "png", label, key)
             return Packed(_encode(_shrink(image, side), "JPEG", quality), "jpg", label, key)
-        if form != RGB:
-            decode_bands(content, form, background)
-            return Packed(content, _extension(encoded, "TIFF"), label, key)
         kind, _, size = reading.kind_of(content)
         if side is not None and min(size) > side:
             image = _shrink(decode(io.BytesIO(content), background), side)
@@ -109,9 +114,35 @@ def _extension(image: Any, form: str) -> str:
 
 
 def _shrink(image: Image.Image, side: int) -> Image.Image:
-    factor = side / min(image.size)
-    size = tuple(max(side, round(length * factor)) for length in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return image.resize(_smaller(image.size, side), Image.Resampling.BICUBIC)
+
+
+def _smaller(size: Size, side: int) -> Size:
+    """``size`` in its proportions with a short side of ``side``."""
+    factor = side / min(size)
+    width, height = (max(side, round(length * factor)) for length in size)
+    return width, height
+
+
+def _shrunk(bands: Tensor, side: int | None) -> Tensor:
+    """(C, H, W) with a short side of ``side`` at most."""
+    height, width = bands.shape[1:]
+    if side is None or min(height, width) <= side:
+        return bands
+    return resized_bands(bands, _smaller((width, height), side))
+
+
+def _npy(bands: Tensor, form: Form) -> bytes:
+    """A file of bands (C, H, W). Raises BadImageError where it wouldn't say which axis they are."""
+    if form.channels == 1:
+        pixels = bands[0].numpy()
+    else:
+        like_bands = bands.shape[1] == form.channels  # rows that are first would be taken for them
+        pixels = bands.numpy() if like_bands else rows_of(bands)
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    decode_bands(buffer, form)
+    return buffer.getvalue()
 
 
 def _encode(image: Image.Image, form: str, quality: int = QUALITY) -> bytes:
@@ -333,12 +364,12 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     if not config.run.output_dir:
         raise UserError("--output-dir: say where the images are to go")
     raw = arguments.format == "raw"
-    for name in ("shard_size", "quality"):
-        if raw and getattr(arguments, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')}: leave it out, as --format raw has no shards and no "
-                "JPEG files"
-            )
+    if raw and arguments.shard_size is not None:
+        raise UserError("--shard-size: leave it out, as --format raw has no shards")
+    kind = _form(config)
+    if arguments.quality is not None and (raw or kind != RGB):
+        what = "--format raw makes" if raw else "--in-chans and --bit-depth make"
+        raise UserError(f"--quality: leave it out, as {what} no JPEG files")
     shard_size = SHARD_MIB if arguments.shard_size is None else arguments.shard_size
     quality = QUALITY if arguments.quality is None else arguments.quality
     if shard_size <= 0:
@@ -348,19 +379,14 @@ def _carry_out(arguments: argparse.Namespace) -> None:
     if not 1 <= quality <= 100:
         raise UserError("--quality: must be 1 to 100")
     background = config.data.background
-    kind = _form(config)
-    if kind != RGB and (raw or side is not None):
-        raise UserError(
-            f"--{'format' if raw else 'short-side'}: makes colours of 8 bits of the images: with "
-            "--in-chans or --bit-depth files are packed as they are, leave it out"
-        )
     form: Shards | Raw
     if raw:
         scaled = config.augment.jpeg_scaling == "on"
-        form = Raw(SIDE if side is None else side, background, scaled)
+        form = Raw(SIDE if side is None else side, background, scaled, kind)
     else:
         form = Shards(shard_size * 2**20, side, quality, background, kind)
-    pack(config, Path(config.run.output_dir).expanduser(), form)
+    with command.stopped_by_signals():
+        pack(config, Path(config.run.output_dir).expanduser(), form)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -379,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--short-side",
         type=int,
         metavar="PIXELS",
-        help=f"make larger images smaller, as JPEG (raw: {SIDE} by default, 0: as they are)",
+        help="make larger images smaller, as JPEG, of bands and 16 bits as NPY "
+        f"(raw: {SIDE} by default, 0: as they are)",
     )
     arguments.add_argument(
         "--quality", type=int, help=f"of those JPEG files, 1 to 100 (default: {QUALITY})"

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from augmentation.bands import resized_bands
+from augmentation.protocol import RGB, Form
 from augmentation.windows import short_side
 from errors import UserError
+from pipeline.bands import decode_bands
 from pipeline.dataset import ImageDataset
 from pipeline.decoding import decode, naming_lack_of_memory
-from pipeline.disk_cache import estimated_bytes, key_of, size_text, small_pixels, whole_of
+from pipeline.disk_cache import size_text, whole_of
 from pipeline.image_file import SUFFIX, DamagedError, ImageFile
+from pipeline.kept_pixels import estimated_bytes, key_of, rows_of, small_pixels
 from pipeline.limits import BadImageError
 from pipeline.sources.base import Source, Target
 from pipeline.sources.raw import INFO, LIST_SUFFIX
@@ -29,18 +33,27 @@ class RawImage(NamedTuple):
     """An image as it goes into the file, or why it doesn't."""
 
     pixels: np.ndarray
-    """uint8 (H, W, 3)."""
+    """uint8 or uint16 (H, W, C)."""
     name: str
     label: Target
     """Number of the class, or which classes it has, (K,)."""
     problem: str = ""
 
 
-def _exactly(image: Image.Image, side: int) -> np.ndarray:
+def _exactly(encoded: Any, side: int, background: str, form: Form) -> np.ndarray:
+    """An image of evaluation as it goes into the file. Raises BadImageError."""
+    if form == RGB:
+        image = decode(encoded, background)
+        with naming_lack_of_memory():
+            if side and min(image.size) > side:
+                image = image.resize(short_side(image.size, side), Image.Resampling.BICUBIC)
+            return np.array(image)
+    bands = decode_bands(encoded, form, background)
     with naming_lack_of_memory():
-        if side and min(image.size) > side:
-            image = image.resize(short_side(image.size, side), Image.Resampling.BICUBIC)
-        return np.array(image)
+        height, width = bands.shape[1:]
+        if side and min(height, width) > side:
+            bands = resized_bands(bands, short_side((width, height), side))
+        return rows_of(bands)
 
 
 class RawWriter:
@@ -51,13 +64,16 @@ class RawWriter:
         part: train or val.
         source: the images, of which some may be left out.
         side: their short side.
+        form: of the images.
     """
 
-    def __init__(self, folder: Path, part: str, source: Source, side: int) -> None:
+    def __init__(
+        self, folder: Path, part: str, source: Source, side: int, form: Form = RGB
+    ) -> None:
         self.folder, self.part = folder, part
         whole, numbers = whole_of(source)
-        key = key_of(whole, f"raw {part}, side {side}, {zlib.crc32(numbers)}")
-        self.file = ImageFile(folder / f"{part}{SUFFIX}", key, len(source))
+        key = key_of(whole, f"raw {part}, side {side}, {zlib.crc32(numbers)}", form)
+        self.file = ImageFile(folder / f"{part}{SUFFIX}", key, len(source), form)
         self.labels: list[Target] = []
         self.names: list[bytes] = []
         self.crc = 0
@@ -129,12 +145,14 @@ class Raw:
     """What transparent ones are composited on."""
     scaled: bool
     """Whether large JPEG files are decoded at a part of their size."""
+    form: Form = RGB
+    """Of the images."""
 
     data_set = "raw"
 
     def check(self, parts: Mapping[str, ImageDataset], folder: Path) -> None:
         """Raise UserError where the images need more space than is free beside ``folder``."""
-        needed = sum(estimated_bytes(part.source, self.side) for part in parts.values())
+        needed = sum(estimated_bytes(part.source, self.side, self.form) for part in parts.values())
         there = next(path for path in folder.absolute().parents if path.exists())
         free = shutil.disk_usage(there).free
         if needed > free:
@@ -144,7 +162,7 @@ class Raw:
             )
 
     def writer(self, folder: Path, part: str, dataset: ImageDataset) -> RawWriter:
-        return RawWriter(folder, part, dataset.source, self.side)
+        return RawWriter(folder, part, dataset.source, self.side, self.form)
 
     def read(self, dataset: ImageDataset, index: int) -> RawImage:
         """An image as it is kept.
@@ -156,9 +174,10 @@ class Raw:
         try:
             encoded, label = dataset.source.read(index)
             if dataset.is_train:
-                pixels = small_pixels(encoded, self.side, self.background, scaled=self.scaled)
+                how = {"scaled": self.scaled, "form": self.form}
+                pixels = small_pixels(encoded, self.side, self.background, **how)
             else:
-                pixels = _exactly(decode(encoded, self.background), self.side)
+                pixels = _exactly(encoded, self.side, self.background, self.form)
             return RawImage(pixels, dataset.source.identity(index), label)
         except (BadImageError, OSError) as error:
             empty = np.zeros((0, 0, 3), dtype=np.uint8)

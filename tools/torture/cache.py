@@ -7,7 +7,8 @@ are killed with SIGKILL at a random moment, all of a run or a single worker; the
 is for the next round, until it is full. *Flips*: a few bits, a sector of zeros or of noise, or the
 end cut off, then an epoch. *Full disks*: an epoch on a file system of a random size (needs root).
 After each round every image must come out with the pixels that it has without a cache, and what
-the index has must be whole. One wrong pixel is a failure, and so is an error.
+the index has must be whole. One wrong pixel is a failure, and so is an error. All of it is done
+with JPEG files and with bands of 16 bits.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from PIL import Image
 
 from augmentation.batch import BatchAugment
 from augmentation.preprocessing import Preprocessing
+from augmentation.protocol import RGB, Form
 from config import AugmentOptions
 from pipeline.dataset import ImageDataset
 from pipeline.disk_cache import DiskOptions, DiskSource, disk_cached
@@ -43,6 +45,7 @@ RUNS = 2
 LONGEST = 0.25  # seconds after which a run is killed
 SECTOR = 4096  # bytes
 SIDE = 48
+FORMS = {"colours": RGB, "bands of 16 bits": Form(5, 16)}
 HEADER = (
     "| what | rounds | images compared | damaged and noticed | wrong pixels |\n"
     "|---|---|---|---|---|"
@@ -66,17 +69,22 @@ class Result:
 class Subject:
     """Images, the way they are loaded, and the pixels that they have without a cache."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, form: Form = RGB) -> None:
         self.folder = folder
         rng = np.random.default_rng(0)
-        paths = [folder / "set" / f"{number}.jpg" for number in range(IMAGES)]
-        paths[0].parent.mkdir()
+        suffix = "jpg" if form == RGB else "npy"
+        paths = [folder / "set" / f"{number}.{suffix}" for number in range(IMAGES)]
+        paths[0].parent.mkdir(parents=True)
         for number, path in enumerate(paths):
-            size = (60 + number % 9, 90 + number % 7, 3)
-            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path, quality=92)
-        augment = BatchAugment(
-            Preprocessing(40, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3), AugmentOptions(), 0
-        )
+            size = (60 + number % 9, 90 + number % 7, form.channels)
+            if form == RGB:
+                Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path, quality=92)
+            else:
+                np.save(path, rng.integers(0, 65536, size, dtype=np.uint16))
+        values = (0.5,) * form.channels
+        shape = Preprocessing(40, 0.875, "bicubic", values, values, bit_depth=form.bit_depth)
+        colours = {} if form == RGB else {"aa": None, "color_jitter": None}
+        augment = BatchAugment(shape, AugmentOptions(**colours), 0)
         names = [path.name for path in paths]
         source = FileSource(folder / "set", names, [0] * IMAGES, ["one"])
         self.dataset = ImageDataset(source, augment, is_train=True)
@@ -257,12 +265,13 @@ def _run(arguments: argparse.Namespace) -> int:
     results = []
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        subject = Subject(Path(temporary))
         kinds = (("kills", kills), ("damage", flips), ("full disks", full_disks))
-        for name, mistreat in kinds:
-            results.append(Result(name))
-            mistreat(subject, rng, arguments.number, results[-1])
-            print(results[-1].row(), flush=True)
+        for what, form in FORMS.items():
+            subject = Subject(Path(temporary) / what, form)
+            for name, mistreat in kinds:
+                results.append(Result(f"{name}, {what}"))
+                mistreat(subject, rng, arguments.number, results[-1])
+                print(results[-1].row(), flush=True)
     wrong = sum(result.wrong for result in results)
     print(f"\n{sum(result.compared for result in results)} images compared, {wrong} wrong")
     return int(bool(wrong))

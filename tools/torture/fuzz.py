@@ -214,6 +214,8 @@ def run(
 ) -> list[Result]:
     """Attack the targets with ``number`` inputs in all, in several ``processes`` at once."""
     results = {target.name: Result(target.name) for target in targets}
+    for target in targets:
+        target.prepare()
     # What is freed in a forked process would hide as much that it takes.
     gc.collect()
     with tempfile.TemporaryDirectory() as temporary:

@@ -15,6 +15,7 @@ once, in the files and as TensorBoard shows them.
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import loggers
 import outputs.events
 import training.run
 from checkpointing.files import load_checkpoint
@@ -34,7 +34,7 @@ from checkpointing.folder import checkpoints_in
 from errors import CheckpointError
 from tools.common import command
 from tools.torture.comparing import differences
-from tools.torture.processes import abort, kill, kill_one, loaders_of, start, wait
+from tools.torture.processes import abort, kill, kill_one, loaders_of, plain_curves, start, wait
 
 # Imported here, so that not each session has to.
 PRELOADED = (outputs.events, training.run)
@@ -45,6 +45,8 @@ BASE = (
 )
 EVERY = ("--save-every-steps", "1")
 LOADERS = ("--num-workers", "2", "--cache", "none", "--on-bad-image", "skip")
+# Stand for paths beside the images.
+BANDS, CACHE = "bands/list.csv", "cache"
 CONFIGURATIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DeiT recipe, no workers": (1, (*EVERY, "--batch-size", "4", "--num-workers", "0")),
     "DeiT recipe, a checkpoint per epoch": (
@@ -69,6 +71,27 @@ CONFIGURATIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "two processes": (2, (*EVERY, "--batch-size", "2", "--num-workers", "0")),
     "two processes, two workers each": (2, (*LOADERS, "--batch-size", "2")),
     "two processes, FSDP2": (2, (*EVERY, "--batch-size", "2", "--num-workers", "0", "--fsdp")),
+    "LoRA": (1, (*EVERY, "--batch-size", "4", "--num-workers", "0", "--lora", "2")),
+    "LoRA, two processes": (
+        2,
+        (*EVERY, "--batch-size", "2", "--num-workers", "0", "--lora", "2", "--lora-alpha", "3"),
+    ),
+    "several labels, four bands of 16 bits": (
+        1,
+        (
+            *(*EVERY, "--batch-size", "4", "--num-workers", "0", "--task", "multilabel"),
+            *("--data-set", "CSV", "--data-path", BANDS, "--val-fraction", "0.25"),
+            *("--in-chans", "4", "--bit-depth", "16", "--cutmix", "0.5"),
+        ),
+    ),
+    "train sizes, disk cache, two workers": (
+        1,
+        (
+            *("--batch-size", "4", "--save-every-steps", "2", "--num-workers", "2"),
+            *("--on-bad-image", "skip", "--input-size", "12", "--train-sizes", "8:0", "12:1"),
+            *("--cache", "disk", "--cache-dir", CACHE),
+        ),
+    ),
 }
 
 
@@ -118,6 +141,19 @@ def make_images(root: Path) -> None:
             for i in range(count):
                 pixels = rng.integers(60 * label, 60 * label + 120, (12, 12, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def make_bands(root: Path) -> None:
+    """``list.csv`` of 32 images of four bands of 16 bits, with two labels, one of them or none."""
+    root.mkdir()
+    rng = np.random.default_rng(1)
+    rows = ["path,labels"]
+    for i in range(32):
+        has = [label for label in ("dry", "wet") if rng.random() < 0.5]
+        pixels = rng.integers(0, 30_000 + 15_000 * len(has), (12, 12, 4)).astype(np.uint16)
+        np.save(root / f"{i}.npy", pixels)
+        rows.append(f"{i}.npy,{'|'.join(has)}")
+    (root / "list.csv").write_text("\n".join(rows) + "\n")
 
 
 # --- moments ------------------------------------------------------------------------------------
@@ -194,13 +230,16 @@ def disturb(pids: list[int], result: Result, folder: Path, rng: random.Random) -
 def torture(name: str, images: Path, folder: Path, kills: int, rng: random.Random) -> Result:
     """Disturb one configuration ``kills`` times (fewer if it is done before) and compare."""
     world, options = CONFIGURATIONS[name]
-    base = [*BASE, "--data-path", str(images), *options]
+    places = {place: str(images.parent / place) for place in (BANDS, CACHE)}
+    base = [*BASE, "--data-path", str(images), *(places.get(o, o) for o in options)]
     whole, parts = folder / "whole", folder / "parts"
     began = time.monotonic()
     codes = wait(start([*base, "--output-dir", str(whole)], world, folder / "whole.txt"), 1e18)
     if any(codes or [1]):
-        raise SystemExit(f"{name}: the undisturbed run failed, see {folder / 'whole.txt'}")
+        said = " / ".join(_end_of(folder / "whole.txt"))
+        raise SystemExit(f"{name}: the undisturbed run failed: {said}")
     seconds = time.monotonic() - began
+    shutil.rmtree(places[CACHE], ignore_errors=True)  # filled again under kills
     result = Result(name)
     argv = [*base, "--output-dir", str(parts), "--resume", "auto"]
     codes = None
@@ -233,12 +272,12 @@ def _end_of(log: Path) -> list[str]:
 def run(kills: int, names: Sequence[str], seed: int) -> list[Result]:
     """Torture the named configurations, ``kills`` times in all, spread evenly."""
     rng = random.Random(seed)
-    # It takes half of the time of so small a run.
-    loggers.draw_curves = lambda records, path: None
+    plain_curves()
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         images = Path(temporary) / "images"
         make_images(images)
+        make_bands(images.parent / "bands")
         for number, name in enumerate(names):
             folder = Path(temporary) / str(number)
             folder.mkdir()

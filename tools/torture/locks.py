@@ -135,7 +135,7 @@ def start(left: str | None, starters: int, rng: random.Random, *, kill: bool) ->
     return lines + killed
 
 
-def judge(result: Result, lines: Sequence[Sequence[str]]) -> None:
+def count(result: Result, lines: Sequence[Sequence[str]]) -> None:
     """Count what a start's ``lines`` say."""
     ends = {pid: int(when) for what, pid, when in lines if what == "killed"}
     ends |= {pid: int(when) for what, pid, when in lines if what == "out"}
@@ -174,7 +174,7 @@ def _run(arguments: argparse.Namespace) -> int:
         result = Result(name)
         for i in range(number, arguments.number, len(LEFT)):
             starters = STARTERS[i // len(LEFT) % len(STARTERS)]
-            judge(result, start(left(), starters, rng, kill=rng.random() < 0.25))
+            count(result, start(left(), starters, rng, kill=rng.random() < 0.25))
         print(result.row(), flush=True)
         results.append(result)
     double, nobody = sum(r.double for r in results), sum(r.nobody for r in results)

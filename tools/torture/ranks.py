@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import training.run
 from tools.common import command
-from tools.torture.kills import make_images
+from tools.torture.disagreements import DISAGREEMENTS, ENVIRONMENTS, FILES, LIST, Case
+from tools.torture.kills import make_bands, make_images
 from tools.torture.processes import free_port, kill, start, wait
 
 PRELOADED = training.run  # imported here, so that not each process has to
@@ -33,122 +34,6 @@ OPTIONS = (
     *("--model", "deit_nano_patch4_32", "--input-size", "8", "--device", "cpu", "--epochs", "2"),
     *("--warmup-epochs", "1", "--lr", "0.01", "--batch-size", "2", "--num-workers", "0"),
     *("--no-tensorboard", "--seed", "3"),
-)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one rank has that the others haven't, and the line that must follow.
-
-    In ``said``, ODD stands for the number of that rank.
-    """
-
-    name: str
-    said: str
-    options: tuple[str, ...] = ()
-    """Of the odd rank alone."""
-    shared: tuple[str, ...] = ()
-    """Of all."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Of the odd rank alone."""
-    images: Callable[[Path], None] | None = None
-    """Changes the odd rank's copy of the images."""
-    codes: tuple[int, ...] = (2,)
-
-
-def _rename_class(images: Path) -> None:
-    for part in ("train", "val"):
-        (images / part / "class1").rename(images / part / "class1b")
-
-
-def _lose_file(images: Path) -> None:
-    (images / "train" / "class1" / "3.png").unlink()
-
-
-def _rename_file(images: Path) -> None:
-    (images / "val" / "class1" / "1.png").rename(images / "val" / "class1" / "7.png")
-
-
-def _move_label(images: Path) -> None:
-    (images / "train" / "class1" / "3.png").rename(images / "train" / "class2" / "x.png")
-    (images / "train" / "class2" / "5.png").rename(images / "train" / "class1" / "y.png")
-
-
-def _other_content(images: Path) -> None:
-    file = images / "train" / "class0" / "0.png"
-    file.write_bytes(file.read_bytes() + b"\0")
-
-
-def _lose_all(images: Path) -> None:
-    shutil.rmtree(images)
-
-
-def _nothing(images: Path) -> None:
-    """Another folder of the same images."""
-
-
-def _option(flag: str, other: str, said: str, usual: str, *shared: str) -> Case:
-    options = (flag, other) if other else (flag,)
-    said = rf"rank ODD \(host .*\) has {said}, ranks? [\d, ]+\(host .*\) ha(s|ve) {usual}"
-    return Case(" ".join((*shared, *options)), said, options, shared)
-
-
-DISAGREEMENTS = (
-    _option("--lr", "0.02", "--lr 0.02", "--lr 0.01"),
-    _option("--seed", "4", "--seed 4", "--seed 3"),
-    _option("--opt", "sgd", "--opt sgd", "--opt adamw"),
-    _option("--amp", "bf16", "--amp bfloat16", "--amp off"),
-    _option("--batch-size", "3", "--batch-size 3", "--batch-size 2"),
-    _option("--epochs", "3", "--epochs 3", "--epochs 2"),
-    _option("--model", "modern_lenet", "--model modern_lenet", "--model deit_nano"),
-    _option("--no-model-ema", "", "--model-ema False", "--model-ema True"),
-    _option("--accum-steps", "2", "--accum-steps 2", "--accum-steps 1"),
-    _option("--resume", "auto", "--resume auto", "--resume none"),
-    _option("--eval", "", "--eval True", "--eval False", "--resume", "auto"),
-    _option("--fsdp", "", "--fsdp True", "--fsdp False"),
-    _option("--plugin", "PLUGIN", r"--plugin other.py \(content .*\)", "--plugin none"),
-    _option("--no-dist-eval", "", "--dist-eval False", "--dist-eval True"),
-    Case(
-        "class folders",
-        r"rank ODD .*has class 1 'class1b', ranks? [\d, ]+\(.*ha(s|ve) class 1 'class1'",
-        images=_rename_class,
-    ),
-    Case("one file fewer", r"rank ODD .*has 23 training images.*class1/3\.png", images=_lose_file),
-    Case("validation file", r"the first validation image .*rank ODD .*7\.png", images=_rename_file),
-    Case("labels moved", r"first training image .*rank ODD .*of class", images=_move_label),
-    Case("content of a file", r"rank ODD .*class0/0\.png of \d+ bytes", images=_other_content),
-    Case(
-        "no data",
-        "error: (process ODD failed: )?--data-path: .* does not exist",
-        images=_lose_all,
-    ),
-    Case(
-        "other files in an evaluation",
-        r"the first validation image .*rank ODD",
-        shared=("--eval", "--finetune", "WEIGHTS"),
-        images=_rename_file,
-    ),
-    Case(
-        "starting weights",
-        r"start from other weights: rank ODD .*layer",
-        ("--finetune", "OTHER_WEIGHTS"),
-        ("--finetune", "WEIGHTS"),
-    ),
-    Case(
-        "WORLD_SIZE",
-        r"is one of \d processes|number 2 did not come|can't meet",
-        environment={"WORLD_SIZE": "4"},
-    ),
-    Case("another root, the same images", "", images=_nothing, codes=(0,)),
-)
-ENVIRONMENTS = tuple(
-    Case(f"{name}={value!r}", rf"--\S+: .*{name}", environment={name: value}, codes=(2, 1))
-    for name, value in (
-        *(("LOCAL_RANK", "x"), ("LOCAL_RANK", "9"), ("RANK", ""), ("RANK", "-1"), ("RANK", "7")),
-        *(("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("LOCAL_WORLD_SIZE", "0")),
-        *(("MASTER_PORT", "99999"), ("MASTER_PORT", "0"), ("MASTER_PORT", "abc")),
-        *(("MASTER_ADDR", ""), ("TORCHELASTIC_MAX_RESTARTS", "many")),
-    )
 )
 
 
@@ -218,9 +103,16 @@ class Ground:
         self.folder = folder
         self.images = folder / "images"
         make_images(self.images)
-        self.plugin = folder / "other.py"
-        self.plugin.write_text("x = 1\n")
-        self.weights = [self._weights(seed) for seed in (0, 1)]
+        make_bands(folder / "bands")
+        self.names = {"PLUGIN": str(folder / "other.py")}
+        (folder / "other.py").write_text("x = 1\n")
+        for prefix, turn in (("", 0), ("OTHER_", 1)):
+            self.names[f"{prefix}WEIGHTS"] = str(self._weights(turn))
+            for kind, (name, contents) in FILES.items():
+                file = folder / f"files{turn}" / name
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(contents[turn])
+                self.names[prefix + kind] = str(file)
         self._count = 0
 
     def _weights(self, seed: int) -> Path:
@@ -239,12 +131,7 @@ class Ground:
         return folder
 
     def filled(self, options: Sequence[str]) -> list[str]:
-        names = {
-            "PLUGIN": self.plugin,
-            "WEIGHTS": self.weights[0],
-            "OTHER_WEIGHTS": self.weights[1],
-        }
-        return [str(names.get(option, option)) for option in options]
+        return [self.names.get(option, option) for option in options]
 
     def start(
         self,
@@ -275,13 +162,13 @@ def _ended(pids: Sequence[int], limit: float) -> tuple[list[int] | None, float]:
 def disagree(ground: Ground, case: Case, world: int) -> Outcome:
     """Start a case and see how it ends."""
     folder, odd = ground.new(), world - 1
-    images = folder / "images"
-    shutil.copytree(ground.images, images)
+    usual, own = ground.folder / case.data, folder / case.data
+    shutil.copytree(usual, own)
     if case.images is not None:
-        case.images(images)
+        case.images(own)
 
     def options(rank: int) -> list[str]:
-        data = images if rank == odd else ground.images
+        data = (own if rank == odd else usual) / (LIST if case.data == "bands" else "")
         mine = case.options if rank == odd else ()
         return ["--data-path", str(data), "--dist-start-timeout", "3", *case.shared, *mine]
 

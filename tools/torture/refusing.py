@@ -57,8 +57,10 @@ class Refusal:
         path = os.path.abspath(os.fsdecode(path)).removesuffix(" (deleted)")
         if not path.startswith(str(self.folder)):
             return
-        # The names of event files hold time, process and host.
+        # The names of event files hold time, process and host; those of trackers, time and run;
+        # that of a folder for a trace, random letters.
         name = re.sub(r"tfevents\..*", "tfevents", os.path.relpath(path, self.folder))
+        name = re.sub(r"(offline-run|run|tmp)[-_]?\w+(-\w+)?", r"\1", name)
         rank = os.environ.get("RANK", "0")
         kind = f"{operation} {name} {rank}"
         self.seen[kind] += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from errors import DivergedError, OptionError, UserError
+from errors import DivergedError, OptionError, UserError, first_line, printable, shortened
 from tools.common import command, recipe
 from tools.tune.plots import plot_history, plot_importance
 from tools.tune.processes import TrainingProcess, end_orphan
@@ -66,10 +66,23 @@ class Study:
         except OSError as error:
             raise OptionError("output_dir", f"{folder}: {error.strerror}") from None
         with self._exclusive():
+            self._begin(pruner)
+
+    def _begin(self, pruner: Any) -> None:
+        """Open the study and read it once. Raises UserError for a file that is none."""
+        try:
             self.study = self._open(pruner)
             self._check_unchanged()
             self._fail_abandoned()
             self._enqueue_grid()
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # of SQLite, SQLAlchemy and Optuna, for a damaged file
+            reason = printable(shortened(first_line(error)))
+            raise UserError(
+                f"{self.folder / 'study.db'} can't be read as a study ({reason}): choose another "
+                "--output-dir, or move it away"
+            ) from error
 
     def _open(self, pruner: Any) -> Any:
         """The study in study.db, which is made where there is none."""

@@ -30,6 +30,8 @@ class Target:
     lie there. Beyond returning or raising, it may assert what must hold of what was read."""
     ours: tuple[type[BaseException], ...] = (UserError,)
     """The errors that are an answer. Any other is a bug, AssertionError and MemoryError too."""
+    prepare: Callable[[], object] = int
+    """Called once before inputs are read: imports that take seconds."""
     share: float = 1.0
     """Inputs in proportion to other targets: less than 1 for what takes over a millisecond."""
 

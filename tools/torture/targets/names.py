@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from architectures.hub import described, unasked
+from architectures.hub import built_by, unasked
 from config import DataOptions
 from download import fetch, is_internal
 from errors import first_names, printable
@@ -130,7 +130,7 @@ def _description(rng: random.Random) -> Any:
 def _build(description: Any, _: Path) -> None:
     if not isinstance(description, dict):  # which checkpointing/form.py refuses
         return
-    with described("hf-hub:a/b", description), unasked(["hf-hub:a/b"]):
+    with built_by("hf-hub:a/b", description), unasked(["hf-hub:a/b"]):
         build_model("hf-hub:a/b", 3, input_size=32)
 
 
