@@ -14,7 +14,7 @@ train: .venv/core
 	$(BIN)/python main.py --config configs/quickstart.yaml --output-dir $(RUN) $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3  # on two cores: many tests wait, for disks, signals and schedulers
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -212,7 +212,10 @@ def tiff_file(file: BinaryIO) -> ArrayFile:
 
 
 def _check_segments(file: BinaryIO, page: Any) -> None:
-    """Raise BadImageError for strips or tiles that hold more than the image has use for."""
+    """Raise BadImageError for strips or tiles that hold more than the image has use for, or are too
+    few for it: what they don't cover would be whatever stood in memory."""
+    if min(len(page.dataoffsets), len(page.databytecounts)) < math.prod(page.chunked):
+        raise BadImageError("a damaged TIFF file: it lacks strips or tiles")
     if page.compression not in _PLAIN_TIFF:
         name = getattr(page.compression, "name", page.compression)
         raise BadImageError(f"TIFF of many bands compressed by {name}: save it with deflate")

@@ -379,11 +379,8 @@ def _caption(classifier: Classifier, path: str, about: int | None, answer: Tenso
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except OSError as error:
-        raise command.not_written(path, error) from None
+    with command.written(path) as temporary:
+        image.save(temporary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -202,10 +202,9 @@ def _flow(arguments: argparse.Namespace) -> list[Gradient]:
         model.classifier.model, batch.images.to(model.device), batch.targets.to(model.device)
     )
     try:
-        arguments.gradients.parent.mkdir(parents=True, exist_ok=True)
-        with any_glyphs():
-            flow_chart(flow).savefig(arguments.gradients, dpi=120)
-    except (OSError, ValueError) as error:
+        with command.written(arguments.gradients) as path, any_glyphs():
+            flow_chart(flow).savefig(path, dpi=120)
+    except ValueError as error:  # no format of this name
         raise UserError(f"{arguments.gradients} can't be written: {error}") from None
     return flow
 

@@ -131,7 +131,8 @@ def plot(
     )
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with command.written(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
 
 
 def find(config: Config, lowest: float, highest: float, updates: int, rule: str) -> float:

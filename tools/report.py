@@ -155,14 +155,11 @@ def write(
         answers.targets, answers.predictions, labels=np.arange(len(names))
     )
     chart = confusion_chart(matrix, names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        _write_matrix(folder / "confusion.csv", matrix, names)
-        with any_glyphs():
-            chart.savefig(folder / "confusion.png", dpi=120)
-    except OSError as error:
-        raise command.not_written(folder, error) from None
+    command.write_text(folder / "report.json", json.dumps(content, indent=2))
+    with command.written(folder / "confusion.csv") as path:
+        _write_matrix(path, matrix, names)
+    with command.written(folder / "confusion.png") as path, any_glyphs():
+        chart.savefig(path, dpi=120)
     _page(content, chart, dataset).write(folder / "report.html")
     return content
 

@@ -28,7 +28,7 @@ from config import (
     value_text,
 )
 from distributed.processes import gather, on_main_process
-from errors import CheckpointError, OptionError, UserError, first_line, printable
+from errors import CheckpointError, OptionError, UserError, first_line, first_names, printable
 from loggers import LOG_FILE, read_log
 from optimization.state import Progress, check_same_weights
 from outputs.files import reason
@@ -187,12 +187,12 @@ def _load_state(parts: Parts, content: dict[str, Any], source: str) -> None:
     """Load the state, or raise CheckpointError with what is of another run."""
     saved_names = class_names_of(content)
     try:
-        # The weights first: a new class count shows in their shapes.
-        check_same_weights(parts.state.model, content.get("model") or weights_of(content))
         if saved_names is not None and saved_names != parts.data.class_names:
             raise CheckpointError(
-                "it was trained on other classes; use --finetune to take its weights over"
+                f"it was trained on other classes ({_differences(saved_names, parts)}); use "
+                "--finetune to take its weights over"
             )
+        check_same_weights(parts.state.model, content.get("model") or weights_of(content))
         # What may be odd in any way comes before what changes the model.
         if "rng" in content:
             utils.set_rng_state(content["rng"])
@@ -207,6 +207,16 @@ def _load_state(parts: Parts, content: dict[str, Any], source: str) -> None:
             f"--resume {source}: the state of its run isn't as this project writes it ({reason}); "
             "start from its weights with --finetune"
         ) from error
+
+
+def _differences(saved: list[str], parts: Parts) -> str:
+    """What the checkpoint's classes differ in from those of the data."""
+    here, there = parts.data.class_names, set(saved)
+    now = set(here)
+    gone = [name for name in saved if name not in now]
+    changes = {"gone": gone, "new": [name for name in here if name not in there]}
+    texts = [f"{how}: {first_names(names, 3)}" for how, names in changes.items() if names]
+    return "; ".join(texts) or "in another order"
 
 
 def _same_order(

@@ -123,6 +123,7 @@ def tiff(**tags: int) -> bytes:
         {"t259": 34925},  # LZMA
         {"t259": 8},  # deflate, and the strips are none
         {"t262": 3},
+        {"t284": 2},  # a strip for each band, of which there is one
     ],
 )
 def test_tiff_tags_that_lie(tags):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from disks import fill, small_disk
+from PIL import Image
 from runs import ROOT
 
 from errors import UserError
@@ -47,6 +48,19 @@ def test_a_text_that_has_no_room(tmp_path):
         with pytest.raises(UserError, match="not written: .*a.txt: No space left on device"):
             command.write_text(disk / "run" / "a.txt", "text")
         assert list((disk / "run").iterdir()) == []
+
+
+def test_a_chart_that_has_no_room_leaves_nothing(tmp_path):
+    """And the one that was there before stays."""
+    with small_disk(tmp_path / "disk", 64) as disk:
+        path = disk / "new" / "chart.png"
+        with command.written(path) as temporary:
+            temporary.write_bytes(b"before")
+        no_room = pytest.raises(UserError, match=f"not written: .*{path}.*No space")
+        with no_room, command.written(path) as temporary:
+            Image.effect_noise((300, 300), 60).save(temporary)
+        assert [each.name for each in path.parent.iterdir()] == ["chart.png"]
+        assert path.read_bytes() == b"before"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "cp1252", "gbk"])

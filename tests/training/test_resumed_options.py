@@ -80,7 +80,10 @@ def test_what_may_not_change_is_refused_before_anything_moves(flat, tmp_path, ca
         ("--overfit-batches", "1"): "--overfit-batches: ",
         ("--layer-decay", "0.5"): "--layer-decay",
         ("--input-size", "16"): "--input-size",
-        ("--data-set", "DIGITS"): "class count",
+        (
+            "--data-set",
+            "DIGITS",
+        ): "trained on other classes (gone: amber, blue, crimson; new: 0, 1, 2, …)",
     }
     for more, words in cases.items():
         assert train(flat, folder, *HELD_OUT, "--resume", first, *more) == 2

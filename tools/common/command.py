@@ -180,6 +180,21 @@ def write_text(path: Path, text: str) -> None:
         raise not_written(path, error) from None
 
 
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, in a folder that is made if need be; ``path`` is there once
+    it is whole. Raises UserError for what can't be written.
+    """
+    import utils  # brings torch, which --help needn't wait for
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with utils.written_whole(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
 def not_written(path: Path, error: OSError) -> UserError:
     """What to raise where ``path`` can't be written."""
     return UserError(f"not written: {reason(error, path)}")

@@ -193,14 +193,8 @@ def show(arguments: argparse.Namespace) -> None:
     titles, found = columns(arguments)
     path = arguments.output or Path(arguments.config.run.output_dir or "") / FILE
     image = sheet(titles, found)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        from utils import written_whole
-
-        with written_whole(path) as temporary:
-            image.save(temporary, "PNG")
-    except OSError as error:
-        raise command.not_written(path, error) from None
+    with command.written(path) as temporary:
+        image.save(temporary, "PNG")
     say(f"{path}: {len(found[0])} images in {len(found)} columns, as training sees them")
 
 

@@ -74,14 +74,11 @@ def write(
     ]
     content["training"] = diagnosis(log)
     chart = curves_chart(answers.targets, answers.probabilities, content["per_class"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        _write_classes(folder / "classes.csv", content["per_class"])
-        with any_glyphs():
-            chart.savefig(folder / "curves.png", dpi=120)
-    except OSError as error:
-        raise command.not_written(folder, error) from None
+    command.write_text(folder / "report.json", json.dumps(content, indent=2))
+    with command.written(folder / "classes.csv") as path:
+        _write_classes(path, content["per_class"])
+    with command.written(folder / "curves.png") as path, any_glyphs():
+        chart.savefig(path, dpi=120)
     _page(content, chart, dataset).write(folder / "report.html")
     return content
 
