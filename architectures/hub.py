@@ -163,6 +163,12 @@ def read_config(name: str) -> tuple[dict[str, Any], str, dict[str, Any]] | None:
     else:
         return None
     refuse_enormous(config[2] or {}, "config.json")
+    count = config[0].get("num_classes", 0)
+    if type(count) is not int or not 0 <= count <= MOST_NUMBER:
+        raise CheckpointError(
+            f"its config.json says num_classes {printable(shown(count))}: it must be a whole "
+            f"number up to {MOST_NUMBER:,}"
+        )
     return config
 
 

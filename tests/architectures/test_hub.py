@@ -7,7 +7,7 @@ import socket
 import pytest
 from huggingface_hub import constants
 
-from architectures.factory import build_model
+from architectures.factory import build_model, published_cfg
 from architectures.hub import built_by, reached
 from errors import CheckpointError, UserError
 
@@ -61,4 +61,13 @@ def test_a_folder_of_odd_content_is_one_line(tmp_path, architecture, arguments):
     (tmp_path / "config.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="config.json") as caught:
         build_model(f"local-dir:{tmp_path}", 3)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [3.0, "3", -1, 10**9, True, [3]])
+def test_a_number_of_classes_that_is_none_is_one_line(tmp_path, count):
+    found = {"architecture": "deit_nano_patch4_32", "pretrained_cfg": {"num_classes": count}}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="config.json says num_classes") as caught:
+        published_cfg(f"local-dir:{tmp_path}")
     assert "\n" not in str(caught.value)
