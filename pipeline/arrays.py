@@ -28,7 +28,8 @@ _MOST_SEGMENTS = 1 << 16  # of a TIFF image
 _INFLATED = 1032  # times its size that deflated data can hold at most
 _UNCHECKED = 64 << 20  # bytes that a segment may hold without being looked at first
 _PLAIN_TIFF = {1: "none", 8: "deflate", 32946: "deflate"}
-_PALETTE, _PLANES = 3, 2  # TIFF's photometric interpretation and planar configuration
+_PALETTE = 3  # TIFF's photometric interpretation
+_PIXELS, _PLANES = 1, 2  # and planar configuration
 _FLOAT_PREDICTOR = 3
 _EOCD = struct.Struct("<4s4H2LH")  # of a zip archive: the end of its directory
 _NAMES = ("image", "arr_0")  # of the array that is meant, where there are several
@@ -182,6 +183,8 @@ def tiff_file(file: BinaryIO) -> ArrayFile:
         height, width = page.imagelength, page.imagewidth
     except Exception:  # it raises almost anything on a damaged file
         raise BadImageError("a damaged TIFF file") from None
+    if page.planarconfig not in (_PIXELS, _PLANES):  # tifffile reads fewer planes than it makes
+        raise BadImageError("a damaged TIFF file")
     if kind is None or page.imagedepth != 1 or page.photometric == _PALETTE:
         raise BadImageError("TIFF of an odd kind: save uint8, uint16 or floats, without a palette")
     if any(

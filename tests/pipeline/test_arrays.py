@@ -124,6 +124,8 @@ def tiff(**tags: int) -> bytes:
         {"t259": 8},  # deflate, and the strips are none
         {"t262": 3},
         {"t284": 2},  # a strip for each band, of which there is one
+        {"t284": 0},
+        {"t284": 8192},
     ],
 )
 def test_tiff_tags_that_lie(tags):
