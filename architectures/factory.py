@@ -100,6 +100,8 @@ def build_model(
     if in_chans != COLOURS:
         values["in_chans"] = in_chans
     with _from_elsewhere(name):
+        with contextlib.suppress(OSError):  # said where the model is built
+            read_config(name)  # refuses what would take hours to build
         model = _create(name, num_classes, values, required, variant)
         _complete_cfg(model, name)
     if isinstance(model, NaFlexVit):
@@ -127,7 +129,7 @@ def build_model(
 
 @contextlib.contextmanager
 def _from_elsewhere(name: str) -> Iterator[None]:
-    """Inside, a model is built as somebody else's ``config.json`` says, which may be anything.
+    """Inside, what somebody else's ``config.json`` says is read, or built, which may be anything.
 
     Raises OptionError where that can't be done.
     """
@@ -135,8 +137,6 @@ def _from_elsewhere(name: str) -> Iterator[None]:
         yield
         return
     try:
-        with contextlib.suppress(OSError):  # said where the model is built
-            read_config(name)  # which refuses what would take hours to build
         yield
     except (UserError, OSError, MemoryError):
         raise

@@ -348,7 +348,9 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             drawn = overlay(image, heat)
             end = f"-{place}" if len(asked) > 1 else ""
-            _save(drawn, arguments.output / f"{number:04d}-{Path(path).stem}{end}.png")
+            file = arguments.output / f"{number:04d}-{Path(path).stem}{end}.png"
+            with command.written(file) as temporary:
+                drawn.save(temporary)
             page.image(drawn, _caption(classifier, path, about, answer), width=SIDE)
     page.write(arguments.output / "explain.html")
     say(f"explanations: {arguments.output / 'explain.html'}")
@@ -376,11 +378,6 @@ def _caption(classifier: Classifier, path: str, about: int | None, answer: Tenso
         threshold = labels.thresholds_of(classifier)[index]
         caption += "" if answer[index] >= threshold else f", below its {100 * threshold:.1f} %"
     return caption
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with command.written(path) as temporary:
-        image.save(temporary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,12 +60,13 @@ _PACKAGES += ("optimization", "pipeline", "training")
 
 def recipe_terms(config: Config, device: torch.device) -> dict[str, str]:
     """What all processes must have alike, as texts by name: options, device, packages, code."""
-    values, fsdp = config.flat(), config.dist.fsdp
+    values = config.flat()
+    left_out = _OWN | PLACES - _LABEL_FILES - ({"output_dir"} if config.dist.fsdp else set())
     terms = {}
     for option in all_options():
         name, value = option.name, values[option.name]
         shown = value_text(value)
-        if name in _OWN or name in PLACES - _LABEL_FILES - ({"output_dir"} if fsdp else set()):
+        if name in left_out:
             continue
         if name in _LABEL_FILES and value:
             shown = _content(Path(value).expanduser())

@@ -173,11 +173,8 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text``, whole, into a folder that is made if need be. Raises UserError."""
     import utils  # brings torch, which --help needn't wait for
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _into_a_folder(path):
         utils.write_text(path, text)
-    except OSError as error:
-        raise not_written(path, error) from None
 
 
 @contextlib.contextmanager
@@ -187,10 +184,16 @@ def written(path: Path) -> Iterator[Path]:
     """
     import utils  # brings torch, which --help needn't wait for
 
+    with _into_a_folder(path), utils.written_whole(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _into_a_folder(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is written, in a folder that is made. Raises UserError where it can't be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with utils.written_whole(path) as temporary:
-            yield temporary
+        yield
     except OSError as error:
         raise not_written(path, error) from None
 
