@@ -67,6 +67,17 @@ def test_the_harness_counts_what_is_no_answer(tmp_path, monkeypatch):
     assert (kinds["KeyError"] / "input.txt").read_text() == "2"
 
 
+def test_what_was_freed_before_hides_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "MEMORY", 30 << 20)
+    blocks: list[bytes | None] = [None] * 1300
+    for i in range(len(blocks)):
+        blocks[i] = b"." * 100_000
+    pin = b"." * 100_000  # behind them, so that the allocator keeps what is freed
+    blocks.clear()
+    (result,) = fuzz.run([Target("harm", lambda rng: 5, harm)], 1, 3, tmp_path, 1)
+    assert result.failures == 1 and pin
+
+
 def test_the_command_names_targets_and_fails_for_failures(tmp_path, monkeypatch, capsys):
     assert fuzz.main(["--target", "config YAMI"]) == 2
     assert "did you mean config YAML?" in capsys.readouterr().err

@@ -9,6 +9,7 @@ bound. Each kind of failure is kept with its smallest input below ``--out``.
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -216,8 +217,11 @@ def run(
     results = {target.name: Result(target.name) for target in targets}
     for target in targets:
         target.prepare()
-    # What is freed in a forked process would hide as much that it takes.
+    # What is freed in a forked process, or was before and is kept to be taken again, would hide as
+    # much that it takes.
     gc.collect()
+    with contextlib.suppress(AttributeError):  # not of every C library
+        ctypes.CDLL(None).malloc_trim(0)
     with tempfile.TemporaryDirectory() as temporary:
         waiting = _jobs(targets, number, seed, Path(temporary), out)
         at_work: list[_Job] = []
