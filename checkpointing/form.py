@@ -180,8 +180,9 @@ def _wrong_value(option: str, value: Any) -> str | None:
     # Options take text for a number, none, and one value for all channels.
     kind = tuple if option in ("mean", "std") else str if isinstance(converted, str) else float
     if option == "input_size":
-        sides = value if isinstance(value, tuple) else (value,)
-        return None if all(type(side) is int for side in sides) else f" is {_shown(value)}"
+        sides = value if isinstance(value, tuple) else (value, value)
+        fits = len(sides) == 2 and all(type(side) is int for side in sides)
+        return None if fits else f" is {_shown(value)}"
     fits = isinstance(value, kind) or (kind is float and type(value) is int)
     return None if fits else f" is {_shown(value)}"
 

@@ -46,6 +46,7 @@ ODD = {
         "preprocessing": TRUE | {"input_size": 10**9}
     },
     "the input_size of its preprocessing is str '8'": {"preprocessing": TRUE | {"input_size": "8"}},
+    "the input_size of its preprocessing is tuple": {"preprocessing": TRUE | {"input_size": (8,)}},
     "the crop_ratio of its preprocessing: must be at least": {
         "preprocessing": TRUE | {"crop_ratio": 1e-320}
     },

@@ -223,6 +223,7 @@ def test_folds_keep_an_only_image_of_a_class_in_training(tmp_path, capsys):
         (("--folds", "3", "--val", "0.2"), "with --folds leave it out"),
         (("--group-pattern", "("), "--group-pattern: .* is no pattern"),
         (("--group-pattern", "a{99999999999}"), "--group-pattern: .* is no pattern"),
+        (("--group-pattern", "9" * 10_001), "--group-pattern: more than 10,000 characters"),
         (("--group-pattern", "(" * 5000), "--group-pattern: .* is no pattern"),
         (("--group-pattern", "x(9*)"), "finds no group in .*every image needs one"),
         (("--group-by", "patient", "--group-pattern", "a"), "leave one out"),

@@ -10,6 +10,7 @@ from config import DataOptions
 from errors import OptionError, UserError, printable, shown
 from pipeline.sources.csv_files import values_of_column
 
+MOST_PATTERN = 10_000  # characters of --group-pattern; millions take longer than all images
 PARENT = "parent"  # --group-by parent: the folder that an image lies in
 
 
@@ -49,6 +50,8 @@ def groups_of(
 
 
 def _by_pattern(paths: Sequence[str], pattern: str) -> list[str]:
+    if len(pattern) > MOST_PATTERN:
+        raise OptionError("group_pattern", f"more than {MOST_PATTERN:,} characters: shorten it")
     try:
         compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
