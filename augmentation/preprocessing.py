@@ -9,7 +9,7 @@ from timm.data.config import resolve_data_config
 from architectures.sizes import ImageSize, height_width, shortest
 from augmentation.protocol import Form
 from config import DROP, background_colour
-from errors import CheckpointError
+from errors import CheckpointError, first_names
 
 _NOTE = "background: "
 _DEPTH = "bit depth: "
@@ -152,7 +152,7 @@ class Preprocessing:
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise CheckpointError(
-                f"its preprocessing has {', '.join(sorted(unknown))}, which this version doesn't "
+                f"its preprocessing has {first_names(sorted(unknown))}, which this version doesn't "
                 "know: take the version that wrote it"
             )
         found = cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})

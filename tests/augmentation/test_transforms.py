@@ -24,7 +24,7 @@ from augmentation.transforms import (
     build_transform,
 )
 from config import AugmentOptions
-from errors import OptionError
+from errors import CheckpointError, OptionError
 from pipeline.decoding import decode
 from utils import derive_seed, seed_all
 
@@ -63,6 +63,12 @@ def test_preprocessing_survives_plain_values():
     values = PREPROCESSING.to_dict()
     assert {type(v) for v in values.values()} == {int, float, str, list}
     assert Preprocessing.from_dict(values) == PREPROCESSING
+
+
+def test_fields_of_another_version_are_named_in_one_line():
+    with pytest.raises(CheckpointError, match="has a.nb, c, which this version doesn't know") as e:
+        Preprocessing.from_dict(PREPROCESSING.to_dict() | {"c": 1, "a\nb": 2})
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("size", [(90, 70), (50, 120), (73, 73)])
