@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from augmentation.bands import rounded, window_of_bands
 from augmentation.crops import (
-    ATTEMPTS,
+    bytes_of,
     movable,
+    random_offset,
     random_offsets,
     random_rectangle,
     resize,
     resize_around,
     take_crops,
 )
-from augmentation.draws import Draws
+from augmentation.draws import Numbers
 from augmentation.erasing import erase, noise_table
 from augmentation.keep_ratio import keep_ratio_crop
 from augmentation.pixel_ops import GEOMETRY, LEVELS
@@ -77,7 +77,7 @@ class Normalise:
     def __call__(self, images: Tensor, plan: Plan | None = None) -> Tensor:
         """``plan`` is for those that augment too."""
         mean, std = (self.constant(name, images.device) for name in ("mean", "std"))
-        values = torch.empty_like(images, dtype=torch.float32)
+        values = torch.empty(images.shape, device=images.device)  # planes, however images lie
         at_once = _at_once(images)
         for part, result in zip(images.split(at_once), values.split(at_once), strict=True):
             result.copy_(part).div_(self.form.levels).sub_(mean).div_(std)
@@ -117,40 +117,41 @@ class BatchAugment(Normalise, StoreTransform):
     def apply(self, image: Tensor | Parts, epoch: int, position: int) -> Tensor:
         """The crop: uint8 or uint16 (C, H, W) to the same of (C, *size)."""
         image = image if isinstance(image, Parts) else Parts(image)
-        draws = self.planner.draws(CROP, epoch, np.array([position]), 2 * ATTEMPTS + 3)
+        numbers = self.planner.numbers(CROP, epoch, position)
         options, size = self.options, self.size
         interpolation = options.train_interpolation
         if interpolation == "random":
-            interpolation = "bilinear" if draws.uniform()[0] < 0.5 else "bicubic"
+            interpolation = "bilinear" if numbers[0] < 0.5 else "bicubic"
+            numbers = numbers.after(1)
         if self.pads:
             if self._grows_huge(image.size):
-                return self._window(image.whole().pixels, interpolation, draws)
+                return self._window(image.whole().pixels, interpolation, numbers)
             image = self.padded(resize_around(image, size, interpolation, self.least))
             rows, columns = image.shape[1] - size[0], image.shape[2] - size[1]
-            top, left = (int(place[0]) for place in random_offsets(draws, rows, columns))
+            top, left = random_offset(numbers, rows, columns)
             return image[:, top : top + size[0], left : left + size[1]]
         if self.keeps_ratio:
-            return keep_ratio_crop(image, draws, options, size, interpolation, self.least)
-        box = random_rectangle(draws, *image.size, options.scale, options.ratio)
+            return keep_ratio_crop(image, numbers, options, size, interpolation, self.least)
+        box = random_rectangle(numbers, *image.size, options.scale, options.ratio)
         return resize(image.part(box, self.least), size, interpolation)
 
     def _grows_huge(self, size: Sequence[int]) -> bool:
         """Whether an image of this height and width is too narrow to be resized as a whole."""
         return not is_made_whole(size[::-1], around(size[::-1], self.size[::-1]))
 
-    def _window(self, image: Tensor, interpolation: str, draws: Draws) -> Tensor:
+    def _window(self, image: Tensor, interpolation: str, numbers: Numbers) -> Tensor:
         """The crop of an image that grows huge, with Pillow's filters."""
         resized = around((image.shape[2], image.shape[1]), self.size[::-1])
         rows, columns = (
             old + 2 * self.margin - new for old, new in zip(resized[::-1], self.size, strict=True)
         )
-        top, left = (int(place[0]) - self.margin for place in random_offsets(draws, rows, columns))
+        top, left = (start - self.margin for start in random_offset(numbers, rows, columns))
         fill = (0,) * len(image) if self.is_small else None
         corner, resample = (left, top), pillow_filter(interpolation)
         if self.form != RGB:
             return window_of_bands(image, resized, corner, self.size[::-1], resample, fill)
         whole = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        return pil_to_tensor(window(whole, resized, corner, self.size[::-1], resample, fill))
+        return bytes_of(window(whole, resized, corner, self.size[::-1], resample, fill))
 
     # --- on the host or the device, images that are kept ------------------------------------------
 
@@ -177,7 +178,7 @@ class BatchAugment(Normalise, StoreTransform):
     def take(
         self, images: Tensor, indices: np.ndarray, epoch: int, positions: np.ndarray
     ) -> Tensor:
-        draws = self.planner.draws(CROP, epoch, positions, 2 * ATTEMPTS + 3)
+        draws = self.planner.draws(CROP, epoch, positions, 2)
         rows, columns = images.shape[2] - self.size[0], images.shape[3] - self.size[1]
         return take_crops(images, indices, *random_offsets(draws, rows, columns), self.size)
 
@@ -261,8 +262,8 @@ class OneByOne(BatchAugment):
 
 
 def flipped(images: Tensor, flips: np.ndarray) -> Tensor:
-    """Images flipped left to right and upside down, (B, 2) bool; always new ones."""
-    images = images.clone()
+    """Images flipped left to right and upside down, (B, 2) bool; always new ones, in planes."""
+    images = images.clone(memory_format=torch.contiguous_format)
     moved = movable(images)
     for axis, flip in zip((3, 2), flips.T, strict=True):
         _change(moved, flip, lambda part, _, axis=axis: part.flip(axis))

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from architectures.sizes import ImageSize
 from augmentation.bands import rounded
-from augmentation.draws import Draws, between
+from augmentation.draws import Draws, Numbers, between
 from augmentation.protocol import Box, Cut, Parts
 from augmentation.windows import around
 
@@ -24,32 +23,35 @@ ATTEMPTS = 10  # tries at a rectangle that fits, as in timm and torchvision
 
 
 def random_rectangle(
-    draws: Draws, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
+    numbers: Numbers, height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
     """Top, left, height and width of the random resized crop of one image (arXiv:1409.4842).
 
     Args:
-        draws: of a batch of one; 2 × ATTEMPTS + 2 numbers are taken.
+        numbers: the first 2 × ATTEMPTS + 2 are for the crop.
         height, width: of the image, in pixels.
         scale: least and greatest share of the image's area.
         ratio: least and greatest width of the crop over its height.
     """
-    numbers = draws.uniform(2 * ATTEMPTS + 2)[0].tolist()
     flattest, steepest = map(math.log, ratio)
-    down, right = numbers[2 * ATTEMPTS :]
-    # Mostly the first one fits: plain numbers take less time than arrays of so few.
-    for share, slope in zip(numbers[:ATTEMPTS], numbers[ATTEMPTS : 2 * ATTEMPTS], strict=True):
-        area = height * width * between(share, *scale)
-        aspect = math.exp(between(slope, flattest, steepest))
+    for attempt in range(ATTEMPTS):  # mostly the first one fits
+        area = height * width * between(numbers[attempt], *scale)
+        aspect = math.exp(between(numbers[ATTEMPTS + attempt], flattest, steepest))
         crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < crop_h <= height and 0 < crop_w <= width:
-            top, left = int(down * (height - crop_h + 1)), int(right * (width - crop_w + 1))
+            top = int(numbers[2 * ATTEMPTS] * (height - crop_h + 1))
+            left = int(numbers[2 * ATTEMPTS + 1] * (width - crop_w + 1))
             return top, left, crop_h, crop_w
     # The middle, as near to the allowed ratios as it can be.
     least, most = ratio
     crop_h = height if width / height >= least else round(width / least)
     crop_w = width if width / height <= most else round(height * most)
     return (height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w
+
+
+def random_offset(numbers: Numbers, rows: int, columns: int) -> tuple[int, int]:
+    """As :func:`random_offsets`, of one image: the first two numbers are for its crop."""
+    return int(numbers[0] * (rows + 1)), int(numbers[1] * (columns + 1))
 
 
 def random_offsets(draws: Draws, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,16 +110,33 @@ def _take_on_host(
 
 
 def resize(cut: Cut, size: Sequence[int], interpolation: str) -> Tensor:
-    """To (C, *size) of the same type, antialiased; interpolation "bilinear" or "bicubic"."""
+    """To (C, *size) of the same type, antialiased; interpolation "bilinear" or "bicubic".
+
+    Pixels lie in memory as those of ``cut`` do: colour by colour within each, as they are decoded.
+    """
     if cut.inner is not None:
-        return pil_to_tensor(resize_by_pillow(cut, size, Image.Resampling[interpolation.upper()]))
+        return bytes_of(resize_by_pillow(cut, size, Image.Resampling[interpolation.upper()]))
     image = cut.pixels
     if tuple(image.shape[1:]) == tuple(size):
         return image
     deep = image.dtype == torch.uint16
-    values = image[None].float() if deep else image[None]
+    values = image[None].float() if deep else _alone(image)
     values = F.interpolate(values, size=tuple(size), mode=interpolation, antialias=True)[0]
     return rounded(values) if deep else values
+
+
+def _alone(image: Tensor) -> Tensor:
+    """(C, H, W) as a batch of one, (1, C, H, W), in the same memory.
+
+    ``image[None]`` has a stride by which torch takes pixels that lie colour by colour within each
+    pixel for planes: it would copy them into planes, which takes two thirds of the time again.
+    """
+    return image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+
+
+def bytes_of(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W), in the memory of one (H, W, 3) array."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize_by_pillow(cut: Cut, size: Sequence[int], resample: Image.Resampling) -> Image.Image:

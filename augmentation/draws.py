@@ -8,13 +8,17 @@ import numpy as np
 from utils import derive_seed
 
 Share = TypeVar("Share", float, np.ndarray)
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+Word = TypeVar("Word", int, np.ndarray)
+GOLDEN = 0x9E3779B97F4A7C15
+_WORD = 2**64 - 1
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: Word) -> Word:
+    """Of numbers of 64 bits: uint64, or int that may have more."""
+    x = x & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
 
 
 def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
@@ -22,9 +26,33 @@ def uniforms(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
 
     SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) in counter mode, with a stream per position.
     """
-    start = _mix(positions.astype(np.uint64) * GOLDEN + np.uint64(seed))
-    places = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
+    start = _mix(positions.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(seed))
+    places = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return (_mix(start[:, None] + places) >> np.uint64(11)) * 2.0**-53
+
+
+class Numbers:
+    """Those of one image: ``uniforms(seed, [position], …)[0]``, each computed when it is looked at.
+
+    A worker takes a few of them between decoding and resizing; an array of all takes it as long as
+    reading the file.
+
+    Args:
+        seed: of epoch and purpose.
+        position: the place of the epoch.
+        skipped: how many of them come before the first.
+    """
+
+    def __init__(self, seed: int, position: int, skipped: int = 0) -> None:
+        self._given = seed, position
+        self._start = _mix(int(position) * GOLDEN + seed) + (skipped + 1) * GOLDEN
+
+    def __getitem__(self, place: int) -> float:
+        return (_mix(self._start + place * GOLDEN) >> 11) * 2.0**-53
+
+    def after(self, count: int) -> "Numbers":
+        """Those behind the first ``count``."""
+        return Numbers(*self._given, skipped=count)
 
 
 def between(share: Share, low: float, high: float) -> Share:

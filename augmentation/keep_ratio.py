@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomCropOrPad, ResizeKeepRatio
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from architectures.sizes import ImageSize
-from augmentation.crops import resize, resize_by_pillow
-from augmentation.draws import Draws, between
+from augmentation.crops import bytes_of, resize, resize_by_pillow
+from augmentation.draws import Numbers, between
 from augmentation.protocol import Parts
 from augmentation.windows import centre, is_made_whole, window
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from config import AugmentOptions
 
 PROBABILITY = 0.5  # of another area, and of another ratio
-DRAWS = 6  # numbers that ``keep_ratio_crop`` takes of an image
 Size = tuple[int, int]
 
 
@@ -81,7 +79,7 @@ def resized_size(size: Size, target: Size, area: float, aspect: float) -> Size:
 
 def keep_ratio_crop(
     image: Parts,
-    draws: Draws,
+    numbers: Numbers,
     options: "AugmentOptions",
     size: Size,
     interpolation: str,
@@ -89,10 +87,8 @@ def keep_ratio_crop(
 ) -> Tensor:
     """The crop of the batch path: (3, *size), of the image's type.
 
-    ``draws``: of a batch of one, of which ``DRAWS`` numbers are taken. ``least``: as of
-    :class:`KeepRatioCrop`.
+    ``numbers``: the first six are for the crop. ``least``: as of :class:`KeepRatioCrop`.
     """
-    numbers = draws.uniform(DRAWS)[0].tolist()
     area = between(numbers[1], *options.scale) if numbers[0] < PROBABILITY else 1.0
     low, high = map(math.log, options.ratio)
     aspect = math.exp(between(numbers[3], low, high)) if numbers[2] < PROBABILITY else 1.0
@@ -101,13 +97,13 @@ def keep_ratio_crop(
         top, left = map(centre, resized, size)
     else:
         rooms = [length - side for length, side in zip(resized, size, strict=True)]
-        places = zip(numbers[4:], rooms, strict=True)
+        places = zip((numbers[4], numbers[5]), rooms, strict=True)
         top, left = (int(math.copysign(int(n * (abs(room) + 1)), room)) for n, room in places)
     if not is_made_whole(image.size[::-1], resized[::-1]):
         whole = image.whole().pixels.permute(1, 2, 0).contiguous().numpy()
         resample = Image.Resampling[interpolation.upper()]
         place = resized[::-1], (left, top), size[::-1]
-        return pil_to_tensor(window(Image.fromarray(whole), *place, resample, None))
+        return bytes_of(window(Image.fromarray(whole), *place, resample, None))
     pixels = resize(image.whole(None if least is None else resized), resized, interpolation)
     inside = pixels[:, max(0, top) : top + size[0], max(0, left) : left + size[1]]
     before = max(0, -top), max(0, -left)

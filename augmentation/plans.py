@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from augmentation.draws import Draws, between
+from augmentation.draws import Draws, Numbers, between
 from augmentation.erasing import draws_per_image, random_boxes
 from augmentation.policy import KINDS, build_policy_draws
 from augmentation.preprocessing import Preprocessing
@@ -52,6 +52,10 @@ class Planner:
         """``count`` numbers for each of these places of the epoch, (B,)."""
         place = ("sample", epoch, "split", split) if split else ("sample", epoch)
         return Draws(derive_seed(self.seed, *place), purpose, positions, count)
+
+    def numbers(self, purpose: int, epoch: int, position: int) -> Numbers:
+        """What ``draws`` gives for one place of the epoch, one number at a time."""
+        return Numbers(derive_seed(derive_seed(self.seed, "sample", epoch), purpose), position)
 
     def plan(self, epoch: int, positions: np.ndarray) -> Plan:
         """What is to be done with the images at these places of the epoch.

@@ -16,11 +16,10 @@ from timm.data.transforms import (
     interp_mode_to_str,
 )
 from torchvision import transforms
-from torchvision.transforms import functional
 
 from architectures.sizes import ImageSize, size_text
 from augmentation.bands import window_of_bands
-from augmentation.crops import movable, resize_by_pillow
+from augmentation.crops import bytes_of, movable, resize_by_pillow
 from augmentation.keep_ratio import KeepRatioCrop
 from augmentation.preprocessing import SMALL, Preprocessing
 from augmentation.protocol import RGB, Parts, StoreTransform, Transform
@@ -239,7 +238,7 @@ class CentreCrop(StoreTransform):
 
     def keep(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         if self.form == RGB:
-            return functional.pil_to_tensor(self.crop(image))
+            return bytes_of(self.crop(image))
         height, width = image.shape[1:]
         place = self._place((width, height))
         return window_of_bands(image, *place, self.resample, self.fill)

@@ -333,7 +333,13 @@ def collate(
 
 
 def _images(images: list[torch.Tensor]) -> torch.Tensor:
-    """(B, 3, H, W), or of images in S splits (S × B, 3, H, W): all of the first, then the next."""
+    """(B, C, H, W), or of images in S splits (S × B, C, H, W): all of the first, then the next.
+
+    Where all images lie colour by colour within each pixel, as they are decoded and resized, the
+    batch does so too: the device makes planes of it in a tenth of the time.
+    """
+    if all(image.ndim == 3 and image.stride(0) == 1 < len(image) for image in images):
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     batch = torch.stack(images)
     return batch.transpose(0, 1).flatten(0, 1) if batch.ndim == 5 else batch
 

@@ -72,7 +72,7 @@ class KeptCrop(Transform):
         self.form = form
 
     def apply(self, image: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
-        return image.contiguous()
+        return image
 
 
 def disk_cached(loader: Loader, options: DiskOptions, *, visible: bool = True) -> Loader:

@@ -192,6 +192,10 @@ class WorkerPool:
             waited += min(time.monotonic() - began, at_most)
             if timeout and waited >= timeout:
                 raise NoBatchError
+        if not self._processes[worker].is_alive():
+            # The memory of the batch is had from the worker. A process that it has left behind may
+            # hold the socket where that is asked for, and never answer.
+            raise self._lost(worker)
         try:
             answer = pipe.recv()
         except (EOFError, OSError, RuntimeError) as error:

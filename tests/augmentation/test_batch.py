@@ -95,6 +95,16 @@ def test_batch_leaves_its_input_alone():
     assert torch.equal(x, before)
 
 
+def test_the_order_of_bytes_in_a_batch_changes_nothing():
+    x = batch(16, height=64, width=64)
+    by_pixel = x.contiguous(memory_format=torch.channels_last)
+    for ours in (augment(), augment(AugmentOptions(reprob=0.5))):
+        plan = ours.plan(0, np.arange(16))
+        values = ours(by_pixel, plan)
+        assert torch.equal(values, ours(x, plan))
+        assert values.is_contiguous()
+
+
 def test_without_augmentation_only_normalises():
     x = batch(4, height=64, width=64)
     expected = torch.stack(

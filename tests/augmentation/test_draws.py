@@ -5,7 +5,7 @@ import pytest
 from pixels import LEVEL
 from scipy import stats
 
-from augmentation.draws import Draws, uniforms
+from augmentation.draws import Draws, Numbers, uniforms
 
 
 def test_numbers_depend_on_seed_and_position_alone():
@@ -17,6 +17,15 @@ def test_numbers_depend_on_seed_and_position_alone():
     # Neighbours in either direction are not alike.
     assert abs(np.corrcoef(many[:-1, 0], many[1:, 0])[0, 1]) < 0.05
     assert abs(np.corrcoef(many[:, 0], many[:, 1])[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, 2**64 - 1])
+def test_numbers_of_one_image_are_those_of_its_row(seed):
+    for position in (0, 1, 1_281_166, 2**40):
+        row = uniforms(seed, np.array([position]), 12)[0]
+        numbers = Numbers(seed, np.int64(position))
+        assert [numbers[place] for place in range(12)] == row.tolist()
+        assert [numbers.after(3)[place] for place in range(9)] == row[3:].tolist()
 
 
 def test_numbers_are_handed_out_once():

@@ -19,7 +19,7 @@ from augmentation.protocol import Transform
 from augmentation.transforms import build_transform
 from config import AugmentOptions, DataOptions
 from errors import DataError
-from pipeline.dataset import ImageDataset, build_dataset, summarise_classes
+from pipeline.dataset import ImageDataset, Sample, build_dataset, collate, summarise_classes
 from pipeline.limits import limit_pixels, most_pixels
 from pipeline.sources.base import ArraySource, Source
 from samplers import EvalSampler, SampleKey, ShuffleSampler
@@ -194,6 +194,14 @@ def test_class_summary():
     assert "warning: the most frequent class has 10 times" in of([5, 50, 5])[1][1]
     assert len(of([5, 49, 5])[1]) == 1
     assert of([5, 0, 5])[1][1] == "warning: no images of 1 classes: b"
+
+
+def test_a_batch_of_decoded_images_keeps_the_order_of_their_bytes():
+    by_pixel = [torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8).permute(2, 0, 1)] * 2
+    for images, stride in ((by_pixel, 1), ([by_pixel[0], by_pixel[1].contiguous()], 30)):
+        batch = collate([Sample(image, 0, 0, 0, 0, []) for image in images]).images
+        assert torch.equal(batch, torch.stack([image.contiguous() for image in images]))
+        assert batch.stride(1) == stride
 
 
 def test_changes_give_new_data_sets():
