@@ -192,7 +192,7 @@ def test_of_images_far_larger_than_the_crop_it_is_said_what_spares_decoding(phot
         "images are 4000×3000 on average, the crop is 224: decoding takes about 37 ms each, 27 "
         f"images/s per core; --cache disk (about {16 * 256 * 256 * 4 / 3 * 3 / 1e9:.2g} GB) or `"
     )
-    assert text.endswith("` brings about 2,500")
+    assert text.endswith("` brings about 3,300")
     words = shlex.split(text.split("`")[1])
     assert words[:4] == ["python", "-m", "tools.data", "pack"]
     assert words[words.index("--short-side") + 1] == "256"
