@@ -253,14 +253,13 @@ def _pinned(batch: Batch) -> Batch:
 
 def _name_what_ran_out(error: Exception) -> None:
     """Raise DataError if a batch could not be made or handed over for want of memory or files."""
-    if any(sign in str(error) for sign in _NO_FILE_HANDLES):
-        raise DataError(os_error_text(OSError(errno.EMFILE, _NO_FILE_HANDLES[0]))) from None
+    if _NO_FILE_HANDLE in str(error):
+        raise DataError(os_error_text(OSError(errno.EMFILE, _NO_FILE_HANDLE))) from None
     if "shared memory" in str(error) or "No space left" in str(error):
         raise DataError(f"{_NO_MEMORY} ({first_line(error)})") from None
 
 
-# The second one is what torch says where a worker's batch can't be handed over.
-_NO_FILE_HANDLES = (os.strerror(errno.EMFILE), "received 0 items of ancdata")
+_NO_FILE_HANDLE = os.strerror(errno.EMFILE)
 _NO_MEMORY = (
     "memory or shared memory (/dev/shm) ran out: lower --num-workers or --batch-size, or give a "
     "container --shm-size=8g"

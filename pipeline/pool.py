@@ -6,7 +6,6 @@ noticed at once, whatever the worker was at, and however long a batch may take.
 """
 
 import contextlib
-import errno
 import os
 import pickle
 import signal
@@ -18,15 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
-from multiprocessing.util import get_temp_dir
 from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
+from pipeline import handover
 from pipeline.dataset import Batch, ImageDataset
-from pipeline.decoding import lacks_file_handles
 from pipeline.workers import BATCHES_AHEAD, init_worker
 from samplers import SampleKey
 
@@ -62,7 +59,10 @@ class _Request(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    batch: Batch | None
+    batch: bytes = b""
+    """As of ``handover.packed``."""
+    shares: bool = False
+    """Whether a file handle follows."""
     error: Exception | None = None
 
 
@@ -92,7 +92,6 @@ class WorkerPool:
         width = len(SampleKey._fields)
         self._keys = torch.zeros(count, BATCHES_AHEAD, batch_size, width, dtype=torch.int64)
         self._keys.share_memory_()
-        get_temp_dir()  # shared by all workers, so that one that is killed leaves nothing there
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         self._end = weakref.finalize(self, _end, self._processes, self._pipes, os.getpid())
@@ -158,9 +157,9 @@ class WorkerPool:
         answer = self._answer(worker, timeout)
         if self._ask(worker, keys):
             due.append(worker)
-        if answer.error is not None:
-            raise answer.error
-        return answer.batch
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _ask(self, worker: int, keys: Iterator[list[SampleKey]]) -> bool:
         """Ask a worker for the batch of the next keys; False if there are none."""
@@ -177,7 +176,22 @@ class WorkerPool:
         self._owed[worker] += 1
         return True
 
-    def _answer(self, worker: int, timeout: float) -> _Answer:
+    def _answer(self, worker: int, timeout: float) -> Batch | Exception:
+        pipe = self._pipes[worker]
+        self._wait(worker, timeout)
+        try:
+            answer: _Answer = pipe.recv()
+            handle = None
+            if answer.shares:
+                self._wait(worker, timeout)
+                handle = handover.receive_handle(pipe)
+        except (EOFError, ConnectionError):
+            raise self._lost(worker) from None
+        self._owed[worker] -= 1
+        return answer.error or handover.unpacked(answer.batch, handle)
+
+    def _wait(self, worker: int, timeout: float) -> None:
+        """Return when something has come from ``worker``. Raises as ``batches``."""
         pipe = self._pipes[worker]
         waited = 0.0
         while not pipe.poll():
@@ -192,23 +206,6 @@ class WorkerPool:
             waited += min(time.monotonic() - began, at_most)
             if timeout and waited >= timeout:
                 raise NoBatchError
-        if not self._processes[worker].is_alive():
-            # The memory of the batch is had from the worker. A process that it has left behind may
-            # hold the socket where that is asked for, and never answer.
-            raise self._lost(worker)
-        try:
-            answer = pipe.recv()
-        except (EOFError, OSError, RuntimeError) as error:
-            # Shared memory of a batch is had from its worker, which may be gone by now.
-            self._processes[worker].join(_REAP if not lacks_file_handles(error) else 0)
-            if self._processes[worker].is_alive():
-                if isinstance(error, EOFError):
-                    # It was asked for the memory, and had no file handle left to answer with.
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
-                raise
-            raise self._lost(worker) from None
-        self._owed[worker] -= 1
-        return answer
 
     def _lost(self, worker: int) -> WorkerLostError:
         """What to raise for a death that showed in the pipe of ``worker``, or at any worker."""
@@ -264,12 +261,17 @@ def _work(
         while True:
             request = pipe.recv()
             rows = keys[request.place, : request.count].tolist()
+            batch = handle = None
             try:
-                answer = _Answer(make([SampleKey(*row) for row in rows], number))
-                message = ForkingPickler.dumps(answer)  # may find no shared memory
+                batch = make([SampleKey(*row) for row in rows], number)
+                content, handle = handover.packed(batch)  # may find no shared memory
+                answer = _Answer(content, handle is not None)
             except Exception as error:
-                message = ForkingPickler.dumps(_Answer(None, _portable(error, number)))
-            pipe.send_bytes(message)
+                answer = _Answer(error=_portable(error, number))
+            pipe.send(answer)
+            if handle is not None:
+                handover.send_handle(pipe, handle)
+            del batch, answer  # its memory isn't this process's any more
 
 
 def _portable(error: Exception, number: int) -> Exception:

@@ -3,10 +3,10 @@
 import contextlib
 import os
 import random
+import resource
 import signal
 import threading
 import time
-from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -72,18 +72,37 @@ def test_workers_killed_with_batches_on_their_way(batches):
     assert_same(list(loader), expected)
 
 
-def test_a_worker_without_file_handles_is_an_error_of_one_line(monkeypatch):
-    """It lives on, and only its answer to who asks for a batch's memory is missing."""
-    loader = loader_of(data_set(), workers=1)
-    batches = iter(loader)
-    next(batches)
+def no_more_files():
+    """Let this process open no further file; returns the limits that it had."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    return limits
 
-    def refused(self: Connection) -> None:
-        raise EOFError
 
-    monkeypatch.setattr(Connection, "recv", refused)
+def test_a_worker_without_file_handles_is_an_error_of_one_line():
+    class Last(ArraySource):
+        def open(self, index):
+            if index == COUNT - 1:
+                no_more_files()
+            return super().open(index)
+
+    dataset = ImageDataset(Last(PIXELS, [0] * COUNT, ["a"], "last"), EVAL)
+    loader = Loader(dataset, EvalSampler(COUNT), LoaderSettings(4, num_workers=1))
     with pytest.raises(DataError, match="^Too many open files .*ulimit -n"):
-        next(batches)
+        list(loader)
+
+
+def test_a_main_process_without_file_handles_is_an_error_of_one_line():
+    batches = iter(loader_of(data_set(), workers=1))
+    next(batches)
+    limits = no_more_files()
+    try:
+        with pytest.raises(DataError, match="^Too many open files .*ulimit -n"):
+            list(batches)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_dead_worker_is_an_error_of_one_line_where_none_is_to_be_skipped():
