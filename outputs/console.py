@@ -74,6 +74,27 @@ def show_messages(formatter: logging.Formatter, level: int) -> None:
 
 
 @contextlib.contextmanager
+def each_message_once() -> Iterator[None]:
+    """Inside, a message that has been shown isn't shown again: what is done twice tells twice."""
+    shown: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in shown
+        shown.add(text)
+        return new
+
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, MessageHandler)]
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+
+
+@contextlib.contextmanager
 def console(*, reader_ends: bool = False) -> Iterator[None]:
     """Inside, printing never raises; what the host set for its messages is there again behind it.
 

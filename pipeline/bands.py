@@ -134,6 +134,22 @@ def _raw_mode(image: Image.Image) -> str:
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
+def has_more_levels(encoded: Any) -> bool:
+    """Whether what ``Source.open`` gives has more than 256 levels, by its type or its header.
+
+    False where that can't be told. DICOM is read by a window, whose levels are the user's choice.
+    """
+    if isinstance(encoded, np.ndarray):
+        return encoded.dtype == np.uint16
+    try:
+        file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+        with open_image(file) as image:
+            bits = max(getattr(image, "tag_v2", {}).get(_BITS, (1,)))
+            return bits > 8 or decoding.is_deep(image) or _raw_mode(image).endswith(";16B")
+    except Exception:  # Pillow raises almost anything; whoever reads the image says it
+        return False
+
+
 def _of_pillow(image: Any, form: Form, background: str, *, is_file: bool) -> np.ndarray:
     if form.bit_depth == 8 and form.channels in (1, 3):
         rgb = decoding.decode(image, background)

@@ -31,7 +31,7 @@ from config import Config
 from distributed.processes import Processes
 from errors import UserError
 from loggers import duration
-from outputs.console import say
+from outputs.console import each_message_once, say
 from pipeline import jpeg
 from pipeline.bands import decode_bands
 from pipeline.dataset import build_parts, findings
@@ -52,7 +52,7 @@ from training.batch_size import out_of_memory_advice, probe, train_with_largest_
 from training.build import total_epochs
 from training.data import loader_settings, worker_batch_bytes
 from training.intervals import validations
-from training.outlook import few_images, large_images
+from training.outlook import few_images, large_images, lost_levels
 from training.plugins import import_plugins
 from training.resume import make_writable, output_folder, refuse_other_run
 from training.run import assemble
@@ -177,6 +177,8 @@ def check_data(run: PlannedRun) -> Iterator[str]:
         yield f"found in {listed:.2g} s, {rate:,.0f} images/s; once on each machine"
     yield f"{len(seconds)} images read, {1000 * np.mean(seconds):.1f} ms each"
     yield from (f"warning: {text}" for text in findings(*parts))
+    if advice := lost_levels(run.config, parts[0]):
+        yield f"warning: {advice}"
     if bad and run.config.data.on_bad_image == "error":
         raise UserError(
             f"{len(bad)} of {len(seconds)} images can't be read, {bad[0]}: repair or remove them, "
@@ -412,7 +414,8 @@ def _carry_out(arguments: argparse.Namespace) -> int:
 def _examine(config: Config, processes: Processes, device: torch.device) -> int:
     """Check, print what was found; returns the exit code."""
     run = PlannedRun(config, processes, device, output_folder(config))
-    problems = examine(run)
+    with each_message_once():
+        problems = examine(run)
     if not problems:
         print(f"ready: about {duration(run.seconds)}")
         return 0

@@ -16,7 +16,7 @@ from training.bad_images import BAD_IMAGES_FILE
 from training.build import Parts, effective_batch, total_epochs
 from training.data import Data
 from training.ending import way_on
-from training.outlook import few_images, large_images
+from training.outlook import few_images, large_images, lost_levels
 from training.saving import Saver
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,9 @@ def announce_start(parts: Parts, folder: Path) -> None:
         )
     for line in unused(config):
         log.warning("%s", line)
-    if parts.processes.is_main and (advice := large_images(config, data)):
-        log.warning("%s", advice)
+    if parts.processes.is_main:
+        for advice in filter(None, (large_images(config, data), lost_levels(config, data.train))):
+            log.warning("%s", advice)
     if not parts.state.progress.update:
         advice = few_images(config, data.train, parts.state.model, folder)
         if advice:

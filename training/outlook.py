@@ -15,8 +15,10 @@ from augmentation.protocol import RGB, Form
 from config import Config, by_name
 from config.channel_rules import COLOUR_DEFAULTS, has_colours
 from loggers import duration
+from pipeline.bands import has_more_levels
 from pipeline.dataset import ImageDataset
 from pipeline.kept_pixels import sizes_of_some
+from pipeline.limits import BadImageError
 from pipeline.memory import probes, size_of
 from pipeline.remote import is_remote
 from pipeline.sources.base import FileSource, Source, Subset
@@ -193,6 +195,26 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
         f"decoding takes about {1000 * seconds:.2g} ms each, {1 / seconds:.0f} images/s per core; "
         f"--cache disk (about {size:.2g} GB) or `{shlex.join(pack)}` "
         + (f"brings about {round(kept, -2):,.0f}" if form == RGB else "spares most of that")
+    )
+
+
+def lost_levels(config: Config, train: ImageDataset) -> str:
+    """What to say where images have more levels than are read of them; empty elsewhere.
+
+    A few headers are read.
+    """
+    if config.data.bit_depth != RGB.bit_depth or is_remote(config.data.data_path):
+        return ""
+    numbers = probes(train.source)[::_EVERY].tolist()
+    try:
+        deep = any(has_more_levels(train.source.open(number)) for number in numbers)
+    except (BadImageError, OSError):  # whoever reads the image says it
+        return ""
+    if not deep:
+        return ""
+    return (
+        "images of more than 8 bits per channel are read as 8: --bit-depth 16 keeps 16 "
+        "(docs/images.md)"
     )
 
 

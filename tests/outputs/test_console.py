@@ -11,7 +11,7 @@ from disks import fill, small_disk
 from runs import ROOT, arguments, newest
 
 from config import load
-from outputs.console import console, say, show_messages
+from outputs.console import console, each_message_once, say, show_messages
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -235,3 +235,14 @@ def test_a_message_is_one_line(capsys):
     out = capsys.readouterr().out
     assert out.startswith("INFO: class a\\nERROR: the disk is gone\\x1b[2J\nERROR: why\nTraceback ")
     assert "ValueError: two\nlines" in out
+
+
+def test_what_is_done_twice_tells_it_once(capsys):
+    with console():
+        show_messages(logging.Formatter("%(message)s"), logging.INFO)
+        log = logging.getLogger("twice")
+        with each_message_once():
+            for number in (1, 2, 1):
+                log.info("number %d", number)
+        log.info("number %d", 1)
+    assert capsys.readouterr().out.split("\n") == ["number 1", "number 2", "number 1", ""]

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from augmentation.protocol import RGB, Form
-from pipeline.bands import decode_bands, shown
+from pipeline.bands import decode_bands, has_more_levels, shown
 from pipeline.decoding import decode
 from pipeline.limits import BadImageError
 
@@ -153,3 +153,27 @@ def test_what_people_see_of_bands():
     grey = FIVE[..., 0]
     np.testing.assert_array_equal(np.asarray(shown(grey, Form(1)))[..., 1], grey)
     assert shown(FIVE[..., :3], RGB).mode == "RGB"
+
+
+def test_files_of_more_than_256_levels_are_known_by_their_headers(tmp_path):
+    grey, colours = DEEP[..., 0], DEEP[..., :3]
+    eight = (colours >> 8).astype(np.uint8)
+    deep = [
+        saved(lambda file: Image.fromarray(grey).save(file, "png")),
+        png16(colours),
+        saved(lambda file: tifffile.imwrite(file, colours, photometric="rgb")),
+        saved(lambda file: tifffile.imwrite(file, grey.astype(np.float32))),
+        grey,
+    ]
+    usual = [
+        saved(lambda file: Image.fromarray(eight).save(file, "png")),
+        saved(lambda file: Image.fromarray(eight).save(file, "jpeg")),
+        saved(lambda file: tifffile.imwrite(file, eight, photometric="rgb")),
+        eight,
+        b"no image",
+    ]
+    assert [has_more_levels(encoded) for encoded in deep + usual] == [True] * 5 + [False] * 5
+    path = tmp_path / "a.png"
+    path.write_bytes(deep[0])
+    assert has_more_levels(str(path))
+    assert not has_more_levels(str(tmp_path / "none.png"))

@@ -23,6 +23,7 @@ from training.outlook import (
     few_images,
     finetuning_command,
     large_images,
+    lost_levels,
     rest_of_run,
     seconds_to_go,
 )
@@ -156,6 +157,22 @@ def test_a_run_says_it_at_its_start_and_not_when_it_goes_on(images, tmp_path, ca
     assert "configs/finetune_frozen.yaml --model test_resnet" in said
     assert train(images, tmp_path / "run", *options, "--resume", "auto") == 0
     assert "are few to train" not in "".join(capsys.readouterr())
+
+
+def test_that_levels_are_lost_is_said_by_a_run_and_its_doctor(tmp_path, capsys):
+    said = "warning: images of more than 8 bits per channel are read as 8: --bit-depth 16"
+    for name, count in (("a", 6), ("b", 6)):
+        (tmp_path / "x-rays" / name).mkdir(parents=True)
+        for number in range(count):
+            levels = np.full((12, 12), 4000 * number, dtype=np.uint16)
+            Image.fromarray(levels).save(tmp_path / "x-rays" / name / f"{number}.png")
+    options = ("--model", "test_resnet", "--input-size", "32", "--val-fraction", "0.5", *PLAIN)
+    assert train(tmp_path / "x-rays", tmp_path / "run", *options) == 0
+    assert "".join(capsys.readouterr()).count(said) == 1
+    argv = ["--data-path", str(tmp_path / "x-rays"), "--val-fraction", "0.5"]
+    for more, told in (((), True), (("--bit-depth", "16", "--in-chans", "1"), False)):
+        given = config.load([*argv, *more])
+        assert bool(lost_levels(given, build_parts(given.data, seed=0)[0])) is told
 
 
 # --- large images ---------------------------------------------------------------------------------
