@@ -108,5 +108,5 @@ def test_one_that_is_frozen_does_not_hold_the_end():
         os.kill(child, signal.SIGKILL)
     asked = decoders.submit(b"12345", time.monotonic() + PATIENCE)  # waits for another decoder
     decoders.close(0.5)
-    assert set(children(os.getpid())) == before
+    assert parent not in children(os.getpid())
     assert isinstance(asked.exception(PATIENCE), Exception)
