@@ -160,12 +160,8 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
         seconds: measured, of a core for one image; None: by the sizes of the images.
     """
     train, loader = data.train, data.train_loader
-    inner = train.source
-    while isinstance(inner, Subset):
-        inner = inner.source
-    local = isinstance(inner, FileSource | ShardSource) and not is_remote(config.data.data_path)
     form = Form(config.model.in_chans, config.data.bit_depth)
-    if not local or loader.cached or config.run.overfit_batches:
+    if not _has_files_here(config, train) or loader.cached or config.run.overfit_batches:
         return ""
     side = kept_side(config) or max(config.model.size)
     sizes, measured = _sizes_and_seconds(train.source, form)
@@ -198,12 +194,20 @@ def large_images(config: Config, data: Data, seconds: float | None = None) -> st
     )
 
 
+def _has_files_here(config: Config, train: ImageDataset) -> bool:
+    """Whether images come from files of this machine, whose headers can be looked at."""
+    inner = train.source
+    while isinstance(inner, Subset):
+        inner = inner.source
+    return isinstance(inner, FileSource | ShardSource) and not is_remote(config.data.data_path)
+
+
 def lost_levels(config: Config, train: ImageDataset) -> str:
     """What to say where images have more levels than are read of them; empty elsewhere.
 
     A few headers are read.
     """
-    if config.data.bit_depth != RGB.bit_depth or is_remote(config.data.data_path):
+    if config.data.bit_depth != RGB.bit_depth or not _has_files_here(config, train):
         return ""
     numbers = probes(train.source)[::_EVERY].tolist()
     try:
