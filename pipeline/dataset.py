@@ -336,7 +336,7 @@ def _images(images: list[torch.Tensor]) -> torch.Tensor:
     """(B, C, H, W), or of images in S splits (S × B, C, H, W): all of the first, then the next.
 
     Where all images lie colour by colour within each pixel, as they are decoded and resized, the
-    batch does so too: the device makes planes of it in a tenth of the time.
+    batch does so too. Planes are made of it where it is flipped or normalised.
     """
     if all(image.ndim == 3 and image.stride(0) == 1 < len(image) for image in images):
         return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)

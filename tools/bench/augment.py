@@ -31,7 +31,8 @@ def augmentation_row(
     options = AugmentOptions()
     augment = BatchAugment(Preprocessing(size, 0.875, "bicubic", MEAN, STD), options, 0)
     mixer = build_mixer(options, classes)
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    images = images.permute(0, 3, 1, 2)  # as workers give them
     targets = torch.randint(0, classes, (batch,), device=device)
     positions = torch.arange(PLANS * batch).view(PLANS, batch).numpy()
     plans = [augment.plan(0, numbers) for numbers in positions]

@@ -21,7 +21,7 @@ from augmentation.batch import BatchAugment
 from augmentation.preprocessing import Preprocessing
 from config import AugmentOptions
 from errors import OptionError
-from pipeline.dataset import ImageDataset
+from pipeline.dataset import ImageDataset, Sample, collate
 from pipeline.decoding import decode_tensor, open_parts
 from pipeline.loader import Loader, LoaderSettings
 from pipeline.sources.base import FileSource
@@ -71,7 +71,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Rows:
 
         def everything() -> int:
             crops = [augment.apply(open_parts(str(p)), 0, i) for i, p in enumerate(paths)]
-            augment(torch.stack(crops), augment.plan(0, np.arange(len(paths))))
+            batch = collate([Sample(crop, 0, i, 0, i, []) for i, crop in enumerate(crops)])
+            augment(batch.images, augment.plan(0, np.arange(len(paths))))
             return len(paths)
 
         title = "all of it on one core, against timm's chain"
