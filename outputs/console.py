@@ -79,7 +79,10 @@ def each_message_once() -> Iterator[None]:
     shown: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except Exception:  # a format that doesn't fit: the handler says so
+            return True
         new = text not in shown
         shown.add(text)
         return new

@@ -1,8 +1,8 @@
-"""A batch on its way from a worker: its images in shared memory, all else in the worker's pipe.
+"""A batch on its way from a worker: what is large in shared memory, the rest in the worker's pipe.
 
-The memory's file handle goes through that pipe as well. torch's way is that the receiver asks for
-each handle, over a connection of its own: a sender that has been killed, or has no handle left for
-the connection, never answers. Here what has come is whole, and needs nobody.
+The memory's file handles go through that pipe as well, with the message. torch's way is that the
+receiver asks for each handle, over a connection of its own: a sender that has been killed, or has
+no handle left for the connection, never answers. Here what has come is whole, and needs nobody.
 """
 
 import contextlib
@@ -10,7 +10,9 @@ import errno
 import os
 import pickle
 import socket
-from collections.abc import Iterator
+import struct
+import time
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
@@ -19,12 +21,19 @@ import torch
 
 from pipeline.dataset import Batch
 
+# Bytes of a message, which the system takes at once: it is there as a whole, or it isn't. Several
+# fit in a pipe, so that no worker waits for the main process before it goes on.
+MOST_IN_PIPE = 32 * 2**10
+MOST_HANDLES = 2  # of a message: the images, and what else is too large for the pipe
+PATIENCE = 5.0  # seconds to wait while too many handles of this user are on their way
+_HEAD = struct.Struct("<IB")  # bytes that follow, file handles
+
 
 class _Memory(NamedTuple):
-    """Where the images lie."""
+    """Where a tensor lies in shared memory."""
 
     size: int
-    """Bytes of shared memory."""
+    """Bytes of it."""
     offset: int
     """Values before the first one."""
     kind: torch.dtype
@@ -32,51 +41,131 @@ class _Memory(NamedTuple):
     stride: tuple[int, ...]
 
 
-def packed(batch: Batch) -> tuple[bytes, int | None]:
-    """``batch`` as bytes, and the file handle of its images, which are moved into shared memory.
+class Parcel(NamedTuple):
+    """What is sent."""
 
-    The handle is open as long as the images live; None where they are among the bytes. Raises
-    RuntimeError or OSError where there is no memory left, or no file handle.
+    content: bytes
+    handles: tuple[int, ...] = ()
+    """Open as long as ``tensors`` live."""
+    tensors: tuple[torch.Tensor, ...] = ()
+    """In shared memory."""
+
+
+def packed(answer: Batch | Exception) -> Parcel:
+    """A batch, whose images are moved into shared memory, or why there is none.
+
+    Raises RuntimeError or OSError where there is no memory left, or no file handle.
     """
-    if not (hasattr(socket, "send_fds") and _shares_by_handle()):
-        return bytes(ForkingPickler.dumps((batch, None))), None
-    images = batch.images
-    memory = handle = None
-    if images.numel():
-        # As torch does where it pickles a storage; there is no public way to its handle.
-        handle, size = images.untyped_storage()._share_fd_cpu_()
-        offset, shape, stride = images.storage_offset(), tuple(images.shape), images.stride()
-        memory = _Memory(size, offset, images.dtype, shape, stride)
-    arrays = {name: getattr(batch, name).numpy() for name in _tensors(memory)}
-    rest = batch._replace(**{"images": None, **arrays})
-    return pickle.dumps((rest, memory)), handle
+    if not _sends_handles():
+        return Parcel(bytes(ForkingPickler.dumps(answer)))
+    shared: list[tuple[int, _Memory, torch.Tensor]] = []
+    if isinstance(answer, Batch):
+        images = answer.images if answer.images.numel() else None
+        if images is not None:
+            shared.append((*_shared(images), images))
+        arrays = {name: getattr(answer, name).numpy() for name in _arrays(images is not None)}
+        answer = answer._replace(**{"images": None, **arrays})
+    content = pickle.dumps(answer)
+    if len(content) > MOST_IN_PIPE:
+        large = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        shared.append((*_shared(large), large))
+        content = b""
+    handles, memories, tensors = zip(*shared, strict=True) if shared else ((), (), ())
+    return Parcel(pickle.dumps((content, memories)), handles, tensors)
 
 
-def unpacked(content: bytes, handle: int | None) -> Batch:
-    """The batch of what ``packed`` gave; ``handle`` is this process's own, and is closed."""
-    batch, memory = pickle.loads(content)
-    if isinstance(batch.targets, torch.Tensor):
-        return batch
-    tensors = {name: torch.from_numpy(getattr(batch, name)) for name in _tensors(memory)}
-    if memory is not None:
+def send(pipe: Connection, parcel: Parcel) -> None:
+    """Send a parcel to who calls :func:`receive`. Raises OSError."""
+    if not _sends_handles():
+        pipe.send_bytes(parcel.content)
+        return
+    message = _HEAD.pack(len(parcel.content), len(parcel.handles)) + parcel.content
+    handles, ends = parcel.handles, time.monotonic() + PATIENCE
+    with _as_socket(pipe) as end:
+        while True:
+            try:
+                sent = socket.send_fds(end, [message], handles) if handles else 0
+                break
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+            if time.monotonic() > ends:
+                handles = ()  # as the receiver will see
+            time.sleep(0.01)
+        end.sendall(message[sent:])
+
+
+def receive(pipe: Connection) -> Batch | Exception:
+    """What was sent.
+
+    Raises EOFError or ConnectionError where the sender is gone, OSError where this process, or the
+    sender, may open no more files.
+    """
+    if not _sends_handles():
         try:
-            storage = torch.UntypedStorage._new_shared_fd_cpu(handle, memory.size)
+            content = pipe.recv_bytes()
+        except OSError:  # in the middle of a message
+            raise EOFError from None
+        return pickle.loads(content)
+    with _as_socket(pipe) as end:
+        head, handles, _, _ = socket.recv_fds(end, _HEAD.size, MOST_HANDLES)
+        try:
+            if len(head) < _HEAD.size:
+                raise EOFError
+            length, count = _HEAD.unpack(head)
+            content = _read(end, length)
+            if len(handles) < count:  # the kernel had no place for them
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return _unpacked(content, handles)
         finally:
-            os.close(handle)
-        images = torch.empty(0, dtype=memory.kind)
-        images.set_(storage, memory.offset, memory.shape, memory.stride)
-        tensors["images"] = images
-    return batch._replace(**tensors)
+            for handle in handles:
+                os.close(handle)
 
 
-def _tensors(memory: _Memory | None) -> tuple[str, ...]:
-    """Those that go through the pipe as arrays."""
+def _unpacked(message: bytes, handles: Sequence[int]) -> Batch | Exception:
+    content, memories = pickle.loads(message)
+    tensors = [_mapped(handle, memory) for handle, memory in zip(handles, memories, strict=True)]
+    answer = pickle.loads(content or tensors.pop().numpy())
+    if isinstance(answer, Exception):
+        return answer
+    found = {name: torch.from_numpy(getattr(answer, name)) for name in _arrays(bool(tensors))}
+    return answer._replace(**found, **({"images": tensors[0]} if tensors else {}))
+
+
+def _arrays(has_images: bool) -> tuple[str, ...]:
+    """The tensors of a batch that are sent as arrays, beside images in shared memory or with
+    images that are none."""
     numbers = ("targets", "indices", "positions")
-    return numbers if memory is not None else (*numbers, "images")
+    return numbers if has_images else (*numbers, "images")
 
 
-def _shares_by_handle() -> bool:
-    return torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+def _shared(tensor: torch.Tensor) -> tuple[int, _Memory]:
+    """Move ``tensor`` into shared memory; its file handle there, and what it is."""
+    # As torch does where it pickles a storage; there is no public way to its handle.
+    handle, size = tensor.untyped_storage()._share_fd_cpu_()
+    offset, shape, stride = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return handle, _Memory(size, offset, tensor.dtype, shape, stride)
+
+
+def _mapped(handle: int, memory: _Memory) -> torch.Tensor:
+    try:
+        storage = torch.UntypedStorage._new_shared_fd_cpu(handle, memory.size)
+    except RuntimeError as error:
+        if "duplicate" not in str(error):
+            raise
+        # torch doesn't say why.
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
+    tensor = torch.empty(0, dtype=memory.kind)
+    return tensor.set_(storage, memory.offset, memory.shape, memory.stride)
+
+
+def _sends_handles() -> bool:
+    """Whether this system has pipes that take file handles, and torch memory that has one.
+
+    The same in all processes, whatever strategy one of them has set.
+    """
+    strategies = torch.multiprocessing.get_all_sharing_strategies()
+    return "file_descriptor" in strategies and hasattr(socket, "send_fds")
 
 
 @contextlib.contextmanager
@@ -90,21 +179,13 @@ def _as_socket(pipe: Connection) -> Iterator[socket.socket]:
         end.detach()  # or the pipe would be closed
 
 
-def send_handle(pipe: Connection, handle: int) -> None:
-    """Send a file handle. Raises OSError."""
-    with _as_socket(pipe) as end:
-        socket.send_fds(end, [b"\0"], [handle])
-
-
-def receive_handle(pipe: Connection) -> int:
-    """A file handle that was sent.
-
-    Raises EOFError where the other end is closed, OSError where this process may open no more.
-    """
-    with _as_socket(pipe) as end:
-        content, handles, _, _ = socket.recv_fds(end, 1, 1)
-    if not content:
-        raise EOFError
-    if not handles:  # the kernel had no place for it
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    return handles[0]
+def _read(end: socket.socket, length: int) -> bytes:
+    """So many bytes. Raises EOFError."""
+    content = bytearray(length)
+    left = memoryview(content)
+    while left:
+        count = end.recv_into(left)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return bytes(content)

@@ -58,14 +58,6 @@ class _Request(NamedTuple):
     """Images."""
 
 
-class _Answer(NamedTuple):
-    batch: bytes = b""
-    """As of ``handover.packed``."""
-    shares: bool = False
-    """Whether a file handle follows."""
-    error: Exception | None = None
-
-
 class WorkerPool:
     """``count`` workers that make batches ahead and give them in order.
 
@@ -177,18 +169,13 @@ class WorkerPool:
         return True
 
     def _answer(self, worker: int, timeout: float) -> Batch | Exception:
-        pipe = self._pipes[worker]
         self._wait(worker, timeout)
         try:
-            answer: _Answer = pipe.recv()
-            handle = None
-            if answer.shares:
-                self._wait(worker, timeout)
-                handle = handover.receive_handle(pipe)
+            answer = handover.receive(self._pipes[worker])
         except (EOFError, ConnectionError):
             raise self._lost(worker) from None
         self._owed[worker] -= 1
-        return answer.error or handover.unpacked(answer.batch, handle)
+        return answer
 
     def _wait(self, worker: int, timeout: float) -> None:
         """Return when something has come from ``worker``. Raises as ``batches``."""
@@ -261,17 +248,13 @@ def _work(
         while True:
             request = pipe.recv()
             rows = keys[request.place, : request.count].tolist()
-            batch = handle = None
             try:
-                batch = make([SampleKey(*row) for row in rows], number)
-                content, handle = handover.packed(batch)  # may find no shared memory
-                answer = _Answer(content, handle is not None)
+                # May find no shared memory.
+                parcel = handover.packed(make([SampleKey(*row) for row in rows], number))
             except Exception as error:
-                answer = _Answer(error=_portable(error, number))
-            pipe.send(answer)
-            if handle is not None:
-                handover.send_handle(pipe, handle)
-            del batch, answer  # its memory isn't this process's any more
+                parcel = handover.packed(_portable(error, number))
+            handover.send(pipe, parcel)
+            del parcel  # its memory isn't this process's any more
 
 
 def _portable(error: Exception, number: int) -> Exception:

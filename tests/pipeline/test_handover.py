@@ -1,8 +1,11 @@
 """pipeline/handover.py: batches through a pipe, and who may be gone by then."""
 
+import errno
 import os
 import resource
 import socket
+import threading
+import time
 from contextlib import contextmanager
 from multiprocessing import Pipe
 
@@ -10,38 +13,35 @@ import numpy as np
 import pytest
 import torch
 
+from augmentation.protocol import Plan
+from pipeline import handover
 from pipeline.dataset import Batch
-from pipeline.handover import packed, receive_handle, send_handle, unpacked
+from pipeline.handover import packed, receive, send
+
+COUNT = 2
 
 
-def batch_of(images, targets=None, bad=()):
-    numbers = torch.arange(2)
+def batch_of(images, targets=None, bad=(), plan=None):
+    numbers = torch.arange(COUNT)
     targets = numbers if targets is None else targets
-    return Batch(images, targets, numbers + 10, numbers + 20, list(bad), None)
+    return Batch(images, targets, numbers + 10, numbers + 20, list(bad), plan)
 
 
-def through_a_pipe(batch):
+def through_a_pipe(answer):
     theirs, mine = Pipe()
     with theirs, mine:
-        content, handle = packed(batch)
-        theirs.send_bytes(content)
-        if handle is not None:
-            send_handle(theirs, handle)
-        content = mine.recv_bytes()
-        return unpacked(content, None if handle is None else receive_handle(mine))
-
-
-def open_files():
-    return sorted(os.listdir("/proc/self/fd"))
+        send(theirs, packed(answer))
+        return receive(mine)
 
 
 @contextmanager
-def no_more_files():
-    """This process may open no further file."""
+def most_files(more):
+    """This process may open only so many further files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    opened = [os.dup(0) for _ in range(more + 1)]
+    for file in opened:
+        os.close(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[-1], limits[1]))
     try:
         yield
     finally:
@@ -58,12 +58,15 @@ IMAGES = {
 }
 
 
+@pytest.mark.parametrize("by_handle", [True, False])
 @pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
-def test_a_batch_arrives_as_it_was(images):
+def test_a_batch_arrives_as_it_was(images, by_handle, monkeypatch):
+    if not by_handle:
+        monkeypatch.delattr(socket, "send_fds")
     before = images.clone()
     arrived = through_a_pipe(batch_of(images, bad=["a.png: empty"]))
     assert torch.equal(arrived.images, before) and arrived.images.dtype == before.dtype
-    assert arrived.images.stride() == images.stride()
+    assert not images.numel() or arrived.images.stride() == images.stride()
     assert arrived.bad == ["a.png: empty"] and arrived.plan is None
     for name in ("targets", "indices", "positions"):
         expected = getattr(batch_of(images), name)
@@ -71,20 +74,37 @@ def test_a_batch_arrives_as_it_was(images):
         getattr(arrived, name).add_(1)  # nothing of it is read-only
 
 
-def test_several_labels_arrive_as_floats():
-    targets = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    assert torch.equal(through_a_pipe(batch_of(IMAGES["planes"], targets)).targets, targets)
+@pytest.mark.parametrize("images", [IMAGES["floats"], IMAGES["none"]])
+@pytest.mark.parametrize("labels", [3, 100_000])
+def test_large_targets_and_plans_leave_the_pipe_free(labels, images):
+    """A worker that makes batches ahead isn't held by them."""
+    targets = torch.rand(COUNT, labels).round()
+    arrays = [np.arange(COUNT * labels).reshape(COUNT, labels) for _ in Plan._fields]
+    theirs, mine = Pipe()
+    with theirs, mine:
+        for _ in range(4):  # nobody reads meanwhile
+            send(theirs, packed(batch_of(images.clone(), targets, plan=Plan(*arrays))))
+        for _ in range(4):
+            arrived = receive(mine)
+            assert torch.equal(arrived.targets, targets) and torch.equal(arrived.images, images)
+            assert all(map(np.array_equal, arrived.plan, arrays))
+
+
+def test_an_error_arrives():
+    for text in ("short", "x" * 10**6):
+        arrived = through_a_pipe(ValueError(text))
+        assert type(arrived) is ValueError and str(arrived) == text
 
 
 def test_nothing_stays_open():
     def one():
-        arrived = through_a_pipe(batch_of(IMAGES["floats"].clone()))
+        arrived = through_a_pipe(batch_of(IMAGES["floats"].clone(), torch.ones(2, 50_000)))
         return float(arrived.images.sum())
 
     first = one()
-    before = open_files()
+    before = sorted(os.listdir("/proc/self/fd"))
     assert [one() for _ in range(5)] == [first] * 5
-    assert open_files() == before
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_batch_outlives_its_sender_though_a_child_of_that_lives_on():
@@ -93,27 +113,37 @@ def test_a_batch_outlives_its_sender_though_a_child_of_that_lives_on():
     with mine:
         sender = os.fork()
         if not sender:
-            content, handle = packed(batch_of(images))
-            theirs.send_bytes(content)
-            send_handle(theirs, handle)
+            send(theirs, packed(batch_of(images)))
             if not os.fork():
                 mine.close()
                 theirs.poll(60)  # until the other end is closed
             os._exit(0)
         theirs.close()
         os.waitpid(sender, 0)
-        content = mine.recv_bytes()
-        assert torch.equal(unpacked(content, receive_handle(mine)).images, images)
+        assert torch.equal(receive(mine).images, images)
+
+
+@pytest.mark.parametrize("by_handle", [True, False])
+@pytest.mark.parametrize("count", [0, 2, 40])
+def test_a_sender_that_ends_within_a_message_is_gone(count, by_handle, monkeypatch):
+    if not by_handle:
+        monkeypatch.delattr(socket, "send_fds")
+    theirs, mine = Pipe()
+    with mine:
+        with theirs:
+            os.write(theirs.fileno(), b"\0\0\1\0" + bytes(count - 4) if count > 4 else bytes(count))
+        with pytest.raises(EOFError):
+            receive(mine)
 
 
 def test_a_default_timeout_of_sockets_leaves_the_pipe_blocking():
-    socket.setdefaulttimeout(1)
+    socket.setdefaulttimeout(0.01)
+    theirs, mine = Pipe()
     try:
-        assert torch.equal(through_a_pipe(batch_of(IMAGES["planes"])).images, IMAGES["planes"])
-        theirs, mine = Pipe()
         with theirs, mine:
-            send_handle(theirs, 0)
-            os.close(receive_handle(mine))
+            late = threading.Timer(0.2, send, (theirs, packed(batch_of(IMAGES["planes"]))))
+            late.start()
+            assert torch.equal(receive(mine).images, IMAGES["planes"])
             assert os.get_blocking(theirs.fileno()) and os.get_blocking(mine.fileno())
     finally:
         socket.setdefaulttimeout(None)
@@ -122,12 +152,33 @@ def test_a_default_timeout_of_sockets_leaves_the_pipe_blocking():
 def test_the_lack_of_file_handles_is_named_on_both_sides():
     theirs, mine = Pipe()
     with theirs, mine:
-        batch = batch_of(IMAGES["planes"].clone())
-        with no_more_files(), pytest.raises(RuntimeError, match="Too many open files"):
+        batch = batch_of(IMAGES["planes"].clone(), torch.ones(2, 50_000))
+        with most_files(0), pytest.raises(RuntimeError, match="Too many open files"):
             packed(batch)
-        send_handle(theirs, packed(batch)[1])
-        with no_more_files(), pytest.raises(OSError, match="Too many open files"):
-            receive_handle(mine)
-        theirs.close()
-        with pytest.raises(EOFError):
-            receive_handle(mine)
+        for more in (0, 1, 2):  # for no handle, for one of two, for none that torch copies
+            send(theirs, packed(batch))
+            with most_files(more), pytest.raises(OSError, match="Too many open files"):
+                receive(mine)
+        send(theirs, packed(batch))
+        assert torch.equal(receive(mine).images, batch.images)
+
+
+@pytest.mark.parametrize("times", [3, 10**6])
+def test_too_many_handles_on_their_way_are_waited_for_and_then_named(times, monkeypatch):
+    monkeypatch.setattr(handover, "PATIENCE", 0.2)
+    tries = iter(range(times))
+    usual = socket.send_fds
+
+    def refused(*given):
+        if next(tries, None) is not None:
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+        return usual(*given)
+
+    monkeypatch.setattr(socket, "send_fds", refused)
+    began = time.monotonic()
+    if times == 3:
+        assert torch.equal(through_a_pipe(batch_of(IMAGES["floats"])).images, IMAGES["floats"])
+    else:
+        with pytest.raises(OSError, match="Too many open files"):
+            through_a_pipe(batch_of(IMAGES["floats"]))
+        assert time.monotonic() - began >= 0.2

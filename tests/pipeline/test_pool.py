@@ -94,6 +94,25 @@ def test_a_worker_without_file_handles_is_an_error_of_one_line():
         list(loader)
 
 
+def test_a_worker_killed_at_its_last_batch_is_replaced_whatever_that_holds():
+    """It has nothing left to read then, and may be within a large answer."""
+
+    class Labelled(ArraySource):
+        def read(self, index):
+            return super().read(index)[0], np.ones(100_000, dtype=np.uint8)
+
+    source = Labelled(PIXELS, [0] * COUNT, ["a"], "labelled")
+    dataset = ImageDataset(source, EVAL, on_bad_image="skip")
+    loader = Loader(dataset, EvalSampler(COUNT), LoaderSettings(4, num_workers=2))
+    batches = iter(loader)
+    counts = [len(next(batches).targets)]
+    for batch in batches:
+        counts.append(len(batch.targets))
+        if len(counts) == len(loader) - 1:
+            kill(loader, (len(loader) - 1) % 2)
+    assert sum(counts) == COUNT
+
+
 def test_a_main_process_without_file_handles_is_an_error_of_one_line():
     batches = iter(loader_of(data_set(), workers=1))
     next(batches)

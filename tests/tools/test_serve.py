@@ -67,7 +67,10 @@ def test_narrow_and_transparent_images_are_answered(port, images):
     status, _, content = predict(port, form(files), "", "multipart/form-data; boundary=cut")
     assert status == 200 and all("predictions" in image for image in content["images"])
     white = predict(port, png(*hidden.size, "white"))[2]["images"][0]["predictions"]
-    assert content["images"][2]["predictions"] == white
+    # To rounding: the model had them in batches of different sizes.
+    found = content["images"][2]["predictions"]
+    assert [p["class"] for p in found] == [p["class"] for p in white]
+    assert [p["confidence"] for p in found] == pytest.approx([p["confidence"] for p in white])
 
 
 def test_an_image_that_fails_inside_does_not_spoil_the_others(checkpoint, monkeypatch, caplog):
