@@ -1,5 +1,6 @@
 """Random numbers of a batch: a function of (seed, epoch, position) and what they are for."""
 
+import copy
 import math
 from typing import TypeVar
 
@@ -40,19 +41,19 @@ class Numbers:
     Args:
         seed: of epoch and purpose.
         position: the place of the epoch.
-        skipped: how many of them come before the first.
     """
 
-    def __init__(self, seed: int, position: int, skipped: int = 0) -> None:
-        self._given = seed, position
-        self._start = _mix(int(position) * GOLDEN + seed) + (skipped + 1) * GOLDEN
+    def __init__(self, seed: int, position: int) -> None:
+        self._start = _mix(int(position) * GOLDEN + seed) + GOLDEN
 
     def __getitem__(self, place: int) -> float:
         return (_mix(self._start + place * GOLDEN) >> 11) * 2.0**-53
 
     def after(self, count: int) -> "Numbers":
         """Those behind the first ``count``."""
-        return Numbers(*self._given, skipped=count)
+        rest = copy.copy(self)
+        rest._start += count * GOLDEN
+        return rest
 
 
 def between(share: Share, low: float, high: float) -> Share:

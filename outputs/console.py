@@ -75,7 +75,7 @@ def show_messages(formatter: logging.Formatter, level: int) -> None:
 
 @contextlib.contextmanager
 def each_message_once() -> Iterator[None]:
-    """Inside, a message that has been shown isn't shown again: what is done twice tells twice."""
+    """Inside, a message that has been shown isn't shown again, as where work is done twice."""
     shown: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:

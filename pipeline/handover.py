@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.dataset import Batch
@@ -60,11 +61,13 @@ def packed(answer: Batch | Exception) -> Parcel:
         return Parcel(bytes(ForkingPickler.dumps(answer)))
     shared: list[tuple[int, _Memory, torch.Tensor]] = []
     if isinstance(answer, Batch):
-        images = answer.images if answer.images.numel() else None
-        if images is not None:
+        images = answer.images
+        if images.numel():
             shared.append((*_shared(images), images))
-        arrays = {name: getattr(answer, name).numpy() for name in _arrays(images is not None)}
-        answer = answer._replace(**{"images": None, **arrays})
+            answer = answer._replace(images=None)
+        fields = answer._asdict().items()
+        arrays = {name: x.numpy() for name, x in fields if isinstance(x, torch.Tensor)}
+        answer = answer._replace(**arrays)
     content = pickle.dumps(answer)
     if len(content) > MOST_IN_PIPE:
         large = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -80,18 +83,8 @@ def send(pipe: Connection, parcel: Parcel) -> None:
         pipe.send_bytes(parcel.content)
         return
     message = _HEAD.pack(len(parcel.content), len(parcel.handles)) + parcel.content
-    handles, ends = parcel.handles, time.monotonic() + PATIENCE
     with _as_socket(pipe) as end:
-        while True:
-            try:
-                sent = socket.send_fds(end, [message], handles) if handles else 0
-                break
-            except OSError as error:
-                if error.errno != errno.ETOOMANYREFS:
-                    raise
-            if time.monotonic() > ends:
-                handles = ()  # as the receiver will see
-            time.sleep(0.01)
+        sent = _sent_with(end, message, parcel.handles) if parcel.handles else 0
         end.sendall(message[sent:])
 
 
@@ -128,15 +121,11 @@ def _unpacked(message: bytes, handles: Sequence[int]) -> Batch | Exception:
     answer = pickle.loads(content or tensors.pop().numpy())
     if isinstance(answer, Exception):
         return answer
-    found = {name: torch.from_numpy(getattr(answer, name)) for name in _arrays(bool(tensors))}
-    return answer._replace(**found, **({"images": tensors[0]} if tensors else {}))
-
-
-def _arrays(has_images: bool) -> tuple[str, ...]:
-    """The tensors of a batch that are sent as arrays, beside images in shared memory or with
-    images that are none."""
-    numbers = ("targets", "indices", "positions")
-    return numbers if has_images else (*numbers, "images")
+    fields = answer._asdict().items()
+    found = {name: torch.from_numpy(x) for name, x in fields if isinstance(x, np.ndarray)}
+    if tensors:
+        found["images"] = tensors[0]
+    return answer._replace(**found)
 
 
 def _shared(tensor: torch.Tensor) -> tuple[int, _Memory]:
@@ -166,6 +155,19 @@ def _sends_handles() -> bool:
     """
     strategies = torch.multiprocessing.get_all_sharing_strategies()
     return "file_descriptor" in strategies and hasattr(socket, "send_fds")
+
+
+def _sent_with(end: socket.socket, message: bytes, handles: Sequence[int]) -> int:
+    """How many bytes went with the handles; 0 where they can't go, as the receiver will see."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() <= until:
+        try:
+            return socket.send_fds(end, [message], handles)
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+        time.sleep(0.01)
+    return 0
 
 
 @contextlib.contextmanager

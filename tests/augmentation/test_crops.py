@@ -154,7 +154,7 @@ def test_crops_of_sixteen_bits_are_moved_as_what_a_device_can_index():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("channels", [2, 3, 4, 5])
 def test_resizing_leaves_the_order_of_the_bytes(channels, interpolation):
-    """Copies into planes and back took half of a worker's time for an image that is kept."""
+    """Copies into planes and back took a fifth of a worker's time for an image that is kept."""
     decoded = torch.randint(0, 256, (60, 80, channels), dtype=torch.uint8)
     image = decoded.permute(2, 0, 1)
     for part in (image, image[:, 5:50, 7:70], image[:, :20, :30]):

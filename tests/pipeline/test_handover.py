@@ -2,16 +2,15 @@
 
 import errno
 import os
-import resource
 import socket
 import threading
 import time
-from contextlib import contextmanager
 from multiprocessing import Pipe
 
 import numpy as np
 import pytest
 import torch
+from open_files import most_files
 
 from augmentation.protocol import Plan
 from pipeline import handover
@@ -32,20 +31,6 @@ def through_a_pipe(answer):
     with theirs, mine:
         send(theirs, packed(answer))
         return receive(mine)
-
-
-@contextmanager
-def most_files(more):
-    """This process may open only so many further files."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = [os.dup(0) for _ in range(more + 1)]
-    for file in opened:
-        os.close(file)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[-1], limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 IMAGES = {

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import resource
 import signal
 import threading
 import time
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from open_files import limit_files, most_files
 from tiny_sets import EVAL, assert_same, load, train_transform
 
 from augmentation.protocol import Transform
@@ -72,20 +72,11 @@ def test_workers_killed_with_batches_on_their_way(batches):
     assert_same(list(loader), expected)
 
 
-def no_more_files():
-    """Let this process open no further file; returns the limits that it had."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
-    return limits
-
-
 def test_a_worker_without_file_handles_is_an_error_of_one_line():
     class Last(ArraySource):
         def open(self, index):
             if index == COUNT - 1:
-                no_more_files()
+                limit_files(0)
             return super().open(index)
 
     dataset = ImageDataset(Last(PIXELS, [0] * COUNT, ["a"], "last"), EVAL)
@@ -116,12 +107,8 @@ def test_a_worker_killed_at_its_last_batch_is_replaced_whatever_that_holds():
 def test_a_main_process_without_file_handles_is_an_error_of_one_line():
     batches = iter(loader_of(data_set(), workers=1))
     next(batches)
-    limits = no_more_files()
-    try:
-        with pytest.raises(DataError, match="^Too many open files .*ulimit -n"):
-            list(batches)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with most_files(0), pytest.raises(DataError, match="^Too many open files .*ulimit -n"):
+        list(batches)
 
 
 def test_a_dead_worker_is_an_error_of_one_line_where_none_is_to_be_skipped():

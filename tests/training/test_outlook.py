@@ -216,7 +216,7 @@ def test_of_images_far_larger_than_the_crop_it_is_said_what_spares_decoding(phot
     assert config.load(words[4:-4]).data.data_path == str(photographs / "large")
     assert "takes about 1e+02 ms each, 10 images" in hint(photographs, "--jpeg-scaling", "off")
     assert "takes about 50 ms each, 20 images/s" in hint(photographs, seconds=0.05)
-    # 100 µs each and 300 µs for the pixels of a side of 256, which are 2.25 times as many here.
+    # 150 µs each and 150 µs for the pixels of a side of 256, which are 2.25 times as many here.
     assert hint(photographs, "--cache-side", "384").endswith("about 2,100")
     # A small image is not read for nothing.
     assert hint(photographs, "--input-size", "32").endswith("about 6,500")
