@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-# A shell has SIGINT ignored in what it starts with &, nohup SIGHUP; processes of tests inherit that.
+# A shell ignores SIGINT for what it starts with &, nohup SIGHUP; what tests start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Imports and collection make millions of objects that stay: to look for garbage among them takes a

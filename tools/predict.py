@@ -96,7 +96,7 @@ def _prediction(
     if several and topk is None:
         shown = labels.found(shares, limits)
     else:
-        shown = labels.likeliest_first(shares)[: topk or TOPK]
+        shown = labels.likeliest_first(shares, topk or TOPK)
     return Prediction(
         path,
         [classifier.class_names[i] for i in shown],

@@ -26,6 +26,7 @@ from optimization.multilabel import probabilities
 from pipeline.dataset import build_dataset
 from tools import average, explain, export, report
 from tools import predict as predict_tool
+from tools.common import labels
 from tools.common.answers import Answers
 from tools.data import explore, pack, split
 from tools.multilabel import co_occurrence, figures
@@ -415,3 +416,16 @@ def test_folds_of_groups_share_out_each_label():
             assert (np.abs(targets[val].sum(0) - wanted) <= (1 if owner is None else 3)).all()
             if owner is not None:
                 assert not set(owner[learnt]) & set(owner[val])
+
+
+@pytest.mark.parametrize("count", [1, 4, 50, 2000])
+def test_the_likeliest_are_the_first_of_all_in_order(count):
+    """With many equal ones, of which the first comes first."""
+    rng = np.random.default_rng(count)
+    for most in (None, 1, 5, 49, 3000):
+        shares = rng.integers(0, 9, count).astype(np.float32) / 10
+        limits = rng.random(count)
+        order = sorted(range(count), key=lambda i: (-shares[i], i))
+        assert labels.likeliest_first(shares, most).tolist() == order[:most]
+        found = [i for i in order if shares[i] >= limits[i]]
+        assert labels.found(shares, limits).tolist() == found

@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--decoders", type=number, help="images decoded at a time (default: one per core)"
     )
     batching.add_argument(
-        "--threads", type=number, help="the model's threads (default: one per core)"
+        "--threads", type=number, help="the model's (default: what the decoders leave of the cores)"
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-body-mib", type=float, default=16.0, help="of a request")
@@ -106,6 +106,7 @@ def _serve(arguments: argparse.Namespace, nursery: Nursery) -> None:
             max_batch=arguments.max_batch,
             max_wait=arguments.max_wait_ms / 1000,
             decoders=arguments.decoders or cores(),
+            divide=not arguments.threads,
         ),
         drift=monitor,
     )

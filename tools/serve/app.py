@@ -225,19 +225,17 @@ def _entry(
         answer.probabilities,
         service.thresholds,
     )
-    order = labels.likeliest_first(shares)
     if thresholds is None:
-        likely = [
-            {"class": names[i], "confidence": float(shares[i])} for i in order[: topk or TOPK]
-        ]
+        order = labels.likeliest_first(shares, topk or TOPK)
+        likely = [{"class": names[i], "confidence": float(shares[i])} for i in order]
         return {"file": file, "predictions": likely}
-    found = labels.found(shares, thresholds)[:MOST_CLASSES]
-    # Also where a label with a lower threshold is less likely than one that isn't there.
-    shown = (
-        order[:topk]
-        if topk
-        else [*found, *(i for i in order if i not in found)][: max(TOPK, len(found))]
-    )
+    found = labels.found(shares, thresholds)[:MOST_CLASSES].tolist()
+    count = topk or max(TOPK, len(found))
+    shown = labels.likeliest_first(shares, count).tolist()
+    if not topk:
+        # Also where a label with a lower threshold is less likely than one that isn't there.
+        known = set(found)
+        shown = [*found, *(i for i in shown if i not in known)][:count]
     likely = [
         {"class": names[i], "confidence": float(shares[i]), "threshold": float(thresholds[i])}
         for i in shown

@@ -64,14 +64,18 @@ class _Process:
         with contextlib.suppress(OSError):  # it is gone already, as its first image will find
             self.connection.send(task)
 
-    def decode(self, content: Content) -> Tensor:
-        """The reply. Raises RefusedError, DecoderError; EOFError or OSError where it has ended."""
+    def decode(self, content: Content) -> tuple[Tensor, float]:
+        """The reply, and the seconds of CPU time that it took.
+
+        Raises RefusedError, DecoderError; EOFError or OSError where it has ended.
+        """
         self.connection.send_bytes(content)
-        status, *shape = decoder.HEAD.unpack(self.connection.recv_bytes(decoder.HEAD.size))
+        status, *shape, seconds = decoder.HEAD.unpack(self.connection.recv_bytes(decoder.HEAD.size))
         data = self.connection.recv_bytes(MOST_BYTES)
         if status == decoder.DECODED:
             # A copy, as what came can't be written to, which torch warns of.
-            return torch.from_numpy(np.frombuffer(data, np.float32).reshape(shape).copy())
+            tensor = torch.from_numpy(np.frombuffer(data, np.float32).reshape(shape).copy())
+            return tensor, seconds
         text = data.decode(errors="replace")
         raise DecoderError(text) if status == 500 else RefusedError(status, text)
 
@@ -98,6 +102,7 @@ class Decoders:
         number: images that are decoded at a time.
         memory: bytes that a process may take beyond what it begins with.
         nursery: what the processes are forked from; it is closed in the end.
+        on_decoded: called with the seconds of CPU time of each image that was decoded.
         on_loss: called with ``"time"``, ``"crowd"`` or ``"crash"`` when a process is lost.
     """
 
@@ -108,11 +113,12 @@ class Decoders:
         *,
         memory: int,
         nursery: Nursery,
+        on_decoded: Callable[[float], None] = lambda seconds: None,
         on_loss: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._nursery = nursery
         self._start = partial(_Process, nursery, decoder.Task(decode, memory))
-        self._on_loss = on_loss
+        self._on_decoded, self._on_loss = on_decoded, on_loss
         self._lock = threading.Lock()  # of what is being decoded
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._turns = threading.Semaphore(number)
@@ -191,7 +197,8 @@ class Decoders:
             with self._lock:
                 job.began = time.monotonic()
                 self._running[job] = process
-            result = process.decode(job.content)
+            result, seconds = process.decode(job.content)
+            self._on_decoded(seconds)
         except Exception as error:
             result = error
         with self._lock:

@@ -64,6 +64,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.threads = Gauge("serve_model_threads", "The model's threads", registry=registry)
         self._count_answers(registry)
         self._since_check = 0
         self._drifting = {"classes": False, "confidence": False}

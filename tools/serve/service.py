@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from errors import UserError
+from inference import OnnxModel
 from pipeline.limits import BYTES_PER_PIXEL
 from tools import explain
 from tools.common import labels, trained
@@ -24,6 +25,7 @@ from tools.serve.drift import DriftMonitor
 from tools.serve.images import RefusedError
 from tools.serve.metrics import Metrics
 from tools.serve.nursery import Nursery
+from tools.serve.threads import Threads
 
 DECODER_BYTES = 128 * 2**20  # of a decoding process, beside the file and its pixels
 
@@ -63,6 +65,8 @@ class Batching:
     """Seconds that an image waits for others, at most."""
     decoders: int = 1
     """Images decoded at a time."""
+    divide: bool = True
+    """Whether the model leaves the decoders the cores that they have work for."""
 
 
 class Service:
@@ -86,11 +90,15 @@ class Service:
         self.pending = 0
         self.ending = False
         self.bodies = Bodies(limits.bodies)
+        # A session of ONNX Runtime keeps the number it was made with.
+        divide = batching.divide and not isinstance(self.classifier.model, OnnxModel)
+        self.threads = Threads(torch.get_num_threads(), divide=divide)
         self.decoders = Decoders(
             partial(images.decoded, transform=self.classifier.transform, max_pixels=limits.pixels),
             batching.decoders,
             memory=decoder_bytes(limits),
             nursery=nursery,
+            on_decoded=self.threads.count_decoded,
             on_loss=self.metrics.count_lost_decoder,
         )
         self.batcher = Batcher(
@@ -98,10 +106,11 @@ class Service:
             self._predict,
             max_batch=batching.max_batch,
             max_wait=batching.max_wait,
-            on_batch=self.metrics.count_batch,
+            on_batch=self._count_batch,
         )
         self.metrics.waiting.set_function(self.decoders.waiting)
         self.metrics.bodies.set_function(lambda: self.bodies.held)
+        self.metrics.threads.set_function(lambda: self.threads.number)
         # An explanation costs several answers: one at a time.
         self.explainer = ThreadPoolExecutor(1, "explain")
         self.explaining = asyncio.Semaphore(1)
@@ -176,7 +185,12 @@ class Service:
         self.metrics.pending.set(self.pending)
 
     def _predict(self, images: torch.Tensor) -> torch.Tensor:
+        self.threads.apply()
         return trained.probabilities(self.classifier, images.to(self.model.device)).cpu()
+
+    def _count_batch(self, images: int, seconds: float) -> None:
+        self.metrics.count_batch(images, seconds)
+        self.threads.count_batch(images, seconds)
 
     def _explain(self, tensor: torch.Tensor, class_index: int | None) -> str:
         heat = explain.heatmap(self.classifier, tensor, class_index)
