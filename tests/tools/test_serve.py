@@ -209,6 +209,46 @@ def test_a_body_is_not_kept_beyond_the_limit():
     assert asyncio.run(read()) == (413, 120)
 
 
+@pytest.mark.parametrize("second_part", [[], [(0.1, 480, True)]], ids=["stalls", "waits for room"])
+def test_a_body_waits_a_moment_until_others_can_be_cut(second_part):
+    """They fill the room, and are too young to be cut when it comes; it isn't cut for its wait."""
+    import asyncio
+
+    bodies = Bodies(1000)
+
+    async def read(*parts):
+        """The status of a request whose body comes in ``parts``: seconds, bytes, more to come."""
+        left = iter(parts)
+
+        async def receive():
+            seconds, size, more = next(left, (60, 0, False))
+            await asyncio.sleep(seconds)
+            return {"type": "http.request", "body": bytes(size), "more_body": more}
+
+        body = RequestBody({"headers": [(b"transfer-encoding", b"x")]}, receive, 10**6, bodies)
+        try:
+            while not body.ended:
+                await body.receive()
+        except RefusedError as error:
+            return error.status
+        finally:
+            bodies.release(body)
+        return 200
+
+    async def together():
+        slow = [asyncio.create_task(read((0.3, 480, True), *second_part)) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        answer = await asyncio.wait_for(read((0.0, 400, True), (0.0, 1, False)), 5)
+        await asyncio.sleep(0.1)
+        cut = [task.result() for task in slow if task.done()]
+        for task in slow:
+            task.cancel()
+        return answer, cut
+
+    answer, cut = asyncio.run(together())
+    assert answer == 200 and 408 in cut
+
+
 def test_pixels_are_counted_before_decoding(port):
     for content in (png(317, 317), bomb(30_000, 30_000), bomb(10_000, 10_000)):
         status, _, answer = predict(port, content)

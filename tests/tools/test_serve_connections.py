@@ -5,8 +5,13 @@ import socket
 import struct
 
 import uvicorn
+from serving import LIMITS, opened
 
+from tools.serve import app
 from tools.serve.connections import Connection, Connections
+from tools.serve.nursery import Nursery
+from tools.serve.server import Server
+from tools.serve.service import Batching, Service
 
 
 async def no_answer(scope: dict, receive: object, send: object) -> None:
@@ -45,3 +50,27 @@ def test_a_reset_that_comes_just_before_the_close_is_no_error():
 
     assert asyncio.run(asyncio.wait_for(close_after_reset(), 30)) == set()
     assert told == []
+
+
+def test_who_came_just_before_the_end_is_answered(checkpoint):
+    """The system has taken the connections, and the event loop has not yet been told."""
+    service = Service(opened(checkpoint), "pets", Nursery(), limits=LIMITS, batching=Batching())
+    server = Server(app.build_app(service), service)
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=16)
+
+    async def end() -> list[bytes]:
+        await server.startup([listener])
+        clients = [socket.create_connection(listener.getsockname(), 5) for _ in range(8)]
+        for client in clients:
+            client.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        await server.shutdown([listener])
+        answers = []
+        for client in clients:
+            with client:
+                answers.append(client.recv(12))
+        return answers
+
+    assert asyncio.run(asyncio.wait_for(end(), 30)) == [b"HTTP/1.1 200"] * 8
+    assert server.ended_well

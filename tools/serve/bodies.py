@@ -11,7 +11,8 @@ from tools.serve.images import RefusedError
 
 LEAST_RATE = 8192  # bytes per second that a body must come with,
 GRACE = 5.0  # seconds after its first
-YOUNG = 1.0  # seconds in which a body isn't cut in favour of another
+YOUNG = 1.0  # seconds in which a body isn't cut in favour of another, which waits for as long
+TICK = 0.05  # seconds between two looks for room
 TRIMMED = 32 * 2**20  # bytes, after whose end memory is given back to the system
 
 
@@ -27,23 +28,33 @@ class Bodies:
         self._coming: set[RequestBody] = set()
         self._peak = 0
 
-    def take(self, body: "RequestBody", count: int) -> None:
+    async def take(self, body: "RequestBody", count: int) -> None:
         """Count ``count`` more bytes of ``body``; the slowest ones make room if need be.
 
-        Raises RefusedError (503) where there is no room.
+        Raises RefusedError (503) where there is no room, nor a moment later.
         """
         self._coming.add(body)
+        body.waits_since = time.monotonic()
+        while not self._has_room(body, count):
+            if time.monotonic() > body.waits_since + YOUNG + TICK:
+                raise RefusedError(503, "too many bytes are in hand: try again in a second")
+            await asyncio.sleep(TICK)
+        body.waits_since = None
+        self.held += count
+        self._peak = max(self._peak, self.held)
+        body.held += count
+
+    def _has_room(self, body: "RequestBody", count: int) -> bool:
+        """Whether ``count`` more bytes have room, which others may have made."""
         while self.held + count > self.most:
             now = time.monotonic()
             slow = [b for b in self._coming if b is not body and now - b.began > YOUNG]
             if not slow:
-                raise RefusedError(503, "too many bytes are in hand: try again in a second")
-            slowest = min(slow, key=lambda b: b.received / (now - b.began))
+                return False
+            slowest = min(slow, key=lambda b: b.rate(now))
             self.release(slowest)
             slowest.cut()
-        self.held += count
-        self._peak = max(self._peak, self.held)
-        body.held += count
+        return True
 
     def end(self, body: "RequestBody") -> None:
         """``body`` has come: it no longer makes room for others."""
@@ -84,6 +95,7 @@ class RequestBody:
         self.announced = int(length) if length.isdigit() else 0
         self.ended = not self.announced and b"transfer-encoding" not in headers
         self.began = time.monotonic()
+        self.waits_since: float | None = None  # for room, by no fault of its own
         self._receive, self._bodies, self._seconds = receive, bodies, seconds
         self._cut = False
         self._wait: asyncio.Timeout | None = None
@@ -99,11 +111,18 @@ class RequestBody:
         self._check(self.received)
         if self.ended:
             return message
-        self._bodies.take(self, count)
+        await self._bodies.take(self, count)
+        if self._cut:  # while it waited
+            raise RefusedError(408, "the body came too slowly")
         if not message.get("more_body", False):
             self.ended = True
             self._bodies.end(self)
         return message
+
+    def rate(self, now: float) -> float:
+        """Bytes per second in which it came."""
+        until = now if self.waits_since is None else self.waits_since
+        return self.received / max(1e-3, until - self.began)
 
     def cut(self) -> None:
         """End the wait for more of it: ``receive`` raises RefusedError (408)."""

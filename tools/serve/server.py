@@ -102,6 +102,9 @@ class Server(uvicorn.Server):
         # What the system has taken by now, asyncio accepts.
         while listeners and select.select(listeners, [], [], 0)[0]:
             await asyncio.sleep(0)
+        # A connection that was accepted belongs to its server, which must not be closed until then,
+        # one turn of the loop later.
+        await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         for listener in listeners:
