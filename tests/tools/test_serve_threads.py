@@ -39,7 +39,7 @@ def test_the_number_follows_when_the_work_changes_and_not_before_there_is_enough
     shared.count_decoded(1.0)
     shared.count_batch(1, 0.01)
     assert shared.number == 1
-    for _ in range(500):  # larger images and smaller ones come now and then
+    for _ in range(500):  # clients send smaller images from here on, and the model is slow
         shared.count_decoded(0.001)
         shared.count_batch(1, 0.1)
     assert shared.number == 4
@@ -51,6 +51,16 @@ def test_a_fixed_number_stays():
         fixed.count_decoded(1.0)
         fixed.count_batch(1, 0.001)
     assert fixed.number == 3
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_a_decoder_gone_wrong_changes_nothing(seconds):
+    shared = Threads(4, divide=True)
+    for _ in range(50):
+        shared.count_decoded(1.0)
+        shared.count_decoded(seconds)
+        shared.count_batch(1, 1.0 / shared.number)
+    assert shared.number == 2
 
 
 def test_the_thread_that_runs_the_model_has_them():

@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         log.info("ending: what is in hand is answered, for %.0f s at most", DRAIN)
         until = time.monotonic() + DRAIN
         self.service.ending = self.connections.ending = True
-        await self._stop_listening(sockets or ())
+        await self._stop_listening(sockets or (), until)
         for connection in list(self.connections.open):
             connection.shutdown()
         while self.connections.open and time.monotonic() < until:
@@ -96,11 +96,11 @@ class Server(uvicorn.Server):
             self.ended_well = False
             log.error("the model or a decoder is stuck, and was left behind")
 
-    async def _stop_listening(self, listeners: Sequence[socket.socket]) -> None:
+    async def _stop_listening(self, listeners: Sequence[socket.socket], until: float) -> None:
         for listener in listeners:
             _take_no_more(listener)
-        # What the system has taken by now, asyncio accepts.
-        while listeners and select.select(listeners, [], [], 0)[0]:
+        # What the system has taken by now, asyncio accepts: later where no file is left for it.
+        while listeners and time.monotonic() < until and select.select(listeners, [], [], 0)[0]:
             await asyncio.sleep(0)
         # A connection that was accepted belongs to its server, which must not be closed until then,
         # one turn of the loop later.

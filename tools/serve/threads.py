@@ -1,5 +1,6 @@
 """How many threads the model gets: as many cores as are left when the decoders do their part."""
 
+import math
 import threading
 
 import torch
@@ -44,6 +45,8 @@ class Threads:
 
     def count_decoded(self, seconds: float) -> None:
         """Count an image that took ``seconds`` of CPU time to decode; of any thread."""
+        if not 0 <= seconds < math.inf:  # of a decoder that an image has made say so
+            return
         with self._lock:
             self._decoders.add(1, seconds)
 
