@@ -1,6 +1,7 @@
 """The command line as a process: help and errors at once, before torch is imported."""
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,27 @@ def test_help_lists_everything_without_heavy_imports():
     for opt in all_options():
         assert opt.flag in run.stdout
         assert opt.title in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "tries"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_that_wait_leave_their_core_soon(given, tries):
+    """As torch's library for threads says itself when it is loaded."""
+    code = "import main; main.main(['--print-config']); import torch"
+    kept = {n: v for n, v in os.environ.items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=kept | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_" not in run.stderr:
+        pytest.skip("torch is built with another OpenMP than GNU's")
+    assert f"GOMP_SPINCOUNT = '{tries}'" in run.stderr
 
 
 def test_misspelled_option_is_one_line_and_code_2():
