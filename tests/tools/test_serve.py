@@ -1,5 +1,6 @@
 """tools.serve over real sockets: answers, limits, status codes."""
 
+import asyncio
 import http.client
 import io
 import json
@@ -190,8 +191,6 @@ def test_bodies_are_refused_by_length_and_as_they_come(port):
 
 def test_a_body_is_not_kept_beyond_the_limit():
     """The application is told of the excess with the message that brings it."""
-    import asyncio
-
     messages = [{"type": "http.request", "body": bytes(60), "more_body": True}] * 5
     taken = iter(messages)
 
@@ -212,8 +211,6 @@ def test_a_body_is_not_kept_beyond_the_limit():
 @pytest.mark.parametrize("second_part", [[], [(0.1, 480, True)]], ids=["stalls", "waits for room"])
 def test_a_body_waits_a_moment_until_others_can_be_cut(second_part):
     """They fill the room, and are too young to be cut when it comes; it isn't cut for its wait."""
-    import asyncio
-
     bodies = Bodies(1000)
 
     async def read(*parts):

@@ -70,6 +70,11 @@ class Bodies:
             asyncio.get_running_loop().call_later(0.1, memory.give_back)
 
 
+def too_slow() -> RefusedError:
+    """What is told to who sends a body that makes room for others, or takes too long."""
+    return RefusedError(408, "the body came too slowly")
+
+
 class RequestBody:
     """A request's body, counted as it comes.
 
@@ -113,7 +118,7 @@ class RequestBody:
             return message
         await self._bodies.take(self, count)
         if self._cut:  # while it waited
-            raise RefusedError(408, "the body came too slowly")
+            raise too_slow()
         if not message.get("more_body", False):
             self.ended = True
             self._bodies.end(self)
@@ -146,6 +151,6 @@ class RequestBody:
                 self._wait = wait
                 return await self._receive()
         except TimeoutError:
-            raise RefusedError(408, "the body came too slowly") from None
+            raise too_slow() from None
         finally:
             self._wait = None
